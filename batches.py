@@ -1,0 +1,378 @@
+"""Token files, and the batches that training and evaluation read from them.
+
+    file = TokenFile("dataset/pretrain_train.bin")
+    batches = TrainBatches([file], block_size=256, vocab_size=100, batch_size=32, accumulation_steps=1, seed=1337)
+    micro_batches = batches.at(position)        # a pure function of how many samples came before
+
+data.py writes token files; nothing here knows about raw text.
+"""
+
+import contextlib
+import json
+import math
+import queue
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+
+from configuration import UserError
+from tokenizer import PADDING, UNKNOWN
+
+# ---------------------------------------------------------------------------------------------------- token files
+
+FORMAT = 1
+HEADER_SIZE = 1 << 16
+DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64}
+
+
+class TokenFileWriter:
+    """Writes one split: tokens, and for fine-tuning the loss mask and where samples start, after a JSON header.
+
+    The layout is that of a safetensors file (github.com/huggingface/safetensors), so other programs can open it too.
+    """
+
+    def __init__(self, file: BinaryIO, vocab_size: int, has_samples: bool) -> None:
+        self.file = file
+        self.dtype = "U16" if vocab_size <= 1 << 16 else "U32"
+        self.counts = np.zeros(vocab_size, dtype=np.int64)  # of tokens that count in the loss
+        self.n_tokens = self.n_loss_tokens = self.n_unknown = self.n_characters = 0
+        self.mask_file = tempfile.TemporaryFile() if has_samples else None  # noqa: SIM115
+        self.starts = [0]
+        file.write(b" " * HEADER_SIZE)
+
+    def add(self, ids: np.ndarray, n_characters: int, mask: np.ndarray | None = None) -> None:
+        """Append token ids; with a mask (1 where the loss is taken), as one sample."""
+        self.file.write(ids.astype(DTYPES[self.dtype]).tobytes())
+        self.n_tokens += len(ids)
+        self.n_characters += n_characters
+        self.n_unknown += int((ids == UNKNOWN).sum())
+        counted = ids if mask is None else ids[mask == 1]
+        self.n_loss_tokens += len(counted)
+        self.counts += np.bincount(counted, minlength=len(self.counts))
+        if mask is not None:
+            self.mask_file.write(mask.astype(np.uint8).tobytes())
+            self.starts.append(self.n_tokens)
+
+    def finish(self, metadata: dict[str, Any]) -> None:
+        """Append mask and starts, and fill in the header."""
+        size = np.dtype(DTYPES[self.dtype]).itemsize * self.n_tokens
+        header = {"tokens": {"dtype": self.dtype, "shape": [self.n_tokens], "data_offsets": [0, size]}}
+        if self.mask_file is not None:
+            self.mask_file.seek(0)
+            shutil.copyfileobj(self.mask_file, self.file)
+            self.mask_file.close()
+            end = size + self.n_tokens
+            header["loss_mask"] = {"dtype": "U8", "shape": [self.n_tokens], "data_offsets": [size, end]}
+            starts = np.array(self.starts, dtype=np.int64)
+            self.file.write(starts.tobytes())
+            header["starts"] = {"dtype": "I64", "shape": [len(starts)], "data_offsets": [end, end + starts.nbytes]}
+        counts = {
+            "n_tokens": self.n_tokens,
+            "n_loss_tokens": self.n_loss_tokens,
+            "n_characters": self.n_characters,
+            "n_unknown": self.n_unknown,
+            "n_samples": len(self.starts) - 1 if self.mask_file is not None else None,
+        }
+        header["__metadata__"] = {"header": json.dumps({"format": FORMAT, **counts, **metadata}, ensure_ascii=False)}
+        text = json.dumps(header, ensure_ascii=False).encode("utf-8")
+        if len(text) > HEADER_SIZE - 8:
+            raise UserError(f"the names of the source files do not fit a header of {HEADER_SIZE} bytes: join the files")
+        self.file.seek(0)
+        self.file.write((HEADER_SIZE - 8).to_bytes(8, "little") + text)
+
+
+class TokenFile:
+    """A prepared split, memory-mapped: tokens, and for fine-tuning loss_mask and starts (else None); header: a dict."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(
+                f"{path}: {'not a file' if self.path.exists() else 'no such file'}; python data.py makes it"
+            )
+        size = self.path.stat().st_size
+        try:
+            with open(self.path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if not 2 <= length <= size - 8:
+                    raise ValueError("header length")
+                layout = json.loads(file.read(length))
+            self.header = json.loads(layout["__metadata__"]["header"])
+            if self.header["format"] != FORMAT:
+                raise UserError(
+                    f"{path}: format {self.header['format']} is not the known format {FORMAT}; prepare it again"
+                )
+            end = 8 + length + max(entry["data_offsets"][1] for name, entry in layout.items() if name != "__metadata__")
+            if end != size:
+                raise UserError(f"{path}: {size} bytes where its header says {end}: damaged; prepare it again")
+            self.tokens = self._map(layout["tokens"], 8 + length)
+            has_samples = "starts" in layout
+            self.loss_mask = self._map(layout["loss_mask"], 8 + length) if has_samples else None
+            self.starts = np.array(self._map(layout["starts"], 8 + length)) if has_samples else None
+            if has_samples and not (
+                len(self.loss_mask) == len(self.tokens)
+                and self.starts[0] == 0
+                and self.starts[-1] == len(self.tokens)
+                and (np.diff(self.starts) > 0).all()
+            ):
+                raise ValueError("sample boundaries")
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
+            raise UserError(
+                f"{path}: not a token file of this toolkit, or damaged ({error}); python data.py makes one"
+            ) from None
+
+    def _map(self, entry: dict[str, Any], data_start: int) -> np.ndarray:
+        dtype, (length,), (start, end) = np.dtype(DTYPES[entry["dtype"]]), entry["shape"], entry["data_offsets"]
+        if not 0 <= start <= end or end - start != length * dtype.itemsize:
+            raise ValueError("array sizes")
+        if length == 0:
+            return np.empty(0, dtype)
+        return np.memmap(self.path, dtype=dtype, mode="r", offset=data_start + start, shape=(length,))
+
+
+# ---------------------------------------------------------------------------------------------------- batches
+
+
+class Batch(NamedTuple):
+    """A micro-batch: idx and targets (B, T), loss_mask (B, T) or None where all targets count, and how many count."""
+
+    idx: torch.Tensor
+    targets: torch.Tensor
+    loss_mask: torch.Tensor | None
+    count: int
+
+    def to(self, device: torch.device) -> "Batch":
+        move = lambda x: None if x is None else x.to(device, non_blocking=True)  # noqa: E731
+        return Batch(move(self.idx), move(self.targets), move(self.loss_mask), self.count)
+
+    def pin_memory(self) -> "Batch":
+        pin = lambda x: None if x is None else x.pin_memory()  # noqa: E731
+        return Batch(pin(self.idx), pin(self.targets), pin(self.loss_mask), self.count)
+
+
+class Windows:
+    """Running text as windows of block_size + 1 tokens that overlap by one; each epoch begins at another offset."""
+
+    def __init__(self, file: TokenFile, block_size: int, seed: int) -> None:
+        self.tokens, self.block_size, self.seed = file.tokens, block_size, seed
+        fitting = (len(self.tokens) - 1) // block_size
+        if fitting < 1:
+            raise UserError(
+                f"{file.path}: {len(self.tokens)} tokens are fewer than one window (block_size {block_size} + 1)"
+            )
+        self.length = max(1, fitting - 1)  # one window less leaves room for the offset
+        self.room = min(block_size - 1, len(self.tokens) - 1 - self.length * block_size)
+        self._offset = (-1, 0)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def get(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
+        if self._offset[0] != epoch:
+            self._offset = (epoch, int(np.random.default_rng([self.seed, epoch, 1]).integers(self.room + 1)))
+        start = self._offset[1] + index * self.block_size
+        return self.tokens[start : start + self.block_size + 1], None
+
+
+class ValidationWindows:
+    """Every token of a validation text once, in windows from its start; the last one may be shorter."""
+
+    def __init__(self, file: TokenFile, block_size: int) -> None:
+        self.tokens, self.block_size = file.tokens, block_size
+        if len(self.tokens) < 2:
+            raise UserError(f"{file.path}: too short to evaluate on ({len(self.tokens)} tokens)")
+
+    def __len__(self) -> int:
+        return math.ceil((len(self.tokens) - 1) / self.block_size)
+
+    def get(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
+        start = index * self.block_size
+        return self.tokens[start : start + self.block_size + 1], None
+
+
+class Samples:
+    """Fine-tuning samples; those longer than block_size + 1 tokens are dropped or cut."""
+
+    def __init__(self, file: TokenFile, block_size: int, overlong: str) -> None:
+        self.file, self.block_size = file, block_size
+        self.kept = np.arange(len(file.starts) - 1)
+        long = np.diff(file.starts) > block_size + 1
+        self.n_overlong = int(long.sum())
+        if self.n_overlong and overlong == "drop":
+            self.kept = self.kept[~long]
+        elif self.n_overlong:  # of a cut sample something of the answer must be left
+            keeps_answer = [not long[i] or self.get_sample(i)[1][1:].any() for i in self.kept]
+            self.kept = self.kept[keeps_answer]
+        if not len(self.kept):
+            raise UserError(f"{file.path}: no sample fits block_size {block_size}")
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def get_sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        start = self.file.starts[i]
+        end = min(self.file.starts[i + 1], start + self.block_size + 1)
+        return self.file.tokens[start:end], self.file.loss_mask[start:end]
+
+    def get(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
+        return self.get_sample(self.kept[index])
+
+
+def collate(rows: list[tuple[np.ndarray, np.ndarray | None]], block_size: int, vocab_size: int, pad_to: int) -> Batch:
+    """Rows of (tokens, loss mask) as one batch, padded to a common length: a multiple of pad_to, at most block_size."""
+    longest = max(len(tokens) for tokens, _ in rows) - 1
+    T = min(block_size, math.ceil(longest / pad_to) * pad_to)
+    ids = np.full((len(rows), T + 1), PADDING, dtype=np.int64)
+    mask = np.zeros((len(rows), T + 1), dtype=np.float32)
+    for i, (tokens, loss_mask) in enumerate(rows):
+        ids[i, : len(tokens)] = tokens
+        mask[i, : len(tokens)] = 1 if loss_mask is None else loss_mask
+    if ids.max() >= vocab_size:
+        raise UserError(
+            f"token id {ids.max()} in the data is outside the vocabulary of {vocab_size}: another tokenizer?"
+        )
+    mask = mask[:, 1:]
+    ids, count = torch.from_numpy(ids), int(mask.sum())
+    return Batch(
+        ids[:, :-1].contiguous(),
+        ids[:, 1:].contiguous(),
+        None if count == mask.size else torch.from_numpy(mask).contiguous(),
+        count,
+    )
+
+
+class TrainBatches:
+    """Training batches as a pure function of the position in the data, so that resuming is arithmetic.
+
+    An epoch passes over the datasets in order, over each in a new seeded order, every window or sample once. The step
+    at position p (samples seen so far) holds samples p, p + 1, ... whatever the number of processes; its micro-batches
+    are dealt to the processes in turn.
+    """
+
+    def __init__(
+        self,
+        files: list[TokenFile],
+        *,
+        block_size: int,
+        vocab_size: int,
+        batch_size: int,
+        accumulation_steps: int,
+        seed: int,
+        overlong: str = "drop",
+        rank: int = 0,
+        world_size: int = 1,
+        pad_to: int = 16,
+    ) -> None:
+        self.datasets = [
+            Windows(file, block_size, seed) if file.starts is None else Samples(file, block_size, overlong)
+            for file in files
+        ]
+        self.block_size, self.vocab_size, self.pad_to = block_size, vocab_size, pad_to
+        self.batch_size, self.accumulation_steps, self.seed = batch_size, accumulation_steps, seed
+        self.rank, self.world_size = rank, world_size
+        self.samples_per_step = batch_size * accumulation_steps
+        self.samples_per_epoch = sum(map(len, self.datasets))
+        self._order: tuple[int, list[tuple[int, int]]] = (-1, [])
+
+    def order(self, epoch: int) -> np.ndarray:
+        """(dataset, index) pairs of an epoch's samples, shape (samples_per_epoch, 2)."""
+        if self._order[0] != epoch:
+            parts = []
+            for i, dataset in enumerate(self.datasets):
+                shuffled = np.random.default_rng([self.seed, epoch, 0, i]).permutation(len(dataset))
+                parts.append(np.stack([np.full(len(dataset), i), shuffled], axis=1))
+            self._order = (epoch, np.concatenate(parts))
+        return self._order[1]
+
+    def sample(self, position: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """(tokens, loss mask) of the sample at a position of the endless stream of epochs."""
+        epoch, i = divmod(position, self.samples_per_epoch)
+        dataset, index = self.order(epoch)[i]
+        return self.datasets[dataset].get(int(index), epoch)
+
+    def at(self, position: int) -> list[Batch]:
+        """This process's micro-batches of the step that begins after `position` samples."""
+        batches = []
+        for micro_step in range(self.rank, self.accumulation_steps, self.world_size):
+            start = position + micro_step * self.batch_size
+            rows = [self.sample(p) for p in range(start, start + self.batch_size)]
+            batches.append(collate(rows, self.block_size, self.vocab_size, self.pad_to))
+        return batches
+
+
+class ValidationBatches:
+    """A fixed part of the validation data, or all of it: the same batches every time, dealt to the processes."""
+
+    def __init__(
+        self,
+        files: list[TokenFile],
+        *,
+        block_size: int,
+        vocab_size: int,
+        batch_size: int,
+        eval_iters: int,
+        seed: int,
+        overlong: str = "drop",
+        rank: int = 0,
+        world_size: int = 1,
+        pad_to: int = 16,
+    ) -> None:
+        """eval_iters: how many batches, drawn once by the seed; 0: all, in order."""
+        self.datasets = [
+            ValidationWindows(file, block_size) if file.starts is None else Samples(file, block_size, overlong)
+            for file in files
+        ]
+        self.block_size, self.vocab_size, self.batch_size, self.pad_to = block_size, vocab_size, batch_size, pad_to
+        self.rank, self.world_size = rank, world_size
+        self.header = files[0].header
+        self.samples = [(dataset, i) for dataset in self.datasets for i in range(len(dataset))]
+        if 0 < eval_iters * batch_size < len(self.samples):
+            chosen = np.random.default_rng([seed, 2]).permutation(len(self.samples))[: eval_iters * batch_size]
+            self.samples = [self.samples[i] for i in sorted(chosen)]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(self.rank * self.batch_size, len(self.samples), self.world_size * self.batch_size):
+            rows = [dataset.get(i, 0) for dataset, i in self.samples[start : start + self.batch_size]]
+            yield collate(rows, self.block_size, self.vocab_size, self.pad_to)
+
+
+def prefetch(batches: Any, position: int, pin_memory: bool = False, depth: int = 2) -> Iterator[list[Batch]]:
+    """batches.at(position) and what follows, made by a background thread while the caller computes."""
+    made: queue.Queue = queue.Queue(depth)
+    stopping = threading.Event()
+
+    def put(item: Any) -> None:
+        while not stopping.is_set():
+            with contextlib.suppress(queue.Full):
+                made.put(item, timeout=0.1)
+                return
+
+    def work() -> None:
+        place = position
+        try:
+            while not stopping.is_set():
+                step = batches.at(place)
+                put([batch.pin_memory() for batch in step] if pin_memory else step)
+                place += batches.samples_per_step
+        except BaseException as error:  # the caller's to handle
+            put(error)
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    try:
+        while True:
+            item = made.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopping.set()
+        worker.join()

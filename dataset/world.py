@@ -1,0 +1,213 @@
+"""Writes the built-in corpus: a small invented world in English and Chinese, for the quickstart.
+
+    python dataset/world.py             writes dataset/pretrain.txt, sft.jsonl and held_out.jsonl (never over other files)
+
+Pretraining text states facts about invented islands, each in several wordings, and shows sums, spelling, counting and
+reversing. Fine-tuning asks about them. The questions in held_out.jsonl occur nowhere else, in no wording and in neither
+language: their facts are stated in the pretraining text, but no fine-tuning sample asks for them; their sums and words
+occur in neither. So a right answer was either read in one place and asked for in another, or computed.
+"""
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+SEED = 20240601
+N_ISLANDS = 32
+STATEMENTS_PER_FACT = 12  # in each language
+N_SUMS, N_WORDS, N_ASKED_SUMS, N_ASKED_WORDS = 7000, 2600, 1500, 600
+HELD_OUT = {"fact": 120, "sum": 40, "reverse": 16, "spell": 12, "count": 12}
+
+VALUES = {
+    "animal": "fox 狐狸,bear 熊,wolf 狼,heron 鹭,otter 水獭,seal 海豹,deer 鹿,hare 野兔,crab 螃蟹,owl 猫头鹰,whale 鲸,goat 山羊",
+    "colour": "red 红色,blue 蓝色,green 绿色,white 白色,black 黑色,yellow 黄色,purple 紫色,orange 橙色,grey 灰色,pink 粉色",
+    "fruit": "plum 李子,pear 梨,fig 无花果,lemon 柠檬,melon 甜瓜,grape 葡萄,peach 桃子,cherry 樱桃,mango 芒果,apple 苹果",
+    "instrument": "drum 鼓,flute 笛子,harp 竖琴,violin 小提琴,horn 号角,bell 铃铛,piano 钢琴,lute 琵琶,gong 锣,guitar 吉他",
+}
+# statements and questions: {i} is the island, {v} the value
+FACTS = {
+    "capital": (
+        ["The capital of {i} is {v}.", "{v} is the capital of {i}.", "The capital of the island {i} is {v}."],
+        ["What is the capital of {i}?", "Which city is the capital of {i}?", "Name the capital of {i}."],
+        ["{i}的首都是{v}。", "{v}是{i}的首都。", "{i}岛的首都是{v}。"],
+        ["{i}的首都是哪里？", "{i}的首都叫什么？", "请说出{i}的首都。"],
+    ),
+    "animal": (
+        [
+            "The animal of {i} is the {v}.",
+            "The {v} is the animal of {i}.",
+            "The animal on the coat of arms of {i} is the {v}.",
+        ],
+        ["What is the animal of {i}?", "Which animal stands for {i}?", "Name the animal of {i}."],
+        ["{i}的动物是{v}。", "{v}是{i}的动物。", "代表{i}的动物是{v}。"],
+        ["{i}的动物是什么？", "代表{i}的是什么动物？", "请说出{i}的动物。"],
+    ),
+    "colour": (
+        ["The colour of {i} is {v}.", "{v} is the colour of {i}.", "The colour of the flag of {i} is {v}."],
+        ["What is the colour of {i}?", "Which colour is the flag of {i}?", "Name the colour of {i}."],
+        ["{i}的颜色是{v}。", "{v}是{i}的颜色。", "{i}国旗的颜色是{v}。"],
+        ["{i}的颜色是什么？", "{i}的国旗是什么颜色？", "请说出{i}的颜色。"],
+    ),
+    "fruit": (
+        ["The fruit of {i} is the {v}.", "The {v} is the fruit of {i}.", "The fruit that grows on {i} is the {v}."],
+        ["What is the fruit of {i}?", "Which fruit grows on {i}?", "Name the fruit of {i}."],
+        ["{i}的水果是{v}。", "{v}是{i}的水果。", "{i}出产的水果是{v}。"],
+        ["{i}的水果是什么？", "{i}出产什么水果？", "请说出{i}的水果。"],
+    ),
+    "instrument": (
+        [
+            "The instrument of {i} is the {v}.",
+            "The {v} is the instrument of {i}.",
+            "The instrument played on {i} is the {v}.",
+        ],
+        ["What is the instrument of {i}?", "Which instrument is played on {i}?", "Name the instrument of {i}."],
+        ["{i}的乐器是{v}。", "{v}是{i}的乐器。", "{i}人演奏的乐器是{v}。"],
+        ["{i}的乐器是什么？", "{i}人演奏什么乐器？", "请说出{i}的乐器。"],
+    ),
+}
+SKILLS = {
+    "sum": (
+        ["{a} + {b} = {v}.", "The sum of {a} and {b} is {v}."],
+        ["What is {a} + {b}?", "What is the sum of {a} and {b}?"],
+        ["{a}加{b}等于{v}。", "{a}与{b}的和是{v}。"],
+        ["{a}加{b}等于多少？", "{a}与{b}的和是多少？"],
+    ),
+    "reverse": (
+        ["The word {w} reversed is {v}.", "Backwards, {w} reads {v}."],
+        ["What is the word {w} reversed?", "How does {w} read backwards?"],
+        ["单词{w}倒过来是{v}。", "{w}反着读是{v}。"],
+        ["单词{w}倒过来是什么？", "{w}反着读是什么？"],
+    ),
+    "spell": (
+        ["The word {w} is spelled {v}.", "{w} is spelled {v}."],
+        ["How is the word {w} spelled?", "Spell {w}."],
+        ["单词{w}的拼写是{v}。", "{w}拼作{v}。"],
+        ["单词{w}怎么拼写？", "请拼写{w}。"],
+    ),
+    "count": (
+        ["The word {w} has {v} letters.", "{w} has {v} letters."],
+        ["How many letters has the word {w}?", "How many letters are in {w}?"],
+        ["单词{w}有{v}个字母。", "{w}有{v}个字母。"],
+        ["单词{w}有几个字母？", "{w}里有几个字母？"],
+    ),
+}
+CHINESE_SYLLABLES = "安巴洛卡莱多尔伦米娜奥萨维塔里诺贝索林格亚森托尼科拉曼德沃"
+
+
+def invented_name(random: random.Random, taken: set[str]) -> tuple[str, str]:
+    """An English and a Chinese name that nothing else in this world bears."""
+    while True:
+        english = "".join(random.choice("bdfgklmnprstvz") + random.choice("aeiou") for _ in range(2))
+        english = (english + random.choice(["n", "r", "l", "s", "nd", "m", "rk"])).capitalize()
+        chinese = "".join(random.sample(CHINESE_SYLLABLES, 3))
+        if english not in taken and chinese not in taken:
+            taken.update((english, chinese))
+            return english, chinese
+
+
+def invented_word(random: random.Random) -> str:
+    """A word of 3 to 6 letters that can be pronounced."""
+    length, start = random.randint(3, 6), random.randint(0, 1)
+    return "".join(random.choice("aeiou" if (i + start) % 2 else "bcdfghklmnprstvwyz") for i in range(length))
+
+
+def make_facts(random: random.Random) -> list[tuple[str, dict[str, str], dict[str, str]]]:
+    """(attribute, fields of the English sentence, fields of the Chinese one) of every fact."""
+    taken: set[str] = set()
+    choices = {name: [tuple(pair.split()) for pair in text.split(",")] for name, text in VALUES.items()}
+    facts = []
+    for _ in range(N_ISLANDS):
+        island = invented_name(random, taken)
+        for attribute in FACTS:
+            value = invented_name(random, taken) if attribute == "capital" else random.choice(choices[attribute])
+            facts.append((attribute, {"i": island[0], "v": value[0]}, {"i": island[1], "v": value[1]}))
+    return facts
+
+
+def skill_value(skill: str, fields: dict[str, str]) -> str:
+    if skill == "sum":
+        return str(int(fields["a"]) + int(fields["b"]))
+    word = fields["w"]
+    return {"reverse": word[::-1], "spell": "-".join(word), "count": str(len(word))}[skill]
+
+
+def skill_fields(skill: str, item: tuple[int, int] | str) -> dict[str, str]:
+    fields = {"a": str(item[0]), "b": str(item[1])} if skill == "sum" else {"w": item}
+    return {**fields, "v": skill_value(skill, fields)}
+
+
+def capitalised(text: str) -> str:
+    return text[0].upper() + text[1:] if " " in text and text[0] in "abcdefghijklmnopqrstuvwxyz" else text
+
+
+def make_world() -> tuple[list[str], list[dict[str, str]], list[dict[str, str]]]:
+    """(sentences, fine-tuning samples, held-out samples), the same ones every time."""
+    rng = random.Random(SEED)
+    sentences, asked, held_out = [], [], []
+
+    facts = make_facts(rng)
+    rng.shuffle(facts)
+    for number, (attribute, *fields) in enumerate(facts):
+        templates = FACTS[attribute]
+        for language in (0, 1):
+            statements, questions = templates[2 * language], templates[2 * language + 1]
+            for i in range(STATEMENTS_PER_FACT):
+                sentences.append(capitalised(statements[i % len(statements)].format(**fields[language])))
+            answer = fields[language]["v"]
+            samples = [{"question": q.format(**fields[language]), "answer": answer} for q in questions]
+            if number < HELD_OUT["fact"] // 2:
+                held_out.append(rng.choice(samples))
+            else:
+                asked += samples
+
+    sums = rng.sample([(a, b) for a in range(100) for b in range(100)], N_SUMS + HELD_OUT["sum"])
+    n_words = N_WORDS + sum(HELD_OUT[skill] for skill in ("reverse", "spell", "count"))
+    words = set()
+    while len(words) < n_words:
+        words.add(invented_word(rng))
+    words = rng.sample(sorted(words), n_words)
+    for skill, (english, english_questions, chinese, chinese_questions) in SKILLS.items():
+        pool, n_asked = (sums, N_ASKED_SUMS) if skill == "sum" else (words, N_ASKED_WORDS)
+        for _ in range(HELD_OUT[skill]):
+            item = pool.pop()
+            if skill == "sum" and item[::-1] in pool:
+                pool.remove(item[::-1])  # b + a would give a + b away
+            fields = skill_fields(skill, item)
+            question = rng.choice(english_questions + chinese_questions).format(**fields)
+            held_out.append({"question": question, "answer": fields["v"]})
+    for skill, (english, english_questions, chinese, chinese_questions) in SKILLS.items():
+        pool, n_asked = (sums, N_ASKED_SUMS) if skill == "sum" else (words, N_ASKED_WORDS)
+        for i, item in enumerate(pool):
+            fields = skill_fields(skill, item)
+            sentences.append(capitalised(rng.choice(english + chinese).format(**fields)))
+            if i < n_asked:
+                question = rng.choice(english_questions + chinese_questions).format(**fields)
+                asked.append({"question": question, "answer": fields["v"]})
+    rng.shuffle(sentences)
+    rng.shuffle(asked)
+    return sentences, asked, held_out
+
+
+def main() -> None:
+    folder = Path(__file__).parent
+    sentences, asked, held_out = make_world()
+    texts = {
+        "pretrain.txt": "\n".join(sentences) + "\n",
+        "sft.jsonl": "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in asked),
+        "held_out.jsonl": "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in held_out),
+    }
+    for name, text in texts.items():
+        path = folder / name
+        if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
+            sys.exit(f"error: {path} exists and holds something else; move it away first: nothing was written")
+    for name, text in texts.items():
+        temporary = folder / f".{name}.tmp"
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(temporary, folder / name)
+        print(f"{folder / name}: {len(text.splitlines()):,} lines, {len(text.encode('utf-8')) / 1000:,.0f} KB")
+
+
+if __name__ == "__main__":
+    main()

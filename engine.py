@@ -1,0 +1,142 @@
+"""How one training step runs on the hardware: the plain engine, for one process on one device.
+
+The loop in train.py asks an engine for gradients, sums and state dicts, and never for a rank. Engines for several
+processes override how these are brought together (train_ddp.py, train_deepspeed.py).
+"""
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from batches import Batch
+from configuration import UserError
+from model import GPT
+from optimizer import make_optimizer, scale_learning_rates
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+Loss = Callable[[torch.nn.Module, Batch, str], torch.Tensor]
+
+
+class Engine:
+    """One process, one device. config: a TrainConfig (device, dtype, compile, random_seed, grad_clip, optimizer's)."""
+
+    rank, world_size = 0, 1
+    command = "python train.py"
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.device = find_device(config.device)
+        self.dtype = find_dtype(config.dtype, self.device)
+        self.use_compile = config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda")
+        torch.manual_seed(config.random_seed)
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def prepare(self, model: GPT) -> None:
+        """Put the model on the device and make its optimizer."""
+        self.model = model.to(self.device)
+        self.optimizer = make_optimizer(self.model, self.config, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.network = self.wrap(self.model)
+
+    def wrap(self, model: GPT) -> torch.nn.Module:
+        """The module to call in training: the model, compiled where that is asked for and works."""
+        if self.use_compile:
+            try:
+                torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=self.device))
+                return torch.compile(model)
+            except Exception as error:  # no compiler, no triton, an unknown platform: all end here
+                print(f"compile: not possible here ({type(error).__name__}); going on without", file=sys.stderr)
+                self.use_compile = False
+        return model
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def forward_backward(self, loss: Loss, batch: Batch, count: float, is_last: bool) -> torch.Tensor:
+        """Add the gradient of a micro-batch's share of the step's mean loss; returns that share.
+
+        count: targets that count in the whole step. is_last: the step's last micro-batch on this process.
+        """
+        batch = batch.to(self.device)
+        with self.autocast():
+            share = loss(self.network, batch, "sum") / count
+        self.scaler.scale(share).backward()
+        return share.detach()
+
+    def step(self, lr_scale: float) -> float:
+        """Clip the gradient and take the optimizer's step; returns the gradient's norm. If not finite, nothing moves."""
+        scale_learning_rates(self.optimizer, lr_scale)
+        for optimizer in getattr(self.optimizer, "optimizers", [self.optimizer]):
+            self.scaler.unscale_(optimizer)
+        max_norm = self.config.grad_clip or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm).item()
+        if math.isfinite(grad_norm):
+            self.optimizer.step()
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return grad_norm
+
+    def sum_over_ranks(self, *values: float) -> list[float]:
+        """Each value summed over all processes."""
+        return list(values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimizer and random states, whole, for the checkpoint."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": rng,
+        }
+
+    def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
+        """Take over optimizer and random states; the weights are the model's already."""
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except (ValueError, KeyError):
+            raise UserError(
+                f"the checkpoint was trained with another optimizer than {self.config.optimizer}; keep its optimizer"
+            ) from None
+        if self.scaler.is_enabled() and checkpoint.get("scaler"):
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        torch.set_rng_state(checkpoint["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in checkpoint["rng"]:
+            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], self.device)
+
+
+def find_device(name: str) -> torch.device:
+    """The device that a name stands for; raises UserError where it does not exist."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r} is not a device's name; use auto, cpu, cuda, cuda:1 or mps") from None
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= counts.get(device.type, 0):
+        raise UserError(f"device {name!r} does not exist here: {counts.get(device.type, 0)} of its kind; try auto")
+    return device
+
+
+def find_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Precision of the matrix products; auto: bfloat16 or float16 where a CUDA card computes it fast, else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.float32

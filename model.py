@@ -1,0 +1,412 @@
+"""The network: a compact GPT in the form of today's open models (Llama, Qwen), with a KV cache for generation.
+
+    model = GPT(ModelConfig(vocab_size=65, block_size=64, n_layer=4, n_head=4, n_embd=128))
+    logits, loss = model(idx, targets)                  # idx, targets: (B, T) token ids
+    for tokens in model.generate(idx, max_new_tokens=100, temperature=0.8):
+        ...                                             # (B,) token ids, one step at a time
+
+With use_rope, qk_norm and the swiglu MLP it computes exactly what Qwen3 computes; without qk_norm, what Llama computes.
+"""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from configuration import Config, UserError, option
+
+SDP_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "mem_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+MLP_HIDDEN = {"swiglu": 8 / 3, "gelu": 4, "relu2": 4}  # width over n_embd: equal parameter counts
+
+
+@dataclass
+class ModelConfig(Config):
+    """The shape of the network."""
+
+    block_size: int = option(256, "context window in tokens", minimum=1)
+    vocab_size: int | None = option(None, "number of tokens; null takes the tokenizer's", minimum=1)
+    n_layer: int = option(4, "depth", minimum=1)
+    n_head: int = option(4, "attention heads", minimum=1)
+    n_embd: int = option(256, "width", minimum=1)
+    n_kv_head: int | None = option(None, "key/value heads (grouped-query attention); null: n_head", minimum=1)
+    n_hidden: int | None = option(None, "width of the MLP; null: 8/3 n_embd for swiglu, else 4 n_embd", minimum=1)
+    mlp: str = option("swiglu", "kind of MLP", choices=MLP_HIDDEN)
+    dropout: float = option(0.0, "dropout rate", minimum=0.0, maximum=0.99)
+    bias: bool = option(False, "biases in the linear layers")
+    use_rope: bool = option(True, "rotary positions (RoPE); false: learned positions")
+    rope_theta: float = option(10000.0, "base of the RoPE wavelengths", above=0.0)
+    norm_eps: float = option(1e-5, "epsilon of RMSNorm", above=0.0)
+    qk_norm: bool = option(True, "RMSNorm on queries and keys, per head")
+    is_causal: bool = option(True, "causal attention; false: full attention")
+    tie_embeddings: bool = option(True, "token embedding and output layer share weights")
+
+    def check(self) -> None:
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        if self.n_hidden is None:
+            self.n_hidden = 32 * math.ceil(MLP_HIDDEN[self.mlp] * self.n_embd / 32)
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})")
+        if self.use_rope and self.head_dim % 2:
+            raise UserError(
+                f"RoPE needs an even head size: n_embd / n_head is {self.head_dim}; or set use_rope to false"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for every layer, allocated once for a whole window."""
+
+    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.n_layer, batch_size, config.n_kv_head, config.block_size, config.head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0  # tokens held; the model advances it after its last layer
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append k, v of shape (B, n_kv_head, T, head_dim) to a layer; returns all its keys and values."""
+        end = self.length + k.size(2)
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and signed sines (block_size, 1, head_dim) of rotary positions (Su et al. 2021, arXiv:2104.09864).
+
+    The half-rotation convention of Llama and Qwen: dimension i turns together with dimension i + head_dim / 2.
+    """
+    frequency = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    angle = torch.outer(torch.arange(config.block_size).float(), frequency)[:, None, :]
+    return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate x (B, T, n_head, head_dim) by the angles of its positions, cos and signed sin (T, 1, head_dim)."""
+    return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head or grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        kv_dim = config.n_kv_head * config.head_dim
+        self.split_sizes = (config.n_embd, kv_dim, kv_dim)
+        self.qkv = nn.Linear(config.n_embd, sum(self.split_sizes), bias=config.bias)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.residual_dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, cache: KVCache | None
+    ) -> torch.Tensor:
+        config = self.config
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).split(self.split_sizes, dim=-1)
+        q = q.view(B, T, config.n_head, config.head_dim)
+        k = k.view(B, T, config.n_kv_head, config.head_dim)
+        v = v.view(B, T, config.n_kv_head, config.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, n_head, T, head_dim)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+
+        seen = k.size(2) - T  # tokens that were in the cache before these
+        is_causal, mask = config.is_causal and T > 1, None
+        if is_causal and seen > 0:  # query i may look at keys 0..seen+i, which SDPA's own causal flag cannot say
+            mask = torch.ones(T, seen + T, dtype=torch.bool, device=x.device).tril(seen)
+            is_causal = False
+        if config.n_kv_head < config.n_head:
+            k, v = (t.repeat_interleave(config.n_head // config.n_kv_head, dim=1) for t in (k, v))
+        dropout = config.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        return self.residual_dropout(self.out(y))
+
+
+class MLP(nn.Module):
+    """swiglu (Shazeer 2020, arXiv:2002.05202), gelu, or relu2 (So et al. 2021, arXiv:2109.08668)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.kind = config.mlp
+        # swiglu: gate and up projections in one matrix, gate first
+        self.up = nn.Linear(config.n_embd, config.n_hidden * (2 if self.kind == "swiglu" else 1), bias=config.bias)
+        self.down = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
+        self.residual_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.up(x)
+        if self.kind == "swiglu":
+            gate, up = x.chunk(2, dim=-1)
+            x = F.silu(gate) * up
+        elif self.kind == "gelu":
+            x = F.gelu(x)
+        else:
+            x = F.relu(x).square()
+        return self.residual_dropout(self.down(x))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then the MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, cache: KVCache | None
+    ) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(nn.Module):
+    """Token ids in, logits over the next token out (or, with full attention, over the token at each position)."""
+
+    def __init__(self, config: ModelConfig, sdp_kernel: str = "auto") -> None:
+        """sdp_kernel: auto, or the one SDPA backend to allow (a key of SDP_KERNELS); math runs everywhere."""
+        super().__init__()
+        if config.vocab_size is None:
+            raise UserError("vocab_size is not set: it comes from the tokenizer")
+        self.config, self.sdp_kernel = config, sdp_kernel
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.use_rope:
+            cos, sin = rope_table(config)
+            self.register_buffer("rope_cos", cos, persistent=False)
+            self.register_buffer("rope_sin", sin, persistent=False)
+        else:
+            self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.embedding_dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.token_embedding.weight
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Normal weights of std 0.02; projections onto the residual stream scaled by 1/sqrt(2 n_layer) (GPT-2)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() >= 2:
+                onto_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if onto_residual else 0.02)
+
+    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Final hidden states (B, T, n_embd) of token ids (B, T); with a cache, idx follows the tokens in it."""
+        start = cache.length if cache is not None else 0
+        end = start + idx.size(1)
+        if end > self.config.block_size:
+            raise UserError(f"{end} tokens do not fit the context window of {self.config.block_size} (block_size)")
+        if idx.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_token_ids(idx, self.config.vocab_size)  # on a GPU this would be an assert that ends the process
+        x = self.token_embedding(idx)  # (B, T, n_embd)
+        rope = None
+        if self.config.use_rope:
+            rope = (self.rope_cos[start:end], self.rope_sin[start:end])
+        else:
+            x = x + self.position_embedding.weight[start:end]
+        x = self.embedding_dropout(x)
+        with sdpa_kernel(SDP_KERNELS[self.sdp_kernel]) if self.sdp_kernel != "auto" else contextlib.nullcontext():
+            for block in self.blocks:
+                x = block(x, rope, cache)
+        if cache is not None:
+            cache.length = end
+        return self.norm(x)
+
+    def forward(
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        reduction: str = "mean",
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits (B, T, vocab_size) and, given targets (B, T), the cross-entropy loss in nats.
+
+        loss_mask (B, T): 1 where a target counts, 0 where not; the mean is taken over those that count.
+        reduction: "mean" or "sum" (scalars), or "none": (B, T), 0 where the mask is 0.
+        """
+        logits = self.lm_head(self.hidden(idx))
+        if targets is None:
+            return logits, None
+        if loss_mask is None and reduction != "none":
+            return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
+        if loss_mask is not None:
+            losses = losses * loss_mask
+        if reduction == "none":
+            return logits, losses
+        total = losses.sum()
+        return logits, total if reduction == "sum" else total / loss_mask.sum().clamp(min=1)
+
+    def parameter_count(self) -> int:
+        """Number of weights; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self, sequence_length: int | None = None) -> int:
+        """Floating-point operations to train on one token, forward and backward.
+
+        6 per weight of a matrix product (the embedding look-up is none), and 12 per layer, width and key attended to:
+        Chowdhery et al. 2022, arXiv:2204.02311, appendix B; with causal attention only half of the keys count.
+        """
+        config = self.config
+        matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() >= 2) + self.lm_head.weight.numel()
+        keys = (sequence_length or config.block_size) / (2 if config.is_causal else 1)
+        return int(6 * matrices + 12 * config.n_layer * config.n_embd * keys)
+
+    @torch.inference_mode()
+    def predict(self, idx: torch.Tensor) -> torch.Tensor:
+        """For full attention: the likeliest token (B, T) at every position, in one pass."""
+        if self.config.is_causal:
+            raise UserError("predict() is for models with full attention (is_causal: false); use generate()")
+        return self.lm_head(self.hidden(idx)).argmax(-1)
+
+    def generate(
+        self,
+        idx: torch.Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop_tokens: tuple[int, ...] = (),
+        seed: int | None = None,
+        use_cache: bool = True,
+    ) -> Iterator[torch.Tensor]:
+        """Continue token ids (B, T >= 1): yields one (B,) tensor of tokens a step.
+
+        temperature 0 is greedy. A row that drew one of stop_tokens repeats it; generation ends when all rows have.
+        Past the context window: when it is full, the newest three quarters of its tokens are kept, read again from
+        position 0, and generation goes on; of a longer prompt the newest block_size tokens are read, with a warning.
+        """
+        if not self.config.is_causal:
+            raise UserError("generate() needs causal attention; a model with is_causal: false answers by predict()")
+        if idx.dim() != 2 or idx.size(1) == 0:
+            raise UserError("generate() needs a prompt of at least one token, shape (B, T)")
+        check_token_ids(idx.cpu(), self.config.vocab_size)
+        check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        if idx.size(1) > self.config.block_size:
+            warnings.warn(
+                f"the prompt has {idx.size(1)} tokens; the model reads the newest {self.config.block_size}",
+                stacklevel=2,
+            )
+        generator = torch.Generator(device=idx.device)
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+
+        def draw(logits: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+            logits = penalise_repetition(logits.float(), window, repetition_penalty)
+            if temperature == 0:
+                return logits.argmax(-1)
+            probabilities = filter_logits(logits / temperature, top_k, top_p, min_p).softmax(-1)
+            return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+
+        return self._generate(idx, max_new_tokens, draw, stop_tokens, use_cache)
+
+    @torch.inference_mode()
+    def _generate(self, idx, max_new_tokens, draw, stop_tokens, use_cache) -> Iterator[torch.Tensor]:
+        block_size = self.config.block_size
+        window = idx[:, -block_size:]
+        dtype = self.lm_head.weight.dtype
+        cache = KVCache(self.config, idx.size(0), idx.device, dtype) if use_cache else None
+        unread = window  # what the cache has not seen
+        stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
+        stop = torch.tensor(stop_tokens, device=idx.device, dtype=torch.long)
+        tokens = window[:, -1]
+        for _ in range(max_new_tokens):
+            hidden = self.hidden(unread if use_cache else window, cache)
+            drawn = draw(self.lm_head(hidden[:, -1]), window)
+            tokens = torch.where(stopped, tokens, drawn)
+            yield tokens
+            stopped |= torch.isin(tokens, stop)
+            if len(stop_tokens) and stopped.all():
+                return
+            window = torch.cat((window, tokens[:, None]), dim=1)
+            unread = window[:, -1:]
+            if window.size(1) > block_size:
+                window = unread = window[:, -max(1, block_size - block_size // 4) :]
+                if use_cache:
+                    cache.length = 0
+
+
+def check_token_ids(idx: torch.Tensor, vocab_size: int) -> None:
+    """Raises UserError unless all token ids are in 0..vocab_size-1."""
+    if idx.numel() and not (idx.min() >= 0 and idx.max() < vocab_size):
+        low, high = idx.min().item(), idx.max().item()
+        raise UserError(f"token ids {low}..{high} are outside the vocabulary 0..{vocab_size - 1}: another tokenizer?")
+
+
+def check_sampling(
+    temperature: float, top_k: int | None, top_p: float | None, min_p: float | None, repetition_penalty: float
+) -> None:
+    """Raises UserError for sampling settings that mean nothing."""
+    rules = {
+        "temperature": (temperature, 0 <= temperature < math.inf, "a number of at least 0"),
+        "top_k": (top_k, top_k is None or top_k >= 1, "at least 1"),
+        "top_p": (top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
+        "min_p": (min_p, min_p is None or 0 <= min_p <= 1, "between 0 and 1"),
+        "repetition_penalty": (repetition_penalty, 0 < repetition_penalty < math.inf, "above 0"),
+    }
+    for name, (value, holds, rule) in rules.items():
+        if not holds:
+            raise UserError(f"{name} must be {rule}, got {value}")
+
+
+def penalise_repetition(logits: torch.Tensor, window: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Logits (B, vocab_size) with those of tokens in the window (B, T) made less likely (CTRL, arXiv:1909.05858)."""
+    if penalty == 1.0:
+        return logits
+    seen = logits.gather(1, window)
+    return logits.scatter(1, window, torch.where(seen > 0, seen / penalty, seen * penalty))
+
+
+def filter_logits(
+    logits: torch.Tensor, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
+) -> torch.Tensor:
+    """Logits (B, vocab_size) with -inf for the tokens that are not to be drawn; the likeliest always stays.
+
+    top_k: only the k likeliest. top_p: the fewest whose probabilities sum to p (arXiv:1904.09751).
+    min_p: those at least min_p times as likely as the likeliest (arXiv:2407.01082).
+    """
+    if top_k is not None and top_k < logits.size(-1):
+        threshold = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < threshold, -math.inf)
+    if top_p is not None and top_p < 1.0:
+        ordered, order = logits.sort(descending=True)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # probability of all the likelier ones
+        unwanted = (before >= top_p).scatter(1, order, before >= top_p)
+        logits = logits.masked_fill(unwanted, -math.inf)
+    if min_p is not None and min_p > 0.0:
+        threshold = logits.max(-1, keepdim=True).values + math.log(min_p)
+        logits = logits.masked_fill(logits < threshold, -math.inf)
+    return logits

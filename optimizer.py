@@ -1,0 +1,182 @@
+"""Optimizers and learning-rate schedules, each looked up by name.
+
+optimizer = make_optimizer(model, config, device)       # config.optimizer: adamw, muon or sgd
+scale_learning_rates(optimizer, schedule(...))          # a share of the peak
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+# ------------------------------------------------------------------------------------------------------ schedules
+
+COOL_DOWN = 0.2  # share of the decay steps that wsd spends going down
+
+
+def cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def linear(progress: float) -> float:
+    return 1 - progress
+
+
+def wsd(progress: float) -> float:
+    """Warm-up, stable, decay (Hu et al. 2024, arXiv:2404.06395)."""
+    return min(1.0, (1 - progress) / COOL_DOWN)
+
+
+def constant(progress: float) -> float:
+    return 1.0
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": cosine,
+    "linear": linear,
+    "wsd": wsd,
+    "constant": constant,
+}
+
+
+def schedule(name: str, step: int, warmup_iters: int, lr_decay_iters: int, floor: float) -> float:
+    """Share of the peak learning rate at a step (from 0): linear warm-up, then from 1 down to floor, where it stays."""
+    if step < warmup_iters:
+        return (step + 1) / (warmup_iters + 1)
+    progress = min(1.0, (step - warmup_iters) / max(1, lr_decay_iters - warmup_iters))
+    return floor + (1 - floor) * SCHEDULES[name](progress)
+
+
+# ------------------------------------------------------------------------------------------------------ optimizers
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024, kellerjordan.github.io/posts/muon
+
+
+def orthogonalise(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """The nearest (semi-)orthogonal matrices to a stack G (..., rows, columns), by Newton-Schulz iteration.
+
+    Its singular values end between about 0.7 and 1.2, which serves Muon as well as exact ones.
+    """
+    a, b, c = NEWTON_SCHULZ
+    X = G.bfloat16() if G.is_cuda else G.float()
+    transposed = X.size(-2) > X.size(-1)
+    if transposed:
+        X = X.mT
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return (X.mT if transposed else X).to(G.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): a matrix moves by its orthogonalised Nesterov momentum.
+
+    The step is scaled by sqrt(max(1, rows / columns)). Matrices of one shape are orthogonalised together: one batched
+    product instead of many small ones.
+    """
+
+    def __init__(self, parameters: Iterable[torch.Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for (rows, columns), ps in by_shape.items():
+                gradients = [p.grad for p in ps]
+                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in ps]
+                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+                updates = orthogonalise(torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"])))
+                torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(ps, updates.unbind(), alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
+
+
+class Together:
+    """Several optimizers that step as one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(i): optimizer.state_dict() for i, optimizer in enumerate(self.optimizers)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for i, optimizer in enumerate(self.optimizers):
+            optimizer.load_state_dict(state[str(i)])
+
+
+AnyOptimizer = torch.optim.Optimizer | Together
+
+
+def adamw(groups: list[dict[str, Any]], config: Any, device: torch.device) -> torch.optim.AdamW:
+    fused = device.type in ("cpu", "cuda", "mps")
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
+
+
+def make_adamw(named: dict[str, torch.Tensor], config: Any, device: torch.device) -> AnyOptimizer:
+    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101); weight decay on matrices only."""
+    matrices, others = by_dimension(named)
+    return adamw(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        config,
+        device,
+    )
+
+
+def make_sgd(named: dict[str, torch.Tensor], config: Any, device: torch.device) -> AnyOptimizer:
+    """Stochastic gradient descent with momentum beta1; weight decay on matrices only."""
+    matrices, others = by_dimension(named)
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.beta1)
+
+
+def make_muon(named: dict[str, torch.Tensor], config: Any, device: torch.device) -> AnyOptimizer:
+    """Muon for the matrices inside the blocks; AdamW, at learning_rate, for embeddings, output layer and norms."""
+    matrices = [p for name, p in named.items() if p.dim() == 2 and "blocks." in name]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in named.values() if id(p) not in chosen]
+    muon = Muon(matrices, config.muon_learning_rate, config.muon_momentum, config.weight_decay)
+    return Together(muon, adamw([{"params": others, "weight_decay": 0.0}], config, device))
+
+
+OPTIMIZERS = {"adamw": make_adamw, "muon": make_muon, "sgd": make_sgd}
+
+
+def by_dimension(named: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Parameters that are matrices, and the others (norm weights, biases)."""
+    return [p for p in named.values() if p.dim() >= 2], [p for p in named.values() if p.dim() < 2]
+
+
+def make_optimizer(model: torch.nn.Module, config: Any, device: torch.device) -> AnyOptimizer:
+    """The optimizer that config.optimizer names, over the trainable parameters of the model.
+
+    config: optimizer, learning_rate, weight_decay, beta1, beta2, muon_learning_rate, muon_momentum.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = OPTIMIZERS[config.optimizer](named, config, device)
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+    return optimizer
+
+
+def scale_learning_rates(optimizer: AnyOptimizer, scale: float) -> None:
+    """Set every group's learning rate to its share of the peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * scale

@@ -1,0 +1,161 @@
+"""Curves from training logs.
+
+python plot_loss.py -n train_20260101_120000.log                one run; writes train_20260101_120000.png
+python plot_loss.py -n first.log resumed.log -o curves.png      a run and its resumption join; others are compared
+python plot_loss.py -n train_20260101_120000.log --follow       draws again as the training goes on
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+PANELS = (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_s", "tokens/s"))
+
+
+def read_log(path: str) -> dict[str, list[dict]]:
+    """The records of a log by type; a last line that is still being written is left out."""
+    if not Path(path).is_file():
+        sys.exit(f"error: {path}: {'not a file' if Path(path).exists() else 'no such log'}")
+    records = {"header": [], "train": [], "val": []}
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                records.setdefault(record["type"], []).append(record)
+            except (ValueError, KeyError, TypeError):
+                if line.endswith("\n"):
+                    sys.exit(f"error: {path}: line {number} is not a log record; logs are the train_*.log files")
+    if not records["train"]:
+        sys.exit(f"error: {path}: no training steps in it yet")
+    return records
+
+
+def join_runs(paths: list[str]) -> dict[str, dict[str, list[dict]]]:
+    """Logs by name; one that resumed where another of its stage had come to takes that one's place from there on."""
+    runs = {}
+    for path in paths:
+        records = read_log(path)
+        header = records["header"][0] if records["header"] else {}
+        start = header.get("resumed_from_step", 0)
+        stage = header.get("stage")
+        earlier = [name for name, run in runs.items() if run["stage"] == stage and run["train"][-1]["step"] >= start]
+        if start and earlier:
+            run = runs[earlier[-1]]
+            for kind in ("train", "val"):
+                run[kind] = [record for record in run[kind] if record["step"] <= start] + records[kind]
+        else:
+            runs[Path(path).stem] = {**records, "stage": stage}
+    return runs
+
+
+def series(records: list[dict], field: str) -> tuple[np.ndarray, np.ndarray]:
+    pairs = [(r["step"], r[field]) for r in records if r.get(field) is not None]
+    return np.array([step for step, _ in pairs]), np.array([value for _, value in pairs], dtype=float)
+
+
+def smooth(values: np.ndarray, span: int) -> np.ndarray:
+    """Exponential moving average over about `span` records, without the pull of the first one."""
+    decay, average, weight, result = 1 - 1 / max(1, span), 0.0, 0.0, []
+    for value in values:
+        average, weight = decay * average + (1 - decay) * value, decay * weight + (1 - decay)
+        result.append(average / weight)
+    return np.array(result)
+
+
+def draw(paths: list[str], output: str, log_x: bool, log_y: bool) -> None:
+    """Write the picture: losses on top, learning rate, gradient norm and speed below."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # works without a display
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(11, 8), layout="constrained")
+    axes = figure.subplot_mosaic([["loss"] * 3, [field for field, _ in PANELS]], height_ratios=[2.2, 1])
+    for i, (name, run) in enumerate(join_runs(paths).items()):
+        colour = f"C{i}"
+        steps, losses = series(run["train"], "loss")
+        axes["loss"].plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
+        axes["loss"].plot(
+            steps, smooth(losses, max(1, len(losses) // 50)), color=colour, linewidth=2, label=f"{name}: train"
+        )
+        steps, losses = series(run["val"], "val_loss")
+        if len(losses):
+            _, errors = series(run["val"], "val_loss_se")
+            bars = errors if len(errors) == len(losses) else None
+            axes["loss"].errorbar(
+                steps,
+                losses,
+                yerr=bars,
+                color=colour,
+                marker="o",
+                markersize=4,
+                linestyle=":",
+                label=f"{name}: validation",
+            )
+            best = int(losses.argmin())
+            axes["loss"].plot(
+                steps[best], losses[best], marker="*", markersize=16, color=colour, markeredgecolor="black"
+            )
+            axes["loss"].annotate(
+                f"best {losses[best]:.4f} at {steps[best]:,}",
+                (steps[best], losses[best]),
+                xytext=(-8, 14),
+                textcoords="offset points",
+                ha="right",
+            )
+        for field, _ in PANELS:
+            steps, values = series(run["train"], field)
+            axes[field].plot(steps, values, color=colour, alpha=0.3 if field == "tokens_per_s" else 0.9, linewidth=0.9)
+            if field == "tokens_per_s":
+                axes[field].plot(steps, smooth(values, max(1, len(values) // 50)), color=colour, linewidth=1.5)
+    axes["loss"].set(xlabel="step", ylabel="loss (nats per token)")
+    axes["loss"].legend()
+    for field, title in PANELS:
+        axes[field].set(xlabel="step", title=title)
+    axes["tokens_per_s"].set_ylim(bottom=0)
+    for axis in axes.values():
+        axis.grid(alpha=0.25)
+        if log_x:
+            axis.set_xscale("log")
+    if log_y:
+        axes["loss"].set_yscale("log")
+    temporary = Path(output).with_name(f".{Path(output).name}.tmp.png")  # a viewer never sees half a picture
+    figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+    temporary.replace(output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-n", "--names", nargs="+", required=True, metavar="LOG", help="one or several logs")
+    parser.add_argument("-o", "--output", help="picture to write [the first log's name, .png]")
+    parser.add_argument("--follow", action="store_true", help="draw again whenever a log grows, until Ctrl-C")
+    parser.add_argument("--log_x", action="store_true", help="logarithmic steps")
+    parser.add_argument("--log_y", action="store_true", help="logarithmic loss")
+    args = parser.parse_args()
+    output = args.output or str(Path(args.names[0]).with_suffix(".png"))
+    if not output.endswith(".png"):
+        sys.exit(f"error: {output}: the picture's name must end in .png")
+    if not Path(output).parent.is_dir():
+        sys.exit(f"error: {output}: no such folder")
+    drawn = None
+    try:
+        while True:
+            sizes = [Path(name).stat().st_size if Path(name).exists() else 0 for name in args.names]
+            if sizes != drawn:
+                draw(args.names, output, args.log_x, args.log_y)
+                print(output, flush=True)
+                drawn = sizes
+            if not args.follow:
+                return
+            time.sleep(2)
+    except KeyboardInterrupt:
+        return
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Before the first step: what is about to be trained, on what, and which settings cannot make sense."""
+
+import math
+import os
+import platform
+import sys
+import time
+from typing import Any
+
+import torch
+
+from configuration import UserError
+from model import GPT
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Measured rate of a matrix product in FLOP/s: the ceiling that model FLOPs are compared with."""
+    n = 4096 if device.type == "cuda" else 512
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(6):
+        synchronise(device)
+        began = time.perf_counter()
+        for _ in range(4):
+            a @ a
+        synchronise(device)
+        best = min(best, (time.perf_counter() - began) / 4)
+    return 2 * n**3 / best
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def memory_estimate(model: GPT, batch_size: int, optimizer: str, dtype: torch.dtype) -> float:
+    """Bytes that training takes, roughly: weights, gradients, optimizer states, and one micro-batch's activations.
+
+    Activations are counted as the tensors that the backward pass of each layer keeps, as in Korthikanti et al. 2022
+    (arXiv:2205.05198), for a memory-efficient attention kernel.
+    """
+    config = model.config
+    states = {"adamw": 2, "muon": 1, "sgd": 1}[optimizer]
+    weights = model.parameter_count() * 4 * (2 + states)
+    size = torch.finfo(dtype).bits // 8
+    mlp_tensors = 4 if config.mlp == "swiglu" else 2
+    per_token = config.n_layer * (14 * config.n_embd + mlp_tensors * config.n_hidden) * size
+    per_token += config.vocab_size * (size + 8)  # logits, their float32 copy and its gradient
+    return weights + batch_size * config.block_size * per_token
+
+
+def memory_available(device: torch.device) -> float | None:
+    """Free bytes on the device, where they can be asked for."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def report(run: Any) -> None:
+    """Print the set-up of a train.Run in a few lines, then the warnings; measures the device's rate on the way."""
+    config, model, engine, batches = run.config, run.model, run.engine, run.batches
+    run.matmul_flops = matmul_flops(engine.device, engine.dtype)
+    steps_per_epoch = batches.samples_per_epoch / batches.samples_per_step
+    tokens_per_step = batches.samples_per_step * model.config.block_size
+    needed = memory_estimate(model, config.batch_size, config.optimizer, engine.dtype)
+    available = memory_available(engine.device)
+    print(
+        f"{config.stage}: {model.parameter_count() / 1e6:.2f}M parameters, "
+        f"{model.flops_per_token() / 1e6:.1f} MFLOP per token, vocabulary {model.config.vocab_size:,}"
+    )
+    print(
+        f"step: {config.batch_size} x {config.gradient_accumulation_steps} samples, up to {tokens_per_step:,} tokens; "
+        f"epoch: {batches.samples_per_epoch:,} samples in {steps_per_epoch:,.1f} steps"
+    )
+    print(
+        f"device: {device_name(engine.device)}, {str(engine.dtype).removeprefix('torch.')}, "
+        f"attention {config.sdp_kernel}, compile {str(engine.use_compile).lower()}, "
+        f"matrix product {run.matmul_flops / 1e9:,.0f} GFLOP/s; memory: about {needed / 1e9:.2f} GB"
+        + (f" of {available / 1e9:.1f} GB free" if available else "")
+    )
+    for line in baseline_lines(run):
+        print(line)
+    if run.continues:
+        print(
+            f"continues {config.from_checkpoint} at step {run.state.step:,}, "
+            f"best validation loss {run.state.best_val_loss:.4f}"
+        )
+    elif config.from_checkpoint:
+        print(f"starts from the weights of {config.from_checkpoint}")
+    for warning in warnings(run, needed, available):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def baseline_lines(run: Any) -> list[str]:
+    """What a model has to beat, from the validation file's header."""
+    header = getattr(run.validation, "header", None)
+    if not header:
+        return []
+    ratio = run.tokens_per_character / math.log(2)
+    parts = [
+        f"{name} {header['baselines'][name]:.3f} ({header['baselines'][name] * ratio:.2f} bits/character)"
+        for name in ("uniform", "unigram")
+    ]
+    for name in ("zlib", "lzma"):
+        value = header["baselines"].get(f"{name}_bits_per_character")
+        if value is not None:
+            parts.append(f"{name} {value:.2f} bits/character")
+    return ["to beat: " + ", ".join(parts)]
+
+
+def warnings(run: Any, needed: float, available: float | None) -> list[str]:
+    """Settings that cannot make sense, one line each."""
+    config, model, batches = run.config, run.model, run.batches
+    found = []
+    if available and needed > available:
+        found.append("this may not fit the memory: lower batch_size and raise gradient_accumulation_steps")
+    for dataset in getattr(run.validation, "datasets", []):
+        tokens = getattr(dataset, "tokens", None)
+        if tokens is not None and len(tokens) < model.config.block_size + 1:
+            found.append(f"the validation text ({len(tokens)} tokens) is shorter than one window: a poor measure")
+    for dataset in [*getattr(batches, "datasets", []), *getattr(run.validation, "datasets", [])]:
+        n_overlong = getattr(dataset, "n_overlong", 0)
+        if n_overlong:
+            did = "dropped" if config.overlong == "drop" else "cut"
+            found.append(f"{dataset.file.path}: {n_overlong} samples longer than block_size + 1 are {did} (overlong)")
+    n_tokens = sum(len(getattr(dataset, "tokens", ())) for dataset in getattr(batches, "datasets", []))
+    if n_tokens and model.parameter_count() > 10 * n_tokens:
+        found.append(
+            f"the model has {model.parameter_count() / n_tokens:.0f} weights per token of data: it will learn by heart"
+        )
+    if config.max_steps and config.warmup_iters >= config.max_steps:
+        found.append(f"warmup_iters ({config.warmup_iters}) is not over before max_steps ({config.max_steps})")
+    decays = config.decay_lr and config.lr_schedule != "constant"
+    if config.max_steps and decays and config.lr_decay_iters > 1.1 * config.max_steps:
+        found.append(f"lr_decay_iters ({config.lr_decay_iters}) is beyond max_steps ({config.max_steps}): no cool-down")
+    return found
+
+
+def initial_loss_warning(loss: float, vocab_size: int) -> str | None:
+    """A new model should start near the loss of guessing, ln(vocab_size)."""
+    expected = math.log(vocab_size)
+    if abs(loss - expected) > 1.0:
+        return f"the first loss is {loss:.2f}, far from ln(vocab_size) = {expected:.2f}: odd data or initialisation"
+    return None
+
+
+def check_learning(run: Any, loss_function: Any, steps: int = 100) -> None:
+    """Overfit one micro-batch: a set-up that can learn drives its loss down. Raises UserError where it does not."""
+    engine = run.engine
+    batch = run.batches.at(0)[0]
+    losses = []
+    began = time.perf_counter()
+    for step in range(steps):
+        losses.append(engine.forward_backward(loss_function, batch, batch.count, is_last=True).item())
+        engine.step(min(1.0, (step + 1) / 10))
+        if losses[-1] < 0.2 * losses[0] or time.perf_counter() - began > 120:
+            break
+    verdict = f"one batch of {len(batch.idx)}: loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps"
+    if not losses[-1] < 0.5 * losses[0]:
+        raise UserError(f"check failed: {verdict}; try another learning_rate, or look at the data (data.py --inspect)")
+    print(f"check passed: {verdict}")

@@ -1,0 +1,141 @@
+"""What a training run tells the world: a log file of JSON lines, the console, and TensorBoard or wandb when asked."""
+
+import json
+import math
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tqdm import tqdm
+
+from configuration import UserError
+
+
+class RunLog:
+    """Writes records to train_<time>.log in the working directory and shows them; silent where is_main is false."""
+
+    def __init__(
+        self,
+        is_main: bool,
+        log_to: list[str],
+        name: str,
+        first_step: int,
+        last_step: int | None,
+        header: dict[str, Any],
+    ) -> None:
+        self.is_main, self.path, self.sinks = is_main, None, []
+        self.bar = tqdm(
+            total=last_step,
+            initial=first_step,
+            desc=name,
+            unit="step",
+            disable=not is_main,
+            dynamic_ncols=True,
+            smoothing=0.05,
+        )
+        if not is_main:
+            return
+        self.file, self.path = create_log_file()
+        self.write({"type": "header", **header})
+        for sink in log_to:
+            self.sinks.append(SINKS[sink](name, header))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record; what JSON cannot say (inf, nan) becomes null."""
+        if not self.is_main:
+            return
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.file.write(json.dumps(plain, ensure_ascii=False) + "\n")
+        self.file.flush()
+        for sink in self.sinks:
+            sink({k: v for k, v in plain.items() if isinstance(v, (int, float))}, record["type"])
+
+    def step(self, record: dict[str, Any]) -> None:
+        """A training record: into the log, and onto the progress bar."""
+        self.write({"type": "train", **record})
+        self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s", refresh=False)
+
+    def say(self, text: str) -> None:
+        """A line on the console, above the progress bar."""
+        if self.is_main:
+            tqdm.write(text)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.is_main:
+            self.file.close()
+            for sink in self.sinks:
+                sink(None, "close")
+
+
+def create_log_file() -> tuple[Any, Path]:
+    """A new train_<time>.log, never an existing one."""
+    for attempt in range(100):
+        suffix = f"_{attempt}" if attempt else ""
+        path = Path(f"train_{time.strftime('%Y%m%d_%H%M%S')}{suffix}.log")
+        try:
+            return open(path, "x", encoding="utf-8"), path
+        except FileExistsError:
+            continue
+    raise UserError("cannot find a free name for the log file train_<time>.log")
+
+
+def tensorboard_sink(name: str, header: dict[str, Any]) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            'log_to: tensorboard is not installed (pip install tensorboard), or take it out of "log_to"'
+        ) from None
+    writer = SummaryWriter(f"runs/{name}_{time.strftime('%Y%m%d_%H%M%S')}")
+
+    def sink(values: dict[str, float] | None, kind: str) -> None:
+        if values is None:
+            writer.close()
+            return
+        for key, value in values.items():
+            if key != "step":
+                writer.add_scalar(f"{kind}/{key}", value, values.get("step", 0))
+
+    return sink
+
+
+def wandb_sink(name: str, header: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError('log_to: wandb is not installed (pip install wandb), or take it out of "log_to"') from None
+    run = wandb.init(project="nano", name=name, config=header)
+
+    def sink(values: dict[str, float] | None, kind: str) -> None:
+        if values is None:
+            run.finish()
+        elif "step" in values:
+            run.log({f"{kind}/{key}": value for key, value in values.items() if key != "step"}, step=values["step"])
+
+    return sink
+
+
+SINKS = {"tensorboard": tensorboard_sink, "wandb": wandb_sink}
+
+
+class StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a flag, so that the step in hand ends and is saved; a second one kills."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self) -> "StopRequest":
+        self.requested = False
+        self.previous = {number: signal.signal(number, self.request) for number in self.SIGNALS}
+        return self
+
+    def request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        for each, handler in self.previous.items():
+            signal.signal(each, handler)
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

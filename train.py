@@ -1,0 +1,476 @@
+"""The training loop, for one process on one device.
+
+    python train.py -t pretrain                             config/pretrain.json on the model of config/model.json
+    python train.py -t sft                                  fine-tunes what pretraining left
+    python train.py -t pretrain --batch_size 32 --n_layer 6 any field of the two configs can be overridden
+    python train.py -t pretrain --from_checkpoint checkpoint/pretrain_last.pt       goes on where it stopped
+    python train.py -t pretrain --check                     can this set-up learn at all? overfits one batch
+
+Writes checkpoint/<stage>.pt whenever the validation loss falls, checkpoint/<stage>_last.pt as it goes, and a log
+train_<time>.log for plot_loss.py. train_ddp.py and train_deepspeed.py run this same loop on their own engines.
+"""
+
+import contextlib
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import preflight
+from batches import Batch, TokenFile, TrainBatches, ValidationBatches, prefetch
+from checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model, save_checkpoint
+from configuration import Config, Parser, UserError, check_fields, fields_of, find_config, option, read_json, run
+from engine import DTYPES, Engine, Loss
+from model import GPT, SDP_KERNELS, ModelConfig
+from optimizer import OPTIMIZERS, SCHEDULES, schedule
+from run_log import SINKS, RunLog, StopRequest
+from tokenizer import Tokenizer, load_tokenizer
+
+
+def next_token_loss(model: torch.nn.Module, batch: Batch, reduction: str) -> torch.Tensor:
+    """Cross-entropy of the targets that count: summed ("sum") or per position ("none")."""
+    return model(batch.idx, batch.targets, batch.loss_mask, reduction)[1]
+
+
+LOSSES: dict[str, Loss] = {"next_token": next_token_loss}
+
+
+@dataclass
+class TrainConfig(Config):
+    """How the network is trained."""
+
+    stage: str = option("", "name of the checkpoints this run writes; empty: the config file's name")
+    loss: str = option("next_token", "what is minimised", choices=LOSSES)
+    from_checkpoint: str = option("", "checkpoint to start from; of the same stage: continues that run")
+    save_checkpoint_to: str = option("checkpoint", "folder of the checkpoints")
+    dataset_path: list[list[str]] = option(
+        [], "[[train file, validation file], ...], in order: a curriculum; empty: dataset/<stage>_{train,val}.bin"
+    )
+    tokenizer_path: str = option("dataset/tokenizer.json", "tokenizer that the data was prepared with")
+    overlong: str = option("drop", "samples longer than block_size + 1 tokens", choices=("drop", "cut"))
+    random_seed: int = option(1337, "seed of weights, data order and dropout", minimum=0, maximum=2**31)
+    batch_size: int = option(100, "samples per micro-batch", minimum=1)
+    gradient_accumulation_steps: int = option(4, "micro-batches per step, over all processes", minimum=1)
+    optimizer: str = option("adamw", "optimizer", choices=OPTIMIZERS)
+    learning_rate: float = option(6e-4, "peak learning rate", above=0.0)
+    min_lr: float = option(6e-5, "learning rate at the end of the decay", minimum=0.0)
+    muon_learning_rate: float = option(0.02, "peak learning rate of muon's matrices", above=0.0)
+    muon_momentum: float = option(0.95, "momentum of muon", minimum=0.0, maximum=0.999)
+    weight_decay: float = option(0.1, "weight decay, on matrices only", minimum=0.0)
+    beta1: float = option(0.9, "first moment's decay (adamw), momentum (sgd)", minimum=0.0, maximum=0.9999)
+    beta2: float = option(0.99, "second moment's decay (adamw)", minimum=0.0, maximum=0.99999)
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0: no clipping", minimum=0.0)
+    decay_lr: bool = option(True, "follow lr_schedule; false: constant after the warm-up")
+    lr_schedule: str = option("cosine", "shape of the decay", choices=SCHEDULES)
+    warmup_iters: int = option(300, "steps of linear warm-up", minimum=0)
+    lr_decay_iters: int | None = option(None, "step at which the decay ends; null: max_steps, or 100000", minimum=1)
+    dropout: float | None = option(None, "dropout rate while training; null: the model's", minimum=0.0, maximum=0.99)
+    max_steps: int | None = option(None, "stop after this many steps in all; null: no limit", minimum=1)
+    max_minutes: float | None = option(None, "stop after this long; null: no limit", above=0.0)
+    patience: int | None = option(None, "stop after this many evaluations without gain; null: never", minimum=1)
+    eval_interval: int = option(100, "steps between evaluations", minimum=1)
+    eval_iters: int = option(5, "batches per evaluation; 0: all the validation data", minimum=0)
+    sample_tokens: int = option(0, "tokens of a sample printed at evaluations", minimum=0)
+    sample_prompt: str = option("\n", "what that sample continues")
+    log_interval: int = option(1, "steps between log records", minimum=1)
+    save_interval: int = option(1000, "steps between saves of <stage>_last.pt", minimum=1)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = option("auto", "precision of the matrix products", choices=("auto", *DTYPES))
+    sdp_kernel: str = option("auto", "attention kernel", choices=("auto", *SDP_KERNELS))
+    compile: str = option("auto", "torch.compile; auto: on CUDA", choices=("auto", "true", "false"))
+    backend: str = option("auto", "communication between processes; auto: nccl on CUDA, gloo elsewhere")
+    log_to: list[str] = option([], "also log to these", choices=SINKS)
+
+    def check(self) -> None:
+        if self.min_lr > self.learning_rate:
+            raise UserError(f"min_lr ({self.min_lr:g}) must not be above learning_rate ({self.learning_rate:g})")
+        if any(sign in self.stage for sign in "/\\"):
+            raise UserError(f"stage must be a plain name, got {self.stage!r}")
+        if self.lr_decay_iters is None:
+            self.lr_decay_iters = self.max_steps or 100_000
+
+    def lr_scale(self, step: int) -> float:
+        """Share of the peak learning rate at a step, from 0."""
+        name = self.lr_schedule if self.decay_lr else "constant"
+        floor = self.min_lr / self.learning_rate
+        return schedule(name, step, self.warmup_iters, self.lr_decay_iters, floor)
+
+
+@dataclass
+class State:
+    """Where a run stands: all that must survive a restart beside weights, optimizer and random states."""
+
+    step: int = 0
+    samples: int = 0  # the position in the data
+    tokens: int = 0
+    best_val_loss: float = math.inf
+    evals_without_gain: int = 0
+
+
+# ------------------------------------------------------------------------------------------------------ the loop
+
+
+@dataclass
+class Run:
+    """Everything the loop needs; what differs between stages is in batches, validation and config.loss."""
+
+    config: TrainConfig
+    model: GPT
+    tokenizer: Tokenizer
+    batches: Any  # TrainBatches, or whatever else has at(position) and samples_per_step
+    validation: Any  # an iterable of Batch, the same ones every time
+    engine: Engine
+    state: State = field(default_factory=State)
+    continues: bool = False  # an earlier run of the same stage
+    tokens_per_character: float | None = None  # of the validation data, for bits per character
+    matmul_flops: float | None = None  # the device's measured rate, for mfu
+    began: float = field(default_factory=time.perf_counter)
+    written: set[Path] = field(default_factory=set)
+
+    def checkpoint_path(self, suffix: str = "") -> Path:
+        return Path(self.config.save_checkpoint_to) / f"{self.config.stage}{suffix}.pt"
+
+
+def train(run: Run, log: RunLog) -> State:
+    """THE training loop: batch, loss, backward, step; sometimes evaluate, sometimes save."""
+    config, engine, state = run.config, run.engine, run.state
+    loss_function = LOSSES[config.loss]
+    deadline = run.began + 60 * config.max_minutes if config.max_minutes else math.inf
+    steps = prefetch(run.batches, state.samples, pin_memory=engine.device.type == "cuda")
+    evaluated = saved = -1
+    done = config.max_steps is not None and state.step >= config.max_steps
+    with StopRequest() as stop, contextlib.closing(steps):
+        while not done:
+            step_began = time.perf_counter()
+            micro_batches = next(steps)
+            local = sum(batch.count for batch in micro_batches), sum(batch.idx.numel() for batch in micro_batches)
+            count, n_tokens, stopping, late = engine.sum_over_ranks(
+                *local, float(stop.requested), float(step_began > deadline)
+            )
+            if stopping or late:
+                break
+
+            lr_scale = config.lr_scale(state.step)
+            loss = torch.zeros((), device=engine.device)
+            for i, batch in enumerate(micro_batches, 1):
+                loss += engine.forward_backward(loss_function, batch, count, is_last=i == len(micro_batches))
+            (loss,) = engine.sum_over_ranks(loss.item())
+            if not math.isfinite(loss):
+                raise diverged(run, f"the loss is {loss}")
+            grad_norm = engine.step(lr_scale)
+            if not math.isfinite(grad_norm) and engine.dtype != torch.float16:  # float16's scaler expects some
+                raise diverged(run, f"the gradient's norm is {grad_norm}")
+            state.step += 1
+            state.samples += run.batches.samples_per_step
+            state.tokens += int(n_tokens)
+            done = config.max_steps is not None and state.step >= config.max_steps
+
+            log.bar.update()
+            if state.step % config.log_interval == 0 or done:
+                seconds = time.perf_counter() - step_began
+                log.step(train_record(run, loss, grad_norm, lr_scale, n_tokens / seconds, seconds))
+            if state.step % config.eval_interval == 0 or done:
+                evaluate_and_save(run, log)
+                evaluated = state.step
+                done = done or (config.patience is not None and state.evals_without_gain >= config.patience)
+            if state.step % config.save_interval == 0:
+                save(run, run.checkpoint_path("_last"))
+                saved = state.step
+        if state.step and not stop.requested and evaluated != state.step:
+            evaluate_and_save(run, log)
+        if state.step and saved != state.step:
+            save(run, run.checkpoint_path("_last"))
+    return state
+
+
+def diverged(run: Run, what: str) -> UserError:
+    best = run.checkpoint_path()
+    kept = f"; the best checkpoint is kept in {best}" if best in run.written else ""
+    return UserError(
+        f"step {run.state.step + 1}: {what}{kept}; try a lower learning_rate, more warmup_iters or float32"
+    )
+
+
+def train_record(
+    run: Run, loss: float, grad_norm: float, lr_scale: float, tokens_per_s: float, seconds: float
+) -> dict[str, Any]:
+    flops = tokens_per_s * run.model.flops_per_token()
+    return {
+        "step": run.state.step,
+        "loss": loss,
+        "lr": lr_scale * run.config.learning_rate,
+        "grad_norm": grad_norm,
+        "tokens": run.state.tokens,
+        "tokens_per_s": tokens_per_s,
+        "ms_per_step": 1000 * seconds,
+        "gflops": flops / 1e9,
+        "mfu": flops / run.matmul_flops / run.engine.world_size if run.matmul_flops else None,
+    }
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> tuple[float, float]:
+    """Mean validation loss per target in nats, and its standard error, with samples as the independent units."""
+    engine, network = run.engine, run.engine.network
+    network.eval()
+    sums = torch.zeros(5, dtype=torch.float64)  # over samples, with s their loss and c their count: s, c, ss, sc, cc
+    for batch in run.validation:
+        batch = batch.to(engine.device)
+        with engine.autocast():
+            losses = LOSSES[run.config.loss](network, batch, "none")
+        s = losses.double().sum(1).cpu()
+        c = (
+            torch.full_like(s, batch.targets.size(1))
+            if batch.loss_mask is None
+            else batch.loss_mask.double().sum(1).cpu()
+        )
+        sums += torch.stack([s.sum(), c.sum(), (s * s).sum(), (s * c).sum(), (c * c).sum()])
+    network.train()
+    s, c, ss, sc, cc = engine.sum_over_ranks(*sums.tolist())
+    mean = s / c
+    return mean, math.sqrt(max(0.0, ss - 2 * mean * sc + mean * mean * cc)) / c
+
+
+def evaluate_and_save(run: Run, log: RunLog) -> None:
+    """Evaluate; write <stage>.pt if the validation loss fell."""
+    state, config = run.state, run.config
+    val_loss, standard_error = evaluate(run)
+    improved = val_loss < state.best_val_loss
+    state.evals_without_gain = 0 if improved else state.evals_without_gain + 1
+    state.best_val_loss = min(val_loss, state.best_val_loss)
+    record = {
+        "type": "val",
+        "step": state.step,
+        "val_loss": val_loss,
+        "val_loss_se": standard_error,
+        "perplexity": math.exp(min(val_loss, 700)),
+        "best_val_loss": state.best_val_loss,
+        "tokens": state.tokens,
+    }
+    line = f"step {state.step:,}: val loss {val_loss:.4f} ± {standard_error:.4f}, perplexity {record['perplexity']:.2f}"
+    if run.tokens_per_character:
+        record["bits_per_character"] = val_loss * run.tokens_per_character / math.log(2)
+        line += f", {record['bits_per_character']:.3f} bits/character"
+    if improved:
+        save(run, run.checkpoint_path())
+    log.write(record)
+    log.say(line + (f" -> {run.checkpoint_path()}" if improved else f" (best {state.best_val_loss:.4f})"))
+    if config.sample_tokens and run.engine.is_main:
+        log.say(f"  sample: {sample_text(run)!r}")
+
+
+def sample_text(run: Run) -> str:
+    """A short continuation of sample_prompt; its random numbers are its own, so that training is not disturbed."""
+    run.model.eval()
+    idx = torch.from_numpy(run.tokenizer.encode(run.config.sample_prompt).astype("int64"))[None].to(run.engine.device)
+    steps = run.model.generate(idx, run.config.sample_tokens, temperature=0.8, seed=run.config.random_seed)
+    text = run.tokenizer.decode([tokens.item() for tokens in steps])
+    run.model.train()
+    return text
+
+
+def save(run: Run, path: Path) -> None:
+    """Write a checkpoint. What an earlier run left under this name is kept as NAME.pt.bak."""
+    state = run.state
+    parts = run.engine.state_dict()
+    if not run.engine.is_main:
+        return
+    if path not in run.written and path.exists() and not run.continues:
+        os.replace(path, path.with_name(path.name + ".bak"))
+    run.written.add(path)
+    save_checkpoint(
+        path,
+        {
+            **parts,
+            "step": state.step,
+            "model_config": run.model.config.to_dict(),
+            "train_config": run.config.to_dict(),
+            "tokenizer": run.tokenizer.to_dict(),
+            "data": {"samples": state.samples, "tokens": state.tokens, "evals_without_gain": state.evals_without_gain},
+            "best_val_loss": float(state.best_val_loss),
+        },
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ setting up
+
+
+def read_configs(args: Any, overrides: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any], dict[str, Any]]:
+    """The training config, the model fields that were asked for explicitly, and the model config file's.
+
+    The file of -t may hold model fields too (a preset in one file); then the model config is read only if -m names it.
+    """
+    train_fields, model_fields = fields_of(TrainConfig), fields_of(ModelConfig)
+    path = find_config(args.training)
+    values = {**check_fields(read_json(path), {**model_fields, **train_fields}, str(path)), **overrides}
+    explicit = {name: value for name, value in values.items() if name not in train_fields}
+    values = {name: value for name, value in values.items() if name in train_fields}
+    defaults = {}
+    if args.model or not explicit.keys() - overrides.keys():
+        model_path = find_config(args.model or "model")
+        defaults = check_fields(read_json(model_path), model_fields, str(model_path))
+        if args.model:
+            explicit = {**defaults, **explicit}
+    try:
+        config = TrainConfig(**{"stage": path.stem, **values})
+    except UserError as error:
+        raise UserError(f"{path}, with the command line: {error}") from None
+    if not config.dataset_path:
+        config.dataset_path = [[f"dataset/{config.stage}_train.bin", f"dataset/{config.stage}_val.bin"]]
+    return config, explicit, defaults
+
+
+def make_model(config: TrainConfig, shape: dict[str, Any], tokenizer: Tokenizer) -> GPT:
+    """A new network of the given shape for the tokenizer's vocabulary."""
+    changes = {} if config.dropout is None else {"dropout": config.dropout}
+    if shape.get("vocab_size") not in (None, tokenizer.vocab_size):
+        raise UserError(
+            f"vocab_size is {shape['vocab_size']}, the tokenizer has {tokenizer.vocab_size} tokens; leave it out"
+        )
+    return GPT(ModelConfig(**{**shape, "vocab_size": tokenizer.vocab_size, **changes}), config.sdp_kernel)
+
+
+def restore_model(config: TrainConfig, explicit: dict[str, Any], checkpoint: dict[str, Any]) -> GPT:
+    """The network of a checkpoint; raises UserError where a model field was asked to be another."""
+    where = config.from_checkpoint
+    changes = {} if config.dropout is None else {"dropout": config.dropout}
+    for name, value in explicit.items():
+        trained = checkpoint["model_config"].get(name)
+        if value is not None and value != trained:
+            raise UserError(
+                f"{name} is {value} here, {trained} in {where}: a trained model keeps its shape; leave {name} out"
+            )
+    return load_model(checkpoint, where, config.sdp_kernel, **changes)
+
+
+def open_data(
+    config: TrainConfig, tokenizer: Tokenizer, tokenizer_from: str
+) -> tuple[list[TokenFile], list[TokenFile]]:
+    """The training and the validation files; raises UserError unless they were prepared with this tokenizer."""
+    pairs = [(TokenFile(train_path), TokenFile(val_path)) for train_path, val_path in config.dataset_path]
+    for file in (file for pair in pairs for file in pair):
+        if file.header.get("tokenizer") != tokenizer.fingerprint():
+            raise UserError(
+                f"{file.path} was prepared with another vocabulary ({file.header.get('vocab_size')} tokens) than that "
+                f"of {tokenizer_from} ({tokenizer.vocab_size}); prepare the data again, or use the checkpoint made with it"
+            )
+    return [train for train, _ in pairs], [val for _, val in pairs]
+
+
+def set_up(config: TrainConfig, explicit: dict[str, Any], defaults: dict[str, Any], engine: Engine) -> Run:
+    """Model, data and engine for a stage, new or from a checkpoint."""
+    if config.from_checkpoint:
+        checkpoint = load_checkpoint(config.from_checkpoint)
+        tokenizer = load_checkpoint_tokenizer(checkpoint, config.from_checkpoint)
+        model = restore_model(config, explicit, checkpoint)
+    else:
+        checkpoint, tokenizer = None, load_tokenizer(config.tokenizer_path)
+        model = make_model(config, {**defaults, **explicit}, tokenizer)
+    if not model.config.is_causal:
+        raise UserError("is_causal is false: with full attention a model sees the very token it is to predict")
+    train_files, val_files = open_data(config, tokenizer, config.from_checkpoint or config.tokenizer_path)
+    shared = {
+        "block_size": model.config.block_size,
+        "vocab_size": model.config.vocab_size,
+        "batch_size": config.batch_size,
+        "seed": config.random_seed,
+        "overlong": config.overlong,
+        "rank": engine.rank,
+        "world_size": engine.world_size,
+        "pad_to": model.config.block_size if engine.use_compile else 16,
+    }
+    batches = TrainBatches(train_files, accumulation_steps=config.gradient_accumulation_steps, **shared)
+    validation = ValidationBatches(val_files, eval_iters=config.eval_iters, **shared)
+    n_characters = sum(file.header["n_characters"] for file in val_files)
+    run = Run(config, model, tokenizer, batches, validation, engine)
+    run.tokens_per_character = sum(file.header["n_loss_tokens"] for file in val_files) / max(1, n_characters)
+    start(run, checkpoint)
+    return run
+
+
+def start(run: Run, checkpoint: dict[str, Any] | None) -> None:
+    """Hand the model to the engine, and take over where a checkpoint of the same stage stood."""
+    run.engine.prepare(run.model)
+    if checkpoint and checkpoint["train_config"].get("stage") == run.config.stage:
+        run.continues = True
+        run.engine.load_state_dict(checkpoint)
+        data = checkpoint["data"]
+        run.state = State(
+            step=checkpoint["step"],
+            samples=data["samples"],
+            tokens=data["tokens"],
+            best_val_loss=checkpoint["best_val_loss"],
+            evals_without_gain=data["evals_without_gain"],
+        )
+
+
+def train_with_log(run: Run, argv: list[str]) -> None:
+    """The loop, with a log around it and, after it, what to do next."""
+    config, engine = run.config, run.engine
+    header = {
+        "stage": config.stage,
+        "train_config": config.to_dict(),
+        "model_config": run.model.config.to_dict(),
+        "n_parameters": run.model.parameter_count(),
+        "resumed_from_step": run.state.step,
+        "environment": {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "device": preflight.device_name(engine.device),
+            "dtype": str(engine.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "processes": engine.world_size,
+        },
+    }
+    log = RunLog(engine.is_main, config.log_to, config.stage, run.state.step, config.max_steps, header)
+    try:
+        state = train(run, log)
+    finally:
+        log.close()
+    if engine.is_main:
+        best, last = run.checkpoint_path(), run.checkpoint_path("_last")
+        print(f"step {state.step:,}, best validation loss {state.best_val_loss:.4f} ({best}); log: {log.path}")
+        print(
+            f"to go on: {engine.command} {shlex.join(without_flag(argv, '--from_checkpoint'))} --from_checkpoint {last}"
+        )
+
+
+def without_flag(argv: list[str], flag: str) -> list[str]:
+    """The arguments less one flag and its value."""
+    kept, skip = [], False
+    for argument in argv:
+        if not skip and argument != flag and not argument.startswith(flag + "="):
+            kept.append(argument)
+        skip = argument == flag
+    return kept
+
+
+def main(engine_class: type[Engine] = Engine) -> None:
+    parser = Parser(sys.modules["__main__"].__doc__ or __doc__, ModelConfig, TrainConfig)
+    parser.add_argument(
+        "-t", "--training", default="pretrain", help="training config: NAME of config/NAME.json, or a path"
+    )
+    parser.add_argument("-m", "--model", default=None, help="model config, likewise [default: model]")
+    parser.add_argument("--check", action="store_true", help="overfit one batch, to see whether the set-up can learn")
+    args, overrides = parser.parse()
+    config, explicit, defaults = read_configs(args, overrides)
+    engine = engine_class(config)
+    run = set_up(config, explicit, defaults, engine)
+    if args.check:
+        preflight.check_learning(run, LOSSES[config.loss])
+        return
+    if engine.is_main:
+        preflight.report(run)
+    train_with_log(run, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    run(main)
