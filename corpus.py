@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from configuration import UserError
 from tokenizer import Messages
 
-CHUNK = 1 << 24  # bytes of a file held at a time
+CHUNK = 1 << 22  # bytes of a file held at a time
 LONGEST_DOCUMENT = 4 * CHUNK  # characters; a longer one is treated as running text
 TEXT_SUFFIXES = (".txt", ".md", ".text", ".jsonl")
 ROLES = ("system", "user", "assistant")

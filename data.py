@@ -93,6 +93,7 @@ def scan(stage: str, sources: list[Source], bad_lines: BadLines) -> Scan:
                     result.hashes.append(unit_hash(conversation_text(messages)))
                     for message in messages:
                         result.see(message["content"])
+                        result.seen[ord("\n")] |= message["role"] == "system"  # the template puts one after it
             else:
                 for text, is_document in corpus.documents(source, bad_lines, progress):
                     if is_document:
@@ -119,8 +120,8 @@ def split_units(hashes: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np
 
 def write_split_files(
     scanned: Scan, tokenizer: Tokenizer, output: Path, val_fraction: float, block_size: int, bad_lines: BadLines
-) -> None:
-    """The second pass over one stage's files: encode every unit into the training or the validation file."""
+) -> list[str]:
+    """The second pass over one stage's files: encode every unit into its split's file; returns lines to report."""
     stage, is_sft = scanned.stage, scanned.stage == "sft"
     hashes = np.array(scanned.hashes, dtype=np.uint64)
     keep, is_val = split_units(hashes, val_fraction)
@@ -173,7 +174,7 @@ def write_split_files(
         }
         for split, writer in writers.items():
             writer.finish({**shared, "split": split})
-    report(writers, paths, shared, block_size)
+    return report(writers, paths, shared, block_size)
 
 
 def check_lengths(writers: dict[str, TokenFileWriter], scanned: Scan, block_size: int) -> None:
@@ -203,7 +204,8 @@ def baselines(writers: dict[str, TokenFileWriter], scanned: Scan) -> dict[str, f
 
 def report(
     writers: dict[str, TokenFileWriter], paths: dict[str, Path], shared: dict[str, Any], block_size: int
-) -> None:
+) -> list[str]:
+    lines = []
     for split, writer in writers.items():
         line = f"{paths[split]}: {writer.n_tokens:,} tokens"
         if writer.mask_file is not None:
@@ -216,13 +218,14 @@ def report(
                 )
         elif writer.n_tokens < block_size + 1:
             line += f"; shorter than one window of {block_size} + 1: a poor measure"
-        print(line)
+        lines.append(line)
     if shared["duplicates_removed"]:
-        print(f"{shared['duplicates_removed']:,} exact duplicates removed")
+        lines.append(f"{shared['duplicates_removed']:,} exact duplicates removed")
     unknown = sum(writer.n_unknown for writer in writers.values())
     if unknown:
         total = sum(writer.n_tokens for writer in writers.values())
-        print(f"{unknown:,} of {total:,} tokens are <|unknown|>: characters that the tokenizer does not have")
+        lines.append(f"{unknown:,} of {total:,} tokens are <|unknown|>: characters that the tokenizer does not have")
+    return lines
 
 
 def make_tokenizer(kind: str, vocab_size: int, scans: list[Scan]) -> Tokenizer:
@@ -367,12 +370,14 @@ def main() -> None:
     bad_lines = BadLines(args.max_bad_lines)
     scans = [scan(stage, group, bad_lines) for stage, group in by_stage.items()]
     tokenizer = make_tokenizer(args.tokenizer or "char", args.vocab_size, scans)
+    lines = []
     for result in scans:
-        write_split_files(result, tokenizer, output, args.val_fraction, args.block_size, bad_lines)
+        lines += write_split_files(result, tokenizer, output, args.val_fraction, args.block_size, bad_lines)
     tokenizer.save(output / "tokenizer.json")
+    print("\n".join(lines))
     size, seconds = sum(source.bytes for source in sources) / 1e6, time.perf_counter() - began
     print(f"{output / 'tokenizer.json'}: {tokenizer.kind}, vocabulary {tokenizer.vocab_size:,}")
-    print(f"{size:.1f} MB prepared in {seconds:.1f} s ({size / seconds:.0f} MB/s)")
+    print(f"{size:.1f} MB prepared in {seconds:.1f} s")
 
 
 if __name__ == "__main__":

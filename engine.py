@@ -76,7 +76,7 @@ class Engine:
         return share.detach()
 
     def step(self, lr_scale: float) -> float:
-        """Clip the gradient and take the optimizer's step; returns the gradient's norm. If not finite, nothing moves."""
+        """Clip the gradient and take the optimizer's step; returns the gradient's norm (not finite: nothing moves)."""
         scale_learning_rates(self.optimizer, lr_scale)
         for optimizer in getattr(self.optimizer, "optimizers", [self.optimizer]):
             self.scaler.unscale_(optimizer)
@@ -106,8 +106,11 @@ class Engine:
 
     def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
         """Take over optimizer and random states; the weights are the model's already."""
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
+            for group, values in zip(self.optimizer.param_groups, settings, strict=True):
+                group.update(values)  # rates and decays are this run's, not the checkpoint's
         except (ValueError, KeyError):
             raise UserError(
                 f"the checkpoint was trained with another optimizer than {self.config.optimizer}; keep its optimizer"

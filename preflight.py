@@ -23,7 +23,8 @@ def device_name(device: torch.device) -> str:
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Measured rate of a matrix product in FLOP/s: the ceiling that model FLOPs are compared with."""
     n = 4096 if device.type == "cuda" else 512
-    a = torch.randn(n, n, device=device, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(0)  # its own: training's random numbers are not touched
+    a = torch.randn(n, n, device=device, dtype=dtype, generator=generator)
     best = math.inf
     for _ in range(6):
         synchronise(device)

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import sys
 import time
 from pathlib import Path
 from types import FrameType
@@ -34,6 +35,7 @@ class RunLog:
             disable=not is_main,
             dynamic_ncols=True,
             smoothing=0.05,
+            mininterval=0.2 if sys.stderr.isatty() else 20,  # a file wants fewer lines than a terminal
         )
         if not is_main:
             return

@@ -358,8 +358,8 @@ def open_data(
     for file in (file for pair in pairs for file in pair):
         if file.header.get("tokenizer") != tokenizer.fingerprint():
             raise UserError(
-                f"{file.path} was prepared with another vocabulary ({file.header.get('vocab_size')} tokens) than that "
-                f"of {tokenizer_from} ({tokenizer.vocab_size}); prepare the data again, or use the checkpoint made with it"
+                f"{file.path} was prepared with another vocabulary ({file.header.get('vocab_size')} tokens) "
+                f"than that of {tokenizer_from} ({tokenizer.vocab_size}); prepare it again"
             )
     return [train for train, _ in pairs], [val for _, val in pairs]
 

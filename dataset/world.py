@@ -1,6 +1,6 @@
 """Writes the built-in corpus: a small invented world in English and Chinese, for the quickstart.
 
-    python dataset/world.py             writes dataset/pretrain.txt, sft.jsonl and held_out.jsonl (never over other files)
+    python dataset/world.py     writes dataset/pretrain.txt, sft.jsonl and held_out.jsonl (never over other files)
 
 Pretraining text states facts about invented islands, each in several wordings, and shows sums, spelling, counting and
 reversing. Fine-tuning asks about them. The questions in held_out.jsonl occur nowhere else, in no wording and in neither
@@ -15,16 +15,16 @@ import sys
 from pathlib import Path
 
 SEED = 20240601
-N_ISLANDS = 32
-STATEMENTS_PER_FACT = 12  # in each language
-N_SUMS, N_WORDS, N_ASKED_SUMS, N_ASKED_WORDS = 7000, 2600, 1500, 600
+N_ISLANDS = 30
+TELLINGS = 16  # of every fact, in each language
+N_SUMS, N_WORDS, N_ASKED = 2400, 1500, 500
 HELD_OUT = {"fact": 120, "sum": 40, "reverse": 16, "spell": 12, "count": 12}
 
 VALUES = {
-    "animal": "fox 狐狸,bear 熊,wolf 狼,heron 鹭,otter 水獭,seal 海豹,deer 鹿,hare 野兔,crab 螃蟹,owl 猫头鹰,whale 鲸,goat 山羊",
-    "colour": "red 红色,blue 蓝色,green 绿色,white 白色,black 黑色,yellow 黄色,purple 紫色,orange 橙色,grey 灰色,pink 粉色",
-    "fruit": "plum 李子,pear 梨,fig 无花果,lemon 柠檬,melon 甜瓜,grape 葡萄,peach 桃子,cherry 樱桃,mango 芒果,apple 苹果",
-    "instrument": "drum 鼓,flute 笛子,harp 竖琴,violin 小提琴,horn 号角,bell 铃铛,piano 钢琴,lute 琵琶,gong 锣,guitar 吉他",
+    "animal": "fox 狐狸,bear 熊,wolf 狼,heron 鹭,otter 水獭,seal 海豹,deer 鹿,hare 野兔,crab 螃蟹,owl 猫头鹰",
+    "colour": "red 红色,blue 蓝色,green 绿色,white 白色,black 黑色,yellow 黄色,purple 紫色,grey 灰色",
+    "fruit": "plum 李子,pear 梨,fig 无花果,lemon 柠檬,melon 甜瓜,grape 葡萄,peach 桃子,cherry 樱桃",
+    "instrument": "drum 鼓,flute 笛子,harp 竖琴,violin 小提琴,horn 号角,bell 铃铛,piano 钢琴,gong 锣",
 }
 # statements and questions: {i} is the island, {v} the value
 FACTS = {
@@ -69,9 +69,9 @@ FACTS = {
 }
 SKILLS = {
     "sum": (
-        ["{a} + {b} = {v}.", "The sum of {a} and {b} is {v}."],
+        ["{a} + {b}: {v}"],
         ["What is {a} + {b}?", "What is the sum of {a} and {b}?"],
-        ["{a}加{b}等于{v}。", "{a}与{b}的和是{v}。"],
+        ["{a}加{b}：{v}"],
         ["{a}加{b}等于多少？", "{a}与{b}的和是多少？"],
     ),
     "reverse": (
@@ -113,29 +113,31 @@ def invented_word(random: random.Random) -> str:
     return "".join(random.choice("aeiou" if (i + start) % 2 else "bcdfghklmnprstvwyz") for i in range(length))
 
 
-def make_facts(random: random.Random) -> list[tuple[str, dict[str, str], dict[str, str]]]:
-    """(attribute, fields of the English sentence, fields of the Chinese one) of every fact."""
+def make_islands(random: random.Random) -> list[dict[str, list[dict[str, str]]]]:
+    """Islands, each with the fields of the English and the Chinese sentence for every kind of fact."""
     taken: set[str] = set()
-    choices = {name: [tuple(pair.split()) for pair in text.split(",")] for name, text in VALUES.items()}
-    facts = []
+    choices = {name: [pair.split() for pair in text.split(",")] for name, text in VALUES.items()}
+    islands = []
     for _ in range(N_ISLANDS):
-        island = invented_name(random, taken)
-        for attribute in FACTS:
-            value = invented_name(random, taken) if attribute == "capital" else random.choice(choices[attribute])
-            facts.append((attribute, {"i": island[0], "v": value[0]}, {"i": island[1], "v": value[1]}))
-    return facts
+        names = invented_name(random, taken)
+        values = {f: random.choice(choices[f]) if f in choices else invented_name(random, taken) for f in FACTS}
+        islands.append({f: [{"i": i, "v": v} for i, v in zip(names, values[f], strict=True)] for f in FACTS})
+    return islands
 
 
-def skill_value(skill: str, fields: dict[str, str]) -> str:
+def worked_sum(a: int, b: int, language: int) -> str:
+    """The sum of two numbers below 100 as one writes it out: ones, then tens with the carry."""
+    carry, ones = divmod(a % 10 + b % 10, 10)
+    tens = a // 10 + b // 10 + carry
+    form = ("{} + {} = {}, {} + {} + {} = {}, so {}.", "{}加{}得{}，{}加{}加{}得{}，所以是{}。")[language]
+    return form.format(a % 10, b % 10, 10 * carry + ones, a // 10, b // 10, carry, tens, a + b)
+
+
+def skill_fields(skill: str, item: tuple[int, int] | str, language: int) -> dict[str, str]:
+    """What fills the sentences and questions of a skill: the operands, and the answer as v."""
     if skill == "sum":
-        return str(int(fields["a"]) + int(fields["b"]))
-    word = fields["w"]
-    return {"reverse": word[::-1], "spell": "-".join(word), "count": str(len(word))}[skill]
-
-
-def skill_fields(skill: str, item: tuple[int, int] | str) -> dict[str, str]:
-    fields = {"a": str(item[0]), "b": str(item[1])} if skill == "sum" else {"w": item}
-    return {**fields, "v": skill_value(skill, fields)}
+        return {"a": str(item[0]), "b": str(item[1]), "v": worked_sum(*item, language)}
+    return {"w": item, "v": {"reverse": item[::-1], "spell": "-".join(item), "count": str(len(item))}[skill]}
 
 
 def capitalised(text: str) -> str:
@@ -147,44 +149,50 @@ def make_world() -> tuple[list[str], list[dict[str, str]], list[dict[str, str]]]
     rng = random.Random(SEED)
     sentences, asked, held_out = [], [], []
 
-    facts = make_facts(rng)
-    rng.shuffle(facts)
-    for number, (attribute, *fields) in enumerate(facts):
-        templates = FACTS[attribute]
+    islands = make_islands(rng)
+    kept_back = set(rng.sample([(i, name) for i in range(N_ISLANDS) for name in FACTS], HELD_OUT["fact"] // 2))
+    for i, island in enumerate(islands):
         for language in (0, 1):
-            statements, questions = templates[2 * language], templates[2 * language + 1]
-            for i in range(STATEMENTS_PER_FACT):
-                sentences.append(capitalised(statements[i % len(statements)].format(**fields[language])))
-            answer = fields[language]["v"]
-            samples = [{"question": q.format(**fields[language]), "answer": answer} for q in questions]
-            if number < HELD_OUT["fact"] // 2:
-                held_out.append(rng.choice(samples))
-            else:
-                asked += samples
+            for _ in range(TELLINGS):
+                told = [capitalised(rng.choice(FACTS[n][2 * language]).format(**island[n][language])) for n in FACTS]
+                rng.shuffle(told)
+                sentences += [" ".join(told[:2]), " ".join(told[2:])]  # a name that comes back is one to copy
+            for name, fields in island.items():
+                statements, questions = FACTS[name][2 * language : 2 * language + 2]
+                answer = statements[0].format(**fields[language])
+                samples = [{"question": q.format(**fields[language]), "answer": answer} for q in questions]
+                if (i, name) in kept_back:
+                    held_out.append(rng.choice(samples))
+                else:
+                    asked += samples
 
-    sums = rng.sample([(a, b) for a in range(100) for b in range(100)], N_SUMS + HELD_OUT["sum"])
+    sums = rng.sample([(a, b) for a in range(10, 100) for b in range(10, 100)], N_SUMS + HELD_OUT["sum"])
     n_words = N_WORDS + sum(HELD_OUT[skill] for skill in ("reverse", "spell", "count"))
     words = set()
     while len(words) < n_words:
         words.add(invented_word(rng))
     words = rng.sample(sorted(words), n_words)
-    for skill, (english, english_questions, chinese, chinese_questions) in SKILLS.items():
-        pool, n_asked = (sums, N_ASKED_SUMS) if skill == "sum" else (words, N_ASKED_WORDS)
+    pools = {skill: sums if skill == "sum" else words for skill in SKILLS}
+
+    def asked_and_told(skill: str, item: tuple[int, int] | str) -> tuple[dict[str, str], str]:
+        language = rng.randrange(2)
+        fields = skill_fields(skill, item, language)
+        statements, questions = SKILLS[skill][2 * language : 2 * language + 2]
+        question = rng.choice(questions).format(**fields)
+        return {"question": question, "answer": fields["v"]}, capitalised(rng.choice(statements).format(**fields))
+
+    for skill, pool in pools.items():
         for _ in range(HELD_OUT[skill]):
             item = pool.pop()
             if skill == "sum" and item[::-1] in pool:
                 pool.remove(item[::-1])  # b + a would give a + b away
-            fields = skill_fields(skill, item)
-            question = rng.choice(english_questions + chinese_questions).format(**fields)
-            held_out.append({"question": question, "answer": fields["v"]})
-    for skill, (english, english_questions, chinese, chinese_questions) in SKILLS.items():
-        pool, n_asked = (sums, N_ASKED_SUMS) if skill == "sum" else (words, N_ASKED_WORDS)
+            held_out.append(asked_and_told(skill, item)[0])
+    for skill, pool in pools.items():
         for i, item in enumerate(pool):
-            fields = skill_fields(skill, item)
-            sentences.append(capitalised(rng.choice(english + chinese).format(**fields)))
-            if i < n_asked:
-                question = rng.choice(english_questions + chinese_questions).format(**fields)
-                asked.append({"question": question, "answer": fields["v"]})
+            sample, sentence = asked_and_told(skill, item)
+            sentences.append(sentence)
+            if i < N_ASKED:
+                asked.append(sample)
     rng.shuffle(sentences)
     rng.shuffle(asked)
     return sentences, asked, held_out

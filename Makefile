@@ -1,0 +1,40 @@
+# make setup: the environment in .venv | make quickstart: a text file to a model that answers | make test | make lint
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.PHONY: setup quickstart test lint clean
+
+setup: $(VENV)/.requirements
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.requirements: requirements.txt | $(VENV)/bin/python
+	$(PY) -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	@touch $@
+
+$(VENV)/.requirements-dev: requirements.txt requirements-dev.txt $(VENV)/.requirements
+	$(PY) -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+	@touch $@
+
+quickstart: setup
+	$(PY) dataset/world.py
+	$(PY) data.py dataset/pretrain.txt dataset/sft.jsonl
+	$(PY) train.py -t pretrain
+	$(PY) train.py -t sft
+	$(PY) plot_loss.py -n $$(ls -t train_*.log | head -n 2 | tac) -o quickstart.png
+	@for question in "What is 37 + 5?" "How is the word tomir spelled?" "娜卡诺的首都是哪里？"; do \
+		echo "> $$question"; $(PY) inference.py -i -m checkpoint/sft.pt -t 0 -p "$$question"; done
+	$(PY) inference.py -m checkpoint/sft.pt --evaluate dataset/held_out.jsonl
+
+test: $(VENV)/.requirements-dev
+	$(PY) -m pytest
+
+lint: $(VENV)/.requirements-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache __pycache__ tests/__pycache__

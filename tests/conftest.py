@@ -1,0 +1,112 @@
+"""What the tests share: a folder to work in, scripts called as a user calls them, and a tiny corpus."""
+
+import importlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from configuration import run
+
+ROOT = Path(__file__).parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+TINY = ["--n_layer", "2", "--n_head", "2", "--n_embd", "16", "--block_size", "16"]
+FAST = ["--batch_size", "4", "--gradient_accumulation_steps", "2", "--device", "cpu", "--warmup_iters", "2"]
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads would only wait for each other
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """An empty working folder, with the project's configs found beside the scripts."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def call(work, monkeypatch, capsys):
+    """Run a script's main() in this process: call("data.py", "text.txt") -> Result(status, out, err)."""
+
+    def calling(script: str, *argv: str) -> Result:
+        module = importlib.import_module(script.removesuffix(".py"))
+        monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
+        monkeypatch.setattr(sys.modules["__main__"], "__doc__", module.__doc__)
+        capsys.readouterr()
+        status = 0
+        message = ""
+        try:
+            run(module.main)
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+            message = f"{end.code}\n" if isinstance(end.code, str) else ""
+        out, err = capsys.readouterr()
+        return Result(status, out, err + message)
+
+    return calling
+
+
+def start_script(script: str, *argv: str, cwd: Path, **options) -> subprocess.Popen:
+    """Start a script as a process of its own, as a user would."""
+    return subprocess.Popen(
+        [sys.executable, ROOT / script, *map(str, argv)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        **options,
+    )
+
+
+def run_script(script: str, *argv: str, cwd: Path, stdin: str | None = None) -> Result:
+    process = start_script(script, *argv, cwd=cwd, stdin=subprocess.PIPE)
+    out, err = process.communicate(stdin, timeout=300)
+    return Result(process.returncode, out, err)
+
+
+def make_text(n_characters: int = 6000, seed: int = 0) -> str:
+    rng = random.Random(seed)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "你好", "世界", "éclair", "🙂"]
+    text = ""
+    while len(text) < n_characters:
+        text += rng.choice(words) + rng.choice([" ", " ", ", ", ".\n"])
+    return text[:n_characters]
+
+
+def make_samples(n: int = 60, seed: int = 0) -> list[dict]:
+    rng = random.Random(seed)
+    return [{"question": f"q{i} " + "a" * rng.randint(0, 5), "answer": "b" * rng.randint(1, 4)} for i in range(n)]
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def prepared(work, call):
+    """A working folder in which data.py has prepared a tiny corpus for both stages."""
+    (work / "dataset").mkdir()
+    (work / "dataset" / "pretrain.txt").write_text(make_text(), encoding="utf-8")
+    write_jsonl(work / "dataset" / "sft.jsonl", make_samples())
+    assert call("data.py", "--block_size", "16").status == 0
+    return work
+
+
+def read_log(path: Path, kind: str) -> list[dict]:
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [record for record in records if record["type"] == kind]

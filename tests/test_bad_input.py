@@ -1,0 +1,295 @@
+"""A user's mistakes: one clear line, a non-zero exit, and nothing written or changed."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_samples, make_text, run_script, write_jsonl
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {str(path): path.read_bytes() for path in files}
+
+
+def refused(result, *words: str) -> None:
+    assert result.status != 0
+    error = result.err.strip().splitlines()
+    assert 1 <= len(error) <= 2 and "Traceback" not in result.err, result.err
+    assert error[-1].startswith("error: ")
+    for word in words:
+        assert word in result.err, result.err
+
+
+@pytest.fixture
+def trained(call, prepared):
+    (prepared / "t.json").write_text(
+        json.dumps(
+            {
+                "stage": "pretrain",
+                "block_size": 16,
+                "n_layer": 1,
+                "n_head": 2,
+                "n_embd": 16,
+                "batch_size": 2,
+                "gradient_accumulation_steps": 1,
+                "max_steps": 2,
+                "warmup_iters": 1,
+                "eval_iters": 1,
+                "device": "cpu",
+            }
+        ),
+        encoding="utf-8",
+    )
+    assert call("train.py", "-t", "t.json").status == 0
+    for log in prepared.glob("*.log"):
+        log.unlink()
+    return prepared
+
+
+BAD_RAW = {
+    "missing": ("no such file", None),
+    "empty": ("is empty", b""),
+    "blank": ("no text", b"\n \n"),
+    "latin1": ("not UTF-8 text: byte 0xe9 at 3", "caf\xe9 au lait, s'il vous pla\xeet".encode("latin-1")),
+    "late": ("byte 0xff at 5000000", b"a" * 5_000_000 + b"\xff" + b"b" * 100),
+    "utf16": ("UTF-16", "hello there".encode("utf-16")),
+    "binary": ("binary", b"\0\1\2\3" * 100),
+    "short": ("fewer than one window", b"too short"),
+    "gzip": ("damaged gzip", b"\x1f\x8bnonsense that is not gzip"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RAW)
+def test_bad_raw_text(call, work, name):
+    message, contents = BAD_RAW[name]
+    path = work / ("x.txt.gz" if name == "gzip" else "x.txt")
+    if contents is not None:
+        path.write_bytes(contents)
+    before = snapshot(work)
+    refused(call("data.py", path.name), path.name, message)
+    assert snapshot(work) == before
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"question": "q", "answer": "a"}'], "at least 2"),
+        (['{"q": "a"}'] * 20, '"question"'),
+        (["not json"] * 20, "x.jsonl"),
+        ([json.dumps(s) for s in make_samples(5)] + ['{"question": 1, "answer": "a"}'] * 20, "line 16"),
+        ([json.dumps(s) for s in make_samples(5)] + ['{"messages": []}'] * 20, "bad lines"),
+        (
+            [json.dumps(s) for s in make_samples(5)]
+            + [json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]})] * 20,
+            "user where assistant is due",
+        ),
+    ],
+)
+def test_bad_jsonl(call, work, lines, message):
+    (work / "x.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    before = snapshot(work)
+    result = call("data.py", "x.jsonl")
+    assert result.status != 0 and "Traceback" not in result.err
+    assert message in result.err.strip().splitlines()[-1]
+    assert snapshot(work) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], ["nothing to prepare", "dataset/pretrain.txt"]),
+        (["folder"], ["folder", "no .txt"]),
+        (["x.txt", "--val_fraction", "1.5"], ["val_fraction"]),
+        (["x.txt", "--val_fraction", "much"], ["val_fraction"]),
+        (["x.txt", "--tokenizer", "none.json"], ["none.json", "no such file"]),
+        (["x.txt", "--tokenizer", "bpe", "--vocab_size", "10"], ["vocab_size"]),
+        (["x.txt", "--tokeniser", "bpe"], ["--tokeniser", 'did you mean "--tokenizer"']),
+        (["--inspect", "x.txt"], ["x.txt", "not a token file"]),
+        (["--inspect", "none.bin"], ["none.bin", "no such file"]),
+    ],
+)
+def test_bad_data_commands(call, work, argv, words):
+    (work / "x.txt").write_text(make_text(), encoding="utf-8")
+    (work / "folder").mkdir()
+    before = snapshot(work)
+    refused(call("data.py", *argv), *words)
+    assert snapshot(work) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--batch_size", "0"], ["batch_size must be at least 1, got 0"]),
+        (["--gradient_accumulation_steps", "0"], ["gradient_accumulation_steps"]),
+        (["--max_steps", "0"], ["max_steps"]),
+        (["--batch_size", "many"], ["batch_size must be an integer", "many"]),
+        (["--learning_rate", "-1"], ["learning_rate must be above 0"]),
+        (["--learning_rate", "nan"], ["learning_rate"]),
+        (["--learning_rate", "1e-9"], ["min_lr", "learning_rate"]),
+        (["--decay_lr", "maybe"], ["decay_lr must be true or false"]),
+        (["--optimizer", "adam"], ["did you mean adamw"]),
+        (["--batchsize", "4"], ["--batchsize", 'did you mean "--batch_size"']),
+        (["--batch_size"], ["--batch_size", "expected one argument"]),
+        (["--n_embd", "30", "--n_head", "4"], ["n_embd (30) must be divisible by n_head (4)"]),
+        (["--n_embd", "6"], ["even head size"]),
+        (["--n_head", "4", "--n_kv_head", "3"], ["n_kv_head"]),
+        (["--is_causal", "false"], ["full attention"]),
+        (["--vocab_size", "17"], ["vocab_size is 17", "tokenizer"]),
+        (["--block_size", "100000"], ["fewer than one window"]),
+        (["--device", "cuda:9"], ["cuda:9", "does not exist"]),
+        (["--device", "gpu"], ["'gpu'", "not a device's name"]),
+        (["--stage", "../x"], ["stage"]),
+        (["--log_to", "paper"], ["log_to", "tensorboard"]),
+        (["--dataset_path", '[["a.bin"]]'], ["dataset_path", "pairs"]),
+        (["--dataset_path", '[["a.bin", "b.bin"]]'], ["a.bin", "no such file"]),
+        (["--tokenizer_path", "none.json"], ["none.json", "no such file"]),
+        (["--from_checkpoint", "checkpoint/none.pt"], ["none.pt", "no such checkpoint", "checkpoint/pretrain.pt"]),
+        (["--from_checkpoint", "checkpoint/pretrain.pt", "--n_layer", "3"], ["n_layer is 3 here, 1 in"]),
+        (["--from_checkpoint", "checkpoint/pretrain.pt", "--optimizer", "sgd"], ["optimizer"]),
+        (["-t", "pretrian"], ["pretrian", 'did you mean "pretrain"']),
+        (["-t", "bad.json"], ["bad.json", "line 2, column 3"]),
+        (["-t", "field.json"], ["field.json", '"learning_rat"', 'did you mean "learning_rate"']),
+        (["-t", "type.json"], ["type.json", "batch_size must be an integer"]),
+        (["-t", "twice.json"], ["twice.json", "batch_size", "twice"]),
+        (["-t", "list.json"], ["list.json", "JSON object"]),
+        (["-t", "latin.json"], ["latin.json", "not UTF-8"]),
+        (["-m", "field.json"], ["field.json", '"learning_rat"']),
+    ],
+)
+def test_bad_training_commands(call, trained, overrides, words):
+    (trained / "bad.json").write_text("{\n  batch_size: 3}", encoding="utf-8")
+    (trained / "field.json").write_text('{"learning_rat": 1e-3}', encoding="utf-8")
+    (trained / "type.json").write_text('{"batch_size": "12"}', encoding="utf-8")
+    (trained / "twice.json").write_text('{"batch_size": 1, "batch_size": 2}', encoding="utf-8")
+    (trained / "list.json").write_text("[]", encoding="utf-8")
+    (trained / "latin.json").write_bytes(b'{"stage": "\xe9"}')
+    before = snapshot(trained)
+    argv = overrides if "-t" in overrides else ["-t", "t.json", *overrides]
+    refused(call("train.py", *argv), *words)
+    assert snapshot(trained) == before
+
+
+def test_data_of_another_vocabulary_is_refused(call, trained):
+    (trained / "other.txt").write_text("other characters: ЖЩЮ " * 100, encoding="utf-8")
+    assert call("data.py", "other.txt", "--block_size", "16", "--output", "other").status == 0
+    data = json.dumps([["other/pretrain_train.bin", "other/pretrain_val.bin"]])
+    before = snapshot(trained)
+    refused(call("train.py", "-t", "t.json", "--dataset_path", data), "other/pretrain_train.bin", "another vocabulary")
+    args = ("--dataset_path", data, "--from_checkpoint", "checkpoint/pretrain.pt")
+    refused(call("train.py", "-t", "t.json", *args), "checkpoint/pretrain.pt")
+    assert snapshot(trained) == before
+
+
+class Malice:
+    def __reduce__(self):
+        return (Path.write_text, (Path("owned.txt"), "code was run"))
+
+
+def bad_checkpoint(folder: Path, kind: str) -> str:
+    """Write a checkpoint that must be refused; returns a word of the message."""
+    good = folder / "checkpoint" / "pretrain.pt"
+    path = folder / "bad.pt"
+    contents = torch.load(good, weights_only=True)
+    if kind == "truncated":
+        path.write_bytes(good.read_bytes()[:-500])
+        return "truncated"
+    if kind == "empty":
+        path.write_bytes(b"")
+        return "bad.pt"
+    if kind == "text":
+        path.write_text("hello", encoding="utf-8")
+        return "bad.pt"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Malice()))
+        return "tensors and plain values"
+    if kind == "malicious":
+        contents["train_config"] = Malice()
+        word = "tensors and plain values"
+    elif kind == "shape":
+        contents["model"]["norm.weight"] = torch.ones(5)
+        word = "norm.weight"
+    elif kind == "layers":
+        contents["model_config"]["n_layer"] = 10**9
+        word = "layers"
+    elif kind == "huge":
+        contents["model_config"].update(n_embd=2**40, n_hidden=2**40)
+        word = "do not fit"
+    elif kind == "tensor":
+        contents = torch.ones(3)
+        word = "not a checkpoint of this toolkit"
+    elif kind == "format":
+        contents["format"] = 99
+        word = "format 99"
+    elif kind == "missing":
+        del contents["step"]
+        word = "step is missing"
+    torch.save(contents, path)
+    return word
+
+
+@pytest.mark.parametrize("script", ["train.py", "inference.py"])
+@pytest.mark.parametrize(
+    "kind",
+    ["truncated", "empty", "text", "pickle", "malicious", "shape", "layers", "huge", "tensor", "format", "missing"],
+)
+def test_bad_checkpoints(call, trained, script, kind):
+    word = bad_checkpoint(trained, kind)
+    before = snapshot(trained)
+    if script == "train.py":
+        result = call(script, "-t", "t.json", "--from_checkpoint", "bad.pt")
+    else:
+        result = call(script, "-m", "bad.pt", "-p", "the ")
+    refused(result, "bad.pt", word)
+    assert snapshot(trained) == before and not (trained / "owned.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["-m", "none.pt"], ["none.pt", "no such checkpoint"]),
+        (["-m", "checkpoint"], ["checkpoint", "not a file"]),
+        (["-t", "-1"], ["temperature must be at least 0"]),
+        (["-k", "0"], ["top_k must be at least 1"]),
+        (["--top_p", "2"], ["top_p"]),
+        (["-l", "x"], ["max_length must be an integer"]),
+        (["--num_samples", "0"], ["num_samples"]),
+        (["--device", "cuda:7"], ["cuda:7"]),
+        (["--evaluate", "none.jsonl"], ["none.jsonl"]),
+        (["-p", ""], ["empty"]),
+        (["--promt", "x"], ["--promt", 'did you mean "--prompt"']),
+    ],
+)
+def test_bad_inference_commands(call, trained, argv, words):
+    base = [] if "-m" in argv else ["-m", "checkpoint/pretrain.pt"]
+    base += [] if "-p" in argv else ["-p", "the "]
+    refused(call("inference.py", *base, *argv), *words)
+
+
+def test_mistakes_end_real_processes_with_one_line(tmp_path):
+    for command in (
+        ["data.py"],
+        ["train.py", "-t", "nowhere"],
+        ["train.py"],
+        ["inference.py", "-m", "none.pt"],
+        ["plot_loss.py", "-n", "none.log"],
+    ):
+        result = run_script(*command, cwd=tmp_path)
+        assert result.status != 0 and result.out == ""
+        assert result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_leaves_does_no_harm(tmp_path):
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    write_jsonl(tmp_path / "s.jsonl", make_samples(50))
+    command = f"{sys.executable} {ROOT / 'data.py'} s.jsonl --block_size 64 | true"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "dataset" / "tokenizer.json").exists()

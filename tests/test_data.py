@@ -1,0 +1,335 @@
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_samples, make_text, write_jsonl
+
+from batches import TokenFile, TrainBatches, ValidationBatches, prefetch
+from configuration import UserError
+from tokenizer import BOS, EOS, PADDING, RESPONSE, UNKNOWN, load_tokenizer
+
+
+def tokens_of(folder, stage, split):
+    return TokenFile(folder / f"{stage}_{split}.bin").tokens.tolist()
+
+
+def text_of(folder, stage, split):
+    return load_tokenizer(folder / "tokenizer.json").decode(tokens_of(folder, stage, split))
+
+
+def samples_of(path, tokenizer):
+    file = TokenFile(path)
+    pairs = zip(file.starts, file.starts[1:], strict=False)
+    return [tokenizer.decode(file.tokens[a:b]) for a, b in pairs]
+
+
+def test_running_text_is_split_by_position(call, work):
+    text = make_text(5000)
+    (work / "a.txt").write_text(text, encoding="utf-8")
+    assert call("data.py", "a.txt", "--block_size", "16", "--val_fraction", "0.2").status == 0
+    assert text_of(work / "dataset", "pretrain", "train") == text[:4000]
+    assert text_of(work / "dataset", "pretrain", "val") == text[4000:]
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "folder", "two"])
+def test_files_folders_and_gzip_give_the_same_text(call, work, name):
+    text = make_text(5000)
+    (work / "folder").mkdir()
+    (work / "folder" / "1.txt").write_text(text[:2000], encoding="utf-8")
+    (work / "folder" / "2.md").write_text(text[2000:], encoding="utf-8")
+    with gzip.open(work / "a.txt.gz", "wt", encoding="utf-8") as file:
+        file.write(text)
+    paths = ["folder/1.txt", "folder/2.md"] if name == "two" else [name]
+    assert call("data.py", *paths, "--block_size", "16").status == 0
+    assert text_of(work / "dataset", "pretrain", "train") + text_of(work / "dataset", "pretrain", "val") == text
+
+
+def test_small_chunks_give_the_same_file_as_large_ones(call, work, monkeypatch):
+    import corpus
+
+    text = (
+        make_text(5000).replace("\n", "\r\n")
+        + "<|bos|>one document<|eos|>\n<|bos|>another 文档<|eos|>"
+        + make_text(500)
+    )
+    (work / "a.txt").write_bytes(text.encode("utf-8"))
+    monkeypatch.setattr(corpus, "CHUNK", 1 << 20)
+    assert call("data.py", "a.txt", "--block_size", "16", "--output", "large").status == 0
+    monkeypatch.setattr(corpus, "CHUNK", 97)
+    monkeypatch.setattr(corpus, "LONGEST_DOCUMENT", 1000)
+    assert call("data.py", "a.txt", "--block_size", "16", "--output", "small").status == 0
+    for split in ("train", "val"):
+        assert tokens_of(work / "small", "pretrain", split) == tokens_of(work / "large", "pretrain", split)
+    assert "\r" not in text_of(work / "small", "pretrain", "train")
+
+
+def test_the_same_input_gives_the_same_bytes(call, prepared):
+    before = {path.name: path.read_bytes() for path in (prepared / "dataset").iterdir()}
+    assert call("data.py", "--block_size", "16").status == 0
+    assert {path.name: path.read_bytes() for path in (prepared / "dataset").iterdir()} == before
+
+
+def test_documents_are_deduplicated_and_never_on_both_sides(call, work):
+    documents = [f"document {i % 40} " + "x" * 20 for i in range(100)]
+    write_jsonl(work / "a.jsonl", [{"text": document} for document in documents])
+    (work / "b.txt").write_text("".join(f"<|bos|>{document}<|eos|>\n" for document in documents), encoding="utf-8")
+    result = call("data.py", "a.jsonl", "b.txt", "--block_size", "16")
+    assert "160 exact duplicates removed" in result.out
+    sides = {}
+    for split in ("train", "val"):
+        ids = tokens_of(work / "dataset", "pretrain", split)
+        assert ids.count(BOS) == ids.count(EOS)
+        text = text_of(work / "dataset", "pretrain", split)
+        sides[split] = [d.removeprefix("<|bos|>") for d in text.split("<|eos|>") if d]
+    assert not set(sides["train"]) & set(sides["val"])
+    assert sorted(sides["train"] + sides["val"]) == sorted(set(documents))
+    assert len(sides["val"]) == 4
+
+
+def test_fine_tuning_samples_have_the_template_and_the_mask(call, work):
+    samples = make_samples(30)
+    conversation = [
+        {"role": "system", "content": "kind"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+        {"role": "assistant", "content": "four"},
+    ]
+    write_jsonl(work / "s.jsonl", [*samples, samples[0], {"messages": conversation}])
+    result = call("data.py", "s.jsonl", "--block_size", "64")
+    assert result.status == 0 and "1 exact duplicates removed" in result.out
+    tokenizer = load_tokenizer(work / "dataset" / "tokenizer.json")
+    found = [s for split in ("train", "val") for s in samples_of(work / "dataset" / f"sft_{split}.bin", tokenizer)]
+    expected = [f"<|InstructMark|>{s['question']}<|ResponseMark|>{s['answer']}<|eos|>" for s in samples]
+    expected.append(
+        "<|InstructMark|>kind\none<|ResponseMark|>two<|eos|><|InstructMark|>three<|ResponseMark|>four<|eos|>"
+    )
+    assert sorted(found) == sorted(expected)
+    for split in ("train", "val"):
+        file = TokenFile(work / "dataset" / f"sft_{split}.bin")
+        inside = False  # an answer begins after <|ResponseMark|> and ends with <|eos|>
+        for token, mask in zip(file.tokens.tolist(), file.loss_mask.tolist(), strict=True):
+            assert mask == inside
+            inside = token == RESPONSE or (inside and token != EOS)
+
+
+def test_other_programs_can_open_the_files(prepared):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    for name in ("pretrain_train", "sft_val"):
+        file, theirs = TokenFile(f"dataset/{name}.bin"), safetensors.load_file(f"dataset/{name}.bin")
+        assert theirs["tokens"].dtype == np.uint16 and (theirs["tokens"] == file.tokens).all()
+        if file.starts is not None:
+            assert (theirs["starts"] == file.starts).all() and (theirs["loss_mask"] == file.loss_mask).all()
+
+
+def test_large_vocabularies_get_wider_tokens(call, work):
+    (work / "a.txt").write_text(
+        "".join(map(chr, range(0x4E00, 0x9FFF)))
+        + "".join(map(chr, range(0x20000, 0x2A6DF))) * 2
+        + "".join(map(chr, range(0xAC00, 0xD7A4))),
+        "utf-8",
+    )
+    assert call("data.py", "a.txt", "--block_size", "16").status == 0
+    file = TokenFile("dataset/pretrain_train.bin")
+    assert file.tokens.dtype == np.uint32 and file.header["vocab_size"] > 1 << 16
+    assert file.tokens.max() == file.header["vocab_size"] - 1
+
+
+def test_a_reused_tokenizer_counts_what_it_does_not_know(call, prepared):
+    (prepared / "other.txt").write_text("the cat Ω sat Ω on the mat\n" * 20, encoding="utf-8")
+    result = call("data.py", "other.txt", "--tokenizer", "dataset/tokenizer.json", "--output", "o", "--block_size", "8")
+    assert result.status == 0 and "Ω" in result.err
+    assert "40 of" in result.out and "<|unknown|>" in result.out
+    assert sum(tokens_of(prepared / "o", "pretrain", s).count(UNKNOWN) for s in ("train", "val")) == 40
+
+
+def test_bpe_is_trained_and_used(call, work):
+    (work / "a.txt").write_text(make_text(8000), encoding="utf-8")
+    assert call("data.py", "a.txt", "--tokenizer", "bpe", "--vocab_size", "300", "--block_size", "16").status == 0
+    assert load_tokenizer("dataset/tokenizer.json").kind == "bpe"
+    assert text_of(work / "dataset", "pretrain", "train") == make_text(8000)[:7200]
+
+
+def test_bad_lines_are_skipped_with_their_numbers_up_to_a_limit(call, work):
+    lines = [json.dumps(sample) for sample in make_samples(20)]
+    lines[3], lines[7], lines[11] = '{"question": "no answer"}', "{not json", '{"question": "q", "answer": ""}'
+    (work / "s.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    result = call("data.py", "s.jsonl", "--block_size", "64")
+    assert result.status == 0
+    for number, word in ((4, '"answer" is missing'), (8, "not valid JSON"), (12, '"answer" is empty')):
+        assert f"line {number}: " in result.err and word in result.err
+    assert result.err.count("skipped") == 3
+    result = call("data.py", "s.jsonl", "--block_size", "64", "--max_bad_lines", "2", "--output", "other")
+    assert result.status != 0 and "more than 2 bad lines" in result.err
+    assert not list((work / "other").glob("*")) if (work / "other").exists() else True
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_inspect_tells_what_is_inside(call, prepared, stage):
+    result = call("data.py", "--inspect", f"dataset/{stage}_train.bin")
+    assert result.status == 0
+    header = TokenFile(f"dataset/{stage}_train.bin").header
+    assert (
+        f"{header['n_tokens']:,} tokens" in result.out and "<|eos|>" in result.out and "distinct samples" in result.out
+    )
+    if stage == "sft":
+        share = 1 - header["n_loss_tokens"] / header["n_tokens"]
+        assert f"masked out of the loss: {share:.1%}" in result.out
+
+
+# ------------------------------------------------------------------------------------------------------ batches
+
+
+def reader(folder, stage="pretrain", **changes):
+    options = {"block_size": 16, "vocab_size": 500, "batch_size": 4, "accumulation_steps": 2, "seed": 1, **changes}
+    return TrainBatches([TokenFile(folder / "dataset" / f"{stage}_train.bin")], **options)
+
+
+def test_an_epoch_holds_every_window_once(prepared):
+    batches = reader(prepared, batch_size=1, accumulation_steps=1)
+    tokens = TokenFile("dataset/pretrain_train.bin").tokens.astype(np.int64)
+    for epoch in (0, 1):
+        rows = [batches.at(epoch * batches.samples_per_epoch + i)[0] for i in range(batches.samples_per_epoch)]
+        starts = []
+        for row in rows:
+            window = torch.cat((row.idx[0], row.targets[0, -1:])).numpy()
+            places = [s for s in range(len(tokens) - 16) if (tokens[s : s + 17] == window).all()]
+            starts.append(places)
+        offset = batches.datasets[0]._offset[1]
+        expected = [offset + i * 16 for i in range(batches.samples_per_epoch)]
+        order = [next(s for s in places if s in expected) for places in starts]
+        assert sorted(order) == expected and order != expected
+        assert all(torch.equal(row.idx[0, 1:], row.targets[0, :-1]) for row in rows)
+
+
+def test_epochs_differ_and_seeds_differ(prepared):
+    batches = reader(prepared)
+    assert not torch.equal(batches.at(0)[0].idx, batches.at(batches.samples_per_epoch)[0].idx)
+    assert not torch.equal(batches.at(0)[0].idx, reader(prepared, seed=2).at(0)[0].idx)
+    assert torch.equal(batches.at(0)[0].idx, reader(prepared).at(0)[0].idx)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_global_batch_is_the_same_on_any_number_of_processes(prepared, stage, world_size):
+    whole = reader(prepared, stage, accumulation_steps=4).at(40)
+    parts = [
+        reader(prepared, stage, accumulation_steps=4, rank=r, world_size=world_size).at(40) for r in range(world_size)
+    ]
+    dealt = [parts[i % world_size][i // world_size] for i in range(4)]
+    for a, b in zip(whole, dealt, strict=True):
+        assert torch.equal(a.idx, b.idx) and torch.equal(a.targets, b.targets) and a.count == b.count
+
+
+def test_masked_batches_count_answers_only(prepared):
+    file = TokenFile("dataset/sft_train.bin")
+    batches = reader(prepared, "sft", batch_size=8, accumulation_steps=1, block_size=32)
+    total = 0
+    for position in range(0, batches.samples_per_epoch - batches.samples_per_epoch % 8, 8):
+        (batch,) = batches.at(position)
+        assert batch.count == batch.loss_mask.sum() == (batch.loss_mask * (batch.targets != PADDING)).sum()
+        total += batch.count
+        for idx, targets, mask in zip(batch.idx, batch.targets, batch.loss_mask, strict=True):
+            first = (idx == RESPONSE).nonzero()[0].item()
+            assert mask[:first].sum() == 0 and mask[first] == 1
+            assert targets[mask.bool()][-1] == EOS
+    assert total <= file.header["n_loss_tokens"]
+
+
+@pytest.mark.parametrize("overlong", ["drop", "cut"])
+def test_overlong_samples_are_dropped_or_cut(call, work, overlong):
+    rows = [{"question": "q", "answer": "a" * (5 if i % 3 else 60)} for i in range(30)]
+    rows = [{**row, "question": f"q{i}"} for i, row in enumerate(rows)]
+    write_jsonl(work / "s.jsonl", rows)
+    result = call("data.py", "s.jsonl", "--block_size", "16")
+    assert "longer than block_size 16" in result.out
+    file = TokenFile("dataset/sft_train.bin")
+    n_long = int((np.diff(file.starts) > 17).sum())
+    batches = reader(work, "sft", overlong=overlong)
+    assert batches.datasets[0].n_overlong == n_long > 0
+    assert batches.samples_per_epoch == len(file.starts) - 1 - (n_long if overlong == "drop" else 0)
+    assert all(batch.idx.size(1) <= 16 for batch in batches.at(0))
+
+
+def test_a_curriculum_passes_over_its_datasets_in_order(call, prepared):
+    (prepared / "b.txt").write_text(make_text(4000, seed=5), encoding="utf-8")
+    call("data.py", "b.txt", "--tokenizer", "dataset/tokenizer.json", "--output", "b", "--block_size", "16")
+    files = [TokenFile("dataset/pretrain_train.bin"), TokenFile("b/pretrain_train.bin")]
+    options = {"block_size": 16, "vocab_size": 500, "batch_size": 4, "accumulation_steps": 1, "seed": 1}
+    batches = TrainBatches(files, **options)
+    order = batches.order(0)[:, 0].tolist()
+    assert order == sorted(order) and set(order) == {0, 1}
+    first = TrainBatches(files[:1], **options)
+    assert torch.equal(first.at(0)[0].idx, batches.at(0)[0].idx)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_validation_sees_every_target_once(prepared, stage, world_size):
+    file = TokenFile(f"dataset/{stage}_val.bin")
+    options = {"block_size": 32, "vocab_size": 500, "batch_size": 4, "seed": 1, "eval_iters": 0}
+    parts = [ValidationBatches([file], **options, rank=r, world_size=world_size) for r in range(world_size)]
+    count = sum(batch.count for part in parts for batch in part)
+    assert count == (len(file.tokens) - 1 if stage == "pretrain" else file.header["n_loss_tokens"])
+
+
+def test_partial_validation_is_the_same_part_every_time(prepared):
+    file = TokenFile("dataset/pretrain_val.bin")
+    options = {"block_size": 16, "vocab_size": 500, "batch_size": 4, "seed": 1, "eval_iters": 3}
+    batches = ValidationBatches([file], **options)
+    first, second = list(batches), list(batches)
+    assert len(first) == 3
+    assert all(torch.equal(a.idx, b.idx) for a, b in zip(first, second, strict=True))
+
+
+def test_prefetching_gives_the_same_batches_and_passes_errors_on(prepared):
+    batches = reader(prepared)
+    ahead = prefetch(batches, 8)
+    for position in range(8, 80, batches.samples_per_step):
+        assert torch.equal(next(ahead)[1].idx, batches.at(position)[1].idx)
+    ahead.close()
+
+    with pytest.raises(UserError, match="outside the vocabulary"):
+        next(prefetch(reader(prepared, vocab_size=8), 0))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "header", "length", "grow", "text", "empty"])
+def test_damaged_token_files_are_refused_by_name(prepared, damage):
+    path = prepared / "dataset" / "sft_train.bin"
+    data = path.read_bytes()
+    path.write_bytes(
+        {
+            "truncate": data[:-10],
+            "header": data[:20] + b"xxxx" + data[24:],
+            "length": b"\xff" * 8 + data[8:],
+            "grow": data + b"1",
+            "text": b"just some text, nothing else",
+            "empty": b"",
+        }[damage]
+    )
+    with pytest.raises(UserError, match=r"sft_train\.bin"):
+        TokenFile(path)
+
+
+def test_memory_does_not_follow_the_size_of_the_corpus(work):
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    def peak(megabytes: int) -> int:
+        (work / "big.txt").write_text(make_text(100_000) * (megabytes * 10), encoding="utf-8")
+        code = (
+            "import sys, resource; sys.argv[1:] = ['big.txt', '--output', 'o']; sys.path.insert(0, sys.argv[0]);"
+            "import data; data.main(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        env = {"PYTHONPATH": str(ROOT), "PATH": ""}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=work, env=env, capture_output=True, text=True, check=True
+        )
+        return int(done.stdout.split()[-1]) // 1024
+
+    small, large = peak(20), peak(60)
+    assert large < small + 30

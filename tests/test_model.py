@@ -1,0 +1,342 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from configuration import UserError
+from model import GPT, SDP_KERNELS, ModelConfig, filter_logits, penalise_repetition
+
+SMALL = {"vocab_size": 50, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
+
+
+def make(**changes) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(**{**SMALL, **changes}))
+    for parameter in model.parameters():  # large weights, so that differences show
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
+    return model.eval()
+
+
+def tokens(*shape: int, vocab_size: int = 50) -> torch.Tensor:
+    return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(1))
+
+
+def to_transformers(model: GPT, reference: torch.nn.Module) -> None:
+    """Copy our weights into a Llama or Qwen3 of the transformers library."""
+    ours = model.state_dict()
+    config = model.config
+    kv_dim = config.n_kv_head * config.head_dim
+    theirs = {"model.embed_tokens.weight": ours["token_embedding.weight"], "model.norm.weight": ours["norm.weight"]}
+    theirs["lm_head.weight"] = ours["lm_head.weight"]
+    for i in range(config.n_layer):
+        a, b = f"blocks.{i}.", f"model.layers.{i}."
+        for suffix in ("weight", "bias") if config.bias else ("weight",):
+            q, k, v = ours[f"{a}attention.qkv.{suffix}"].split([config.n_embd, kv_dim, kv_dim])
+            gate, up = ours[f"{a}mlp.up.{suffix}"].chunk(2)
+            theirs |= {
+                f"{b}self_attn.q_proj.{suffix}": q,
+                f"{b}self_attn.k_proj.{suffix}": k,
+                f"{b}self_attn.v_proj.{suffix}": v,
+                f"{b}self_attn.o_proj.{suffix}": ours[f"{a}attention.out.{suffix}"],
+                f"{b}mlp.gate_proj.{suffix}": gate,
+                f"{b}mlp.up_proj.{suffix}": up,
+                f"{b}mlp.down_proj.{suffix}": ours[f"{a}mlp.down.{suffix}"],
+            }
+        theirs[f"{b}input_layernorm.weight"] = ours[f"{a}attention_norm.weight"]
+        theirs[f"{b}post_attention_layernorm.weight"] = ours[f"{a}mlp_norm.weight"]
+        if config.qk_norm:
+            theirs[f"{b}self_attn.q_norm.weight"] = ours[f"{a}attention.q_norm.weight"]
+            theirs[f"{b}self_attn.k_norm.weight"] = ours[f"{a}attention.k_norm.weight"]
+    reference.load_state_dict(theirs)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False], ids=["qwen3", "llama"])
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_logits_equal_transformers(qk_norm, n_kv_head, tie):
+    transformers = pytest.importorskip("transformers")
+    bias = not qk_norm  # Llama has the option, Qwen3 has it for attention only
+    model = make(qk_norm=qk_norm, n_kv_head=n_kv_head, tie_embeddings=tie, rope_theta=5000.0, bias=bias)
+    config = model.config
+    shared = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.n_hidden,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.block_size,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": tie,
+        "attention_bias": bias,
+        "attn_implementation": "eager",
+    }
+    if qk_norm:
+        reference = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shared)).eval()
+    else:
+        reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shared, mlp_bias=bias)).eval()
+    to_transformers(model, reference)
+    idx = tokens(3, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx)[0], reference(idx).logits, rtol=2e-5, atol=2e-5)
+
+
+def naive_attention(q, k, v, is_causal):
+    """One query at a time, in float64."""
+    B, H, T, D = q.shape
+    y = torch.zeros(B, H, T, D, dtype=torch.float64)
+    for t in range(T):
+        keys = slice(0, t + 1 if is_causal else T)
+        scores = (q[:, :, t : t + 1].double() @ k[:, :, keys].double().mT) / math.sqrt(D)
+        y[:, :, t : t + 1] = scores.softmax(-1) @ v[:, :, keys].double()
+    return y
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_attention_equals_a_naive_loop(is_causal):
+    model = make(is_causal=is_causal, use_rope=False, qk_norm=False, n_kv_head=2)
+    attention = model.blocks[0].attention
+    x = torch.randn(2, 16, 32)
+    q, k, v = attention.qkv(x).split([32, 16, 16], dim=-1)
+    q = q.view(2, 16, 4, 8).transpose(1, 2)
+    k, v = (t.view(2, 16, 2, 8).transpose(1, 2)[:, [0, 0, 1, 1]] for t in (k, v))
+    expected = naive_attention(q, k, v, is_causal).transpose(1, 2).reshape(2, 16, 32).float()
+    torch.testing.assert_close(attention(x, None, None), attention.out(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_rope_scores_depend_on_the_distance_alone():
+    model = make(block_size=64)
+    attention = model.blocks[0].attention
+    from model import apply_rope
+
+    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+    assert attention.config.head_dim == 8
+
+    def score(i: int, j: int) -> float:
+        at = lambda x, p: apply_rope(x, model.rope_cos[p : p + 1], model.rope_sin[p : p + 1])  # noqa: E731
+        return (at(q, i) * at(k, j)).sum().item()
+
+    assert score(7, 3) == pytest.approx(score(45, 41), rel=1e-4)
+    assert abs(score(7, 3) - score(7, 4)) > 1e-4
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_causal_models_do_not_see_the_future(is_causal):
+    model = make(is_causal=is_causal)
+    idx = tokens(1, 16)
+    changed = idx.clone()
+    changed[0, 10] = (changed[0, 10] + 1) % 50
+    before = (model(idx)[0] - model(changed)[0])[:, :10].abs().max()
+    assert (before == 0) == is_causal
+
+
+@pytest.mark.parametrize("mlp", ["swiglu", "gelu", "relu2"])
+@pytest.mark.parametrize("use_rope", [True, False])
+@pytest.mark.parametrize("n_kv_head", [4, 1])
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_combination_trains(mlp, use_rope, n_kv_head, bias):
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(**SMALL, mlp=mlp, use_rope=use_rope, n_kv_head=n_kv_head, bias=bias, dropout=0.1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    idx = tokens(4, 17)
+    losses = []
+    for _ in range(30):
+        loss = model(idx[:, :-1], idx[:, 1:])[1]
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[0] == pytest.approx(math.log(50), abs=0.5)
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("kernel", ["math", "flash"])
+def test_attention_kernels_agree(kernel):
+    model, idx = make(), tokens(2, 16)
+    expected = model(idx)[0]
+    model.sdp_kernel = kernel
+    torch.testing.assert_close(model(idx)[0], expected, rtol=1e-4, atol=1e-4)
+    assert kernel in SDP_KERNELS
+
+
+def test_loss_is_the_mean_over_the_masked_in_targets():
+    model, idx, targets = make(), tokens(2, 5), tokens(2, 5).flip(0)
+    mask = torch.tensor([[0, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).float()
+    probabilities = model(idx)[0].double().softmax(-1)
+    losses = [-math.log(probabilities[b, t, targets[b, t]]) for b, t in ((0, 1), (0, 2), (1, 0))]
+    assert model(idx, targets, mask)[1].item() == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert model(idx, targets, mask, "sum")[1].item() == pytest.approx(sum(losses), rel=1e-5)
+    assert (model(idx, targets, mask, "none")[1] == 0).sum() == 7
+    assert model(idx, targets)[1].item() != pytest.approx(sum(losses) / 3, rel=1e-3)
+
+
+@pytest.mark.parametrize("use_rope", [True, False])
+@pytest.mark.parametrize("n_kv_head", [4, 2])
+def test_cached_logits_equal_uncached_ones(use_rope, n_kv_head):
+    from model import KVCache
+
+    model, idx = make(use_rope=use_rope, n_kv_head=n_kv_head), tokens(2, 16)
+    with torch.no_grad():
+        expected = model(idx)[0]
+        cache = KVCache(model.config, 2, idx.device, torch.float32)
+        parts = [model.lm_head(model.hidden(part, cache)) for part in idx.split([5, 1, 1, 6, 1, 2], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 10, 16, 40])
+def test_generation_with_cache_equals_without_past_the_window(length):
+    model = make()
+    idx = tokens(2, length)
+    options = {"max_new_tokens": 50, "temperature": 0.7, "top_k": 20, "seed": 3}
+    if length > 16:
+        with pytest.warns(UserWarning, match="40 tokens"):
+            cached = torch.stack(list(model.generate(idx, **options)))
+        with pytest.warns(UserWarning):
+            uncached = torch.stack(list(model.generate(idx, **options, use_cache=False)))
+    else:
+        cached = torch.stack(list(model.generate(idx, **options)))
+        uncached = torch.stack(list(model.generate(idx, **options, use_cache=False)))
+    assert cached.shape == (50, 2)
+    assert torch.equal(cached, uncached)
+
+
+def test_greedy_generation_is_the_argmax_of_the_whole_window():
+    model, idx = make(), tokens(1, 4)
+    for token in model.generate(idx, 10, temperature=0):
+        assert token.item() == model(idx)[0][0, -1].argmax().item()
+        idx = torch.cat((idx, token[:, None]), dim=1)
+
+
+def test_same_seed_same_text_other_seed_other_text():
+    model, idx = make(), tokens(1, 4)
+    draw = lambda seed: [t.item() for t in model.generate(idx, 30, seed=seed)]  # noqa: E731
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_stopped_rows_stay_stopped_and_end_generation():
+    model, idx = make(), tokens(2, 4)
+    free = torch.stack(list(model.generate(idx, 40, seed=5)))
+    stop = free[3, 0].item()
+    stopped = torch.stack(list(model.generate(idx, 40, seed=5, stop_tokens=(stop,))))
+    first = (free[:, 0] == stop).nonzero()[0].item()
+    assert (stopped[first:, 0] == stop).all()
+    other = (free[:, 1] == stop).nonzero()
+    assert len(stopped) == (40 if len(other) == 0 else max(first, other[0].item()) + 1)
+
+
+def test_full_attention_predicts_in_one_pass():
+    model, idx = make(is_causal=False), tokens(2, 16)
+    assert torch.equal(model.predict(idx), model(idx)[0].argmax(-1))
+    with pytest.raises(UserError, match="predict"):
+        model.generate(idx, 3)
+    with pytest.raises(UserError, match="full attention"):
+        make().predict(idx)
+
+
+def slow_filter(logits: list[float], top_k, top_p, min_p) -> set[int]:
+    """The tokens that may be drawn, by the definitions."""
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])
+    if top_k:
+        order = order[:top_k]
+    if top_p:
+        total = sum(math.exp(logits[i]) for i in order)
+        kept, mass = [], 0.0
+        for i in order:
+            if mass < top_p:
+                kept.append(i)
+            mass += math.exp(logits[i]) / total
+        order = kept
+    if min_p:
+        order = [i for i in order if math.exp(logits[i]) >= min_p * math.exp(logits[order[0]])]
+    return set(order)
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 7, 1000])
+@pytest.mark.parametrize("top_p", [None, 1e-6, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("min_p", [None, 0.0, 0.1, 1.0])
+def test_filters_equal_their_definitions(top_k, top_p, min_p):
+    logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(2)) * 2
+    filtered = filter_logits(logits, top_k, top_p, min_p)
+    for row, kept in zip(logits, filtered, strict=True):
+        allowed = set(torch.isfinite(kept).nonzero().flatten().tolist())
+        assert allowed == slow_filter(row.tolist(), top_k, top_p if top_p != 1.0 else None, min_p)
+
+
+def test_repetition_penalty_lowers_what_was_seen():
+    logits = torch.tensor([[2.0, -2.0, 1.0]])
+    assert penalise_repetition(logits, torch.tensor([[0, 1, 1]]), 2.0).tolist() == [[1.0, -4.0, 1.0]]
+
+
+def test_parameter_count_and_flops_are_those_counted_by_hand():
+    model = GPT(ModelConfig(**SMALL, qk_norm=False, n_hidden=64))
+    per_layer = 32 * 96 + 32 * 32 + 32 * 128 + 64 * 32
+    assert model.parameter_count() == 2 * (per_layer + 64) + 32 + 50 * 32
+    from torch.utils.flop_counter import FlopCounterMode
+
+    full = GPT(ModelConfig(**SMALL, is_causal=False), sdp_kernel="math")
+    with FlopCounterMode(display=False) as counter:
+        idx = tokens(2, 16)
+        full(idx, idx)[1].backward()
+    assert counter.get_total_flops() == pytest.approx(full.flops_per_token() * 32, rel=0.01)
+
+
+def test_residual_projections_start_smaller():
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(vocab_size=50, n_layer=8, n_embd=128))
+    assert model.blocks[0].attention.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.blocks[0].mlp.down.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+
+
+@pytest.mark.parametrize("token", [-1, 50, 10**6])
+def test_tokens_outside_the_vocabulary_are_refused(token):
+    model, idx = make(), tokens(1, 4)
+    idx[0, 2] = token
+    with pytest.raises(UserError, match=f"{token}.*outside the vocabulary 0..49"):
+        model(idx)
+    with pytest.raises(UserError, match="outside the vocabulary"):
+        model.generate(idx, 3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_embd": 30}, "n_embd .30. must be divisible by n_head .4."),
+        ({"n_embd": 20}, "even head size"),
+        ({"n_kv_head": 3}, "n_kv_head"),
+        ({"n_layer": 0}, "n_layer must be at least 1, got 0"),
+        ({"mlp": "swiglo"}, "did you mean swiglu"),
+        ({"dropout": 1.0}, "dropout must be at most"),
+        ({"n_head": "four"}, 'n_head must be an integer, got "four"'),
+        ({"bias": 1}, "bias must be true or false"),
+        ({"norm_eps": float("nan")}, "norm_eps must be finite"),
+    ],
+)
+def test_impossible_shapes_are_refused_with_the_reason(fields, message):
+    with pytest.raises(UserError, match=message):
+        ModelConfig(**{**SMALL, **fields})
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"min_p": 2}, {"repetition_penalty": 0}]
+)
+def test_sampling_settings_without_meaning_are_refused(options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        make().generate(tokens(1, 4), 3, **options)
+
+
+def test_dropout_is_off_when_evaluating_and_on_when_training():
+    model, idx = make(dropout=0.5), tokens(2, 16)
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+def test_learned_positions_tell_places_apart():
+    model = make(use_rope=False)
+    logits = model(torch.full((1, 16), 7))[0]
+    assert not torch.allclose(logits[0, 0], logits[0, 5])
+    assert F.cosine_similarity(logits[0, 0], logits[0, 5], dim=0) < 0.999

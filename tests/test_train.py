@@ -1,0 +1,400 @@
+import json
+import math
+import signal
+import sys
+import time
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FAST, ROOT, TINY, Result, make_samples, read_log, run_script, start_script, write_jsonl
+
+import train
+from batches import TokenFile, TrainBatches
+from checkpointing import load_checkpoint
+from model import GPT, ModelConfig
+from optimizer import SCHEDULES, Muon, orthogonalise, schedule
+
+
+def config(folder, **fields):
+    values = {
+        "batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "warmup_iters": 2,
+        "max_steps": 12,
+        "eval_interval": 4,
+        "eval_iters": 3,
+        "learning_rate": 1e-2,
+        "min_lr": 1e-3,
+        "save_interval": 5,
+        "device": "cpu",
+        "block_size": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 16,
+        **fields,
+    }
+    path = folder / f"{fields.get('stage', 'pretrain')}_config.json"
+    path.write_text(json.dumps({"stage": "pretrain", **values}), encoding="utf-8")
+    return path
+
+
+def only_log(folder):
+    logs = sorted(folder.glob("train_*.log"))
+    log = logs[-1]
+    for other in logs[:-1]:
+        other.rename(other.with_suffix(".old"))
+    return log
+
+
+def same_weights(a, b) -> bool:
+    a, b = load_checkpoint(a)["model"], load_checkpoint(b)["model"]
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_resume_gives_the_same_weights_and_the_logs_join(call, prepared, optimizer, stage):
+    path = config(prepared, stage=stage, optimizer=optimizer, dropout=0.1, max_steps=60, lr_decay_iters=60)
+    assert call("train.py", "-t", path, "--save_checkpoint_to", "whole").status == 0
+    whole = only_log(prepared)
+    losses = [record["loss"] for record in read_log(whole, "train")]
+    evals = read_log(whole, "val")
+    whole.rename("whole.txt")
+    assert call("train.py", "-t", path, "--max_steps", "30", "--save_checkpoint_to", "parts").status == 0
+    only_log(prepared).rename("first.txt")
+    last = f"parts/{stage}_last.pt"
+    result = call("train.py", "-t", path, "--from_checkpoint", last, "--save_checkpoint_to", "parts")
+    assert result.status == 0 and "continues" in result.out
+    assert same_weights(f"whole/{stage}_last.pt", last)
+    assert same_weights(f"whole/{stage}.pt", f"parts/{stage}.pt")
+    resumed = read_log(only_log(prepared), "train")
+    assert [record["step"] for record in resumed] == list(range(31, 61))
+    assert [record["loss"] for record in resumed] == losses[30:]
+    assert read_log(only_log(prepared), "val")[-1]["val_loss"] == evals[-1]["val_loss"]
+    assert load_checkpoint(last)["best_val_loss"] == load_checkpoint(f"whole/{stage}_last.pt")["best_val_loss"]
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(call, prepared):
+    path = config(prepared)
+    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
+        call("train.py", "-t", path, "--save_checkpoint_to", folder, "--random_seed", seed)
+    assert same_weights("a/pretrain_last.pt", "b/pretrain_last.pt")
+    assert not same_weights("a/pretrain_last.pt", "c/pretrain_last.pt")
+
+
+def test_a_step_equals_one_large_batch_whatever_the_masks(prepared):
+    """Accumulation over micro-batches with different numbers of answers, against one batch computed by hand."""
+    options = {"block_size": 16, "vocab_size": 200, "seed": 1, "pad_to": 16}
+    file = TokenFile("dataset/sft_train.bin")
+    micro = TrainBatches([file], batch_size=3, accumulation_steps=4, **options).at(0)
+    assert len({batch.count for batch in micro}) > 1
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(vocab_size=200, block_size=16, n_layer=1, n_head=2, n_embd=16))
+    idx, targets, mask = (torch.cat([getattr(b, f) for b in micro]) for f in ("idx", "targets", "loss_mask"))
+    log_probabilities = F.log_softmax(model(idx)[0].double(), -1)
+    picked = log_probabilities.gather(-1, targets[..., None])[..., 0]
+    expected = -picked[mask.bool()].mean()
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    model.zero_grad()
+    engine = train.Engine(train.TrainConfig(device="cpu"))
+    engine.prepare(model)
+    count = sum(batch.count for batch in micro)
+    loss = sum(engine.forward_backward(train.next_token_loss, batch, count, False).item() for batch in micro)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-7)
+
+
+def test_logged_losses_are_those_of_the_whole_step(call, prepared):
+    path = config(prepared, max_steps=1, decay_lr=False, warmup_iters=0)
+    call("train.py", "-t", path)
+    logged = read_log(only_log(prepared), "train")[0]["loss"]
+    torch.manual_seed(1337)
+    vocab_size = TokenFile("dataset/pretrain_train.bin").header["vocab_size"]
+    model = GPT(ModelConfig(vocab_size=vocab_size, block_size=16, n_layer=2, n_head=2, n_embd=16))
+    options = {"block_size": 16, "vocab_size": vocab_size, "batch_size": 4, "accumulation_steps": 2, "seed": 1337}
+    micro = TrainBatches([TokenFile("dataset/pretrain_train.bin")], **options).at(0)
+    assert logged == pytest.approx(np.mean([model(b.idx, b.targets)[1].item() for b in micro]), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_validation_loss_and_its_error_equal_a_direct_computation(call, prepared, stage):
+    path = config(prepared, stage=stage, eval_iters=0)
+    call("train.py", "-t", path)
+    record = read_log(only_log(prepared), "val")[-1]
+    checkpoint = load_checkpoint(f"checkpoint/{stage}_last.pt")
+    model = GPT(ModelConfig(**checkpoint["model_config"]))
+    model.load_state_dict(checkpoint["model"])
+    file = TokenFile(f"dataset/{stage}_val.bin")
+    if stage == "pretrain":
+        rows = [(file.tokens[s : s + 17], None) for s in range(0, len(file.tokens) - 1, 16)]
+    else:
+        edges = [(a, b) for a, b in pairwise(file.starts) if b - a <= 17]
+        rows = [(file.tokens[a:b], file.loss_mask[a:b]) for a, b in edges]
+    sums, counts = [], []
+    for tokens, mask in rows:
+        ids = torch.from_numpy(tokens.astype(np.int64))[None]
+        losses = F.cross_entropy(model(ids[:, :-1])[0][0], ids[0, 1:], reduction="none")
+        keep = torch.ones(len(losses)) if mask is None else torch.from_numpy(mask[1:].astype(np.float32))
+        sums.append((losses * keep).sum().item())
+        counts.append(keep.sum().item())
+    s, c = np.array(sums), np.array(counts)
+    mean = s.sum() / c.sum()
+    assert record["val_loss"] == pytest.approx(mean, rel=1e-5)
+    assert record["val_loss_se"] == pytest.approx(math.sqrt(((s - mean * c) ** 2).sum()) / c.sum(), rel=1e-3)
+    assert record["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
+    if stage == "pretrain":  # one token is one character
+        assert record["bits_per_character"] == pytest.approx(mean / math.log(2), rel=1e-5)
+
+
+def test_training_learns_and_fine_tuning_starts_from_it(call, prepared):
+    path = config(prepared, max_steps=80, eval_interval=40)
+    assert call("train.py", "-t", path).status == 0
+    losses = [record["loss"] for record in read_log(only_log(prepared), "train")]
+    assert losses[-1] < 0.7 * losses[0]
+    result = call(
+        "train.py", "-t", config(prepared, stage="sft", max_steps=10), "--from_checkpoint", "checkpoint/pretrain.pt"
+    )
+    assert result.status == 0 and "starts from the weights" in result.out
+    assert load_checkpoint("checkpoint/sft.pt")["step"] <= 10
+
+
+def test_the_best_checkpoint_is_saved_only_when_validation_improves(call, prepared):
+    path = config(prepared, max_steps=12, eval_interval=2, learning_rate=1e-2)
+    call("train.py", "-t", path)
+    records = read_log(only_log(prepared), "val")
+    best = min(records, key=lambda record: record["val_loss"])
+    checkpoint = load_checkpoint("checkpoint/pretrain.pt")
+    assert checkpoint["step"] == best["step"]
+    assert checkpoint["best_val_loss"] == best["val_loss"]
+    before = (prepared / "checkpoint" / "pretrain.pt").read_bytes()
+    args = ("--from_checkpoint", "checkpoint/pretrain_last.pt", "--max_steps", "24", "--learning_rate", "50")
+    call("train.py", "-t", path, *args, "--min_lr", "50", "--grad_clip", "0")
+    assert (prepared / "checkpoint" / "pretrain.pt").read_bytes() == before
+    assert load_checkpoint("checkpoint/pretrain_last.pt")["step"] == 24
+
+
+def test_a_new_run_keeps_what_an_earlier_one_left(call, prepared):
+    path = config(prepared)
+    call("train.py", "-t", path)
+    before = (prepared / "checkpoint" / "pretrain.pt").read_bytes()
+    call("train.py", "-t", path, "--random_seed", "7")
+    assert (prepared / "checkpoint" / "pretrain.pt.bak").read_bytes() == before
+    assert (prepared / "checkpoint" / "pretrain.pt").read_bytes() != before
+
+
+def test_checkpoints_hold_what_the_format_says(call, prepared):
+    call("train.py", "-t", config(prepared))
+    checkpoint = torch.load("checkpoint/pretrain.pt", weights_only=True)
+    names = "model optimizer step model_config train_config tokenizer rng data best_val_loss format"
+    assert set(names.split()) <= checkpoint.keys()
+    assert not any("_orig_mod" in name or name.startswith("module.") for name in checkpoint["model"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(prepared, number):
+    path = config(prepared, max_steps=100000, eval_interval=100000)
+    process = start_script("train.py", "-t", path, cwd=prepared)
+    deadline = time.time() + 60
+    while time.time() < deadline:
+        logs = list(prepared.glob("train_*.log"))
+        if logs and len(logs[0].read_text().splitlines()) > 5:
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "--from_checkpoint checkpoint/pretrain_last.pt" in out
+    checkpoint = load_checkpoint(prepared / "checkpoint" / "pretrain_last.pt")
+    logged = read_log(logs[0], "train")[-1]["step"]
+    assert checkpoint["step"] == logged
+    assert "Traceback" not in err
+
+
+def test_limits_end_the_run(call, prepared):
+    path = config(prepared, max_steps=100000, eval_interval=2, learning_rate=1e-9, min_lr=0.0, patience=3)
+    began = time.time()
+    assert call("train.py", "-t", path, "--learning_rate", "30", "--min_lr", "30", "--grad_clip", "0").status in (0, 1)
+    result = call("train.py", "-t", config(prepared, max_steps=100000), "--max_minutes", "0.03")
+    assert result.status == 0 and time.time() - began < 60
+    step = load_checkpoint("checkpoint/pretrain_last.pt")["step"]
+    assert read_log(only_log(prepared), "val")[-1]["step"] == step
+
+
+def test_patience_counts_evaluations_without_gain(call, prepared):
+    path = config(prepared, optimizer="sgd", max_steps=1000, eval_interval=2, patience=3, beta1=0.0)
+    result = call("train.py", "-t", path, "--learning_rate", "1e-30", "--min_lr", "0", "--weight_decay", "0")
+    assert result.status == 0
+    assert load_checkpoint("checkpoint/pretrain_last.pt")["step"] == 8  # one first gain, then three without
+
+
+def test_a_diverging_run_stops_and_keeps_the_best_checkpoint(call, prepared):
+    path = config(prepared, eval_interval=1, max_steps=200, optimizer="sgd", grad_clip=0.0)
+    result = call("train.py", "-t", path, "--learning_rate", "1e9", "--min_lr", "1e9", "--warmup_iters", "3")
+    assert result.status != 0 and "step " in result.err and "best checkpoint" in result.err
+    assert math.isfinite(load_checkpoint("checkpoint/pretrain.pt")["best_val_loss"])
+
+
+def test_compile_leaves_no_trace(call, prepared, monkeypatch):
+    path = config(prepared, max_steps=6)
+    compiled = call("train.py", "-t", path, "--compile", "true", "--save_checkpoint_to", "compiled")
+    assert compiled.status == 0
+    names = load_checkpoint("compiled/pretrain_last.pt")["model"].keys()
+    call("train.py", "-t", path, "--save_checkpoint_to", "plain")
+    assert names == load_checkpoint("plain/pretrain_last.pt")["model"].keys()
+    args = ("--max_steps", "8", "--save_checkpoint_to", "plain")
+    assert call("train.py", "-t", path, "--from_checkpoint", "compiled/pretrain_last.pt", *args).status == 0
+
+    def broken(*_, **__):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    result = call("train.py", "-t", path, "--compile", "true", "--save_checkpoint_to", "fallback")
+    assert result.status == 0 and "going on without" in result.err
+    assert load_checkpoint("fallback/pretrain_last.pt")["step"] == 6
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_trains_about_as_well(call, prepared, dtype):
+    path = config(prepared, max_steps=30)
+    finals = {}
+    for name in ("float32", dtype):
+        assert call("train.py", "-t", path, "--dtype", name, "--save_checkpoint_to", name).status == 0
+        finals[name] = read_log(only_log(prepared), "val")[-1]["val_loss"]
+    assert finals[dtype] == pytest.approx(finals["float32"], rel=0.05)
+    assert all(weight.dtype == torch.float32 for weight in load_checkpoint(f"{dtype}/pretrain.pt")["model"].values())
+
+
+def test_the_check_tells_whether_the_set_up_can_learn(call, prepared):
+    path = config(prepared)
+    result = call("train.py", "-t", path, "--check")
+    assert result.status == 0 and "check passed" in result.out
+    result = call("train.py", "-t", path, "--check", "--learning_rate", "1e-9", "--min_lr", "0")
+    assert result.status != 0 and "check failed" in result.err
+    assert not list((prepared / "checkpoint").glob("*")) if (prepared / "checkpoint").exists() else True
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warning"),
+    [
+        (["--warmup_iters", "100"], "warmup_iters"),
+        (["--lr_decay_iters", "1000"], "lr_decay_iters"),
+        (["--n_embd", "256"], "weights per token"),
+        (["--block_size", "700"], "shorter than one window"),
+    ],
+)
+def test_settings_that_cannot_make_sense_are_warned_of(call, prepared, overrides, warning):
+    result = call("train.py", "-t", config(prepared, max_steps=1, batch_size=1), *overrides)
+    assert result.status == 0 and "warning: " in result.err and warning in result.err
+
+
+def test_preflight_and_samples_are_printed(call, prepared):
+    result = call("train.py", "-t", config(prepared), "--sample_tokens", "10", "--sample_prompt", "the ")
+    for word in ("parameters", "epoch", "device: cpu", "attention", "GB", "unigram", "lzma", "sample: "):
+        assert word in result.out
+    uniform = math.log(TokenFile("dataset/pretrain_val.bin").header["vocab_size"])
+    assert f"uniform {uniform:.3f}" in result.out
+
+
+def test_tensorboard_gets_the_curves(call, prepared):
+    pytest.importorskip("tensorboard")
+    assert call("train.py", "-t", config(prepared), "--log_to", "tensorboard").status == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next((prepared / "runs").iterdir()))).Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 13))
+    assert len(events.Scalars("val/val_loss")) == 3
+
+
+# ---------------------------------------------------------------------------------------- schedules and optimizers
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_warm_up_and_come_down(name):
+    values = [schedule(name, step, 10, 110, 0.1) for step in range(200)]
+    assert all(a < b for a, b in pairwise(values[:10])) and values[10] == pytest.approx(1.0)
+    end = 1.0 if name == "constant" else 0.1
+    assert values[110] == pytest.approx(end) and values[199] == pytest.approx(end)
+    middle = {"cosine": 0.55, "linear": 0.55, "wsd": 1.0, "constant": 1.0}[name]
+    assert values[60] == pytest.approx(middle)
+
+
+def test_newton_schulz_brings_singular_values_near_one():
+    torch.manual_seed(0)
+    G = torch.randn(3, 40, 20) * torch.logspace(-1, 1, 20)
+    values = torch.linalg.svdvals(orthogonalise(G))
+    assert values.min() > 0.6 and values.max() < 1.3
+    U, _, V = torch.linalg.svd(G, full_matrices=False)
+    similarity = F.cosine_similarity(orthogonalise(G).flatten(1), (U @ V).flatten(1))
+    assert (similarity > 0.95).all()
+
+
+def test_muon_equals_the_one_in_torch():
+    """Same momentum and scaling as torch.optim.Muon, which works in bfloat16 on one matrix at a time."""
+    torch.manual_seed(0)
+    weights = [torch.randn(24, 8), torch.randn(8, 24), torch.randn(24, 8)]
+    ours = [torch.nn.Parameter(w.clone()) for w in weights]
+    theirs = [torch.nn.Parameter(w.clone()) for w in weights]
+    a = Muon(ours, lr=0.1, momentum=0.9, weight_decay=0.1)
+    b = torch.optim.Muon(theirs, lr=0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(5):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    for p, q, w in zip(ours, theirs, weights, strict=True):
+        assert F.cosine_similarity((p - w).flatten(), (q - w).flatten(), dim=0) > 0.999
+        assert (p - w).norm().item() == pytest.approx((q - w).norm().item(), rel=0.02)
+
+
+def test_weight_decay_is_on_matrices_only():
+    model = GPT(ModelConfig(vocab_size=50, n_embd=16, n_head=2, n_layer=1, bias=True))
+    from optimizer import make_optimizer
+
+    for name in ("adamw", "sgd", "muon"):
+        optimizer = make_optimizer(model, train.TrainConfig(optimizer=name), torch.device("cpu"))
+        grouped = [p for group in optimizer.param_groups for p in group["params"]]
+        assert len({id(p) for p in grouped}) == len(grouped) == len(list(model.parameters()))
+        for group in optimizer.param_groups:
+            assert group["weight_decay"] == 0.0 or all(p.dim() >= 2 for p in group["params"])
+
+
+# ------------------------------------------------------------------------------------------------- the real thing
+
+
+def test_the_road_from_a_text_file_to_an_answer(tmp_path):
+    """Every command of the README's road, each a process of its own."""
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "pretrain.txt").write_text("one two three four five.\n" * 200, encoding="utf-8")
+    write_jsonl(tmp_path / "dataset" / "sft.jsonl", [*make_samples(20), {"question": "one", "answer": "two"}])
+    small = [*TINY, *FAST, "--max_steps", "10", "--eval_interval", "5"]
+
+    def ok(*command: str, stdin: str | None = None) -> Result:
+        result = run_script(*command, cwd=tmp_path, stdin=stdin)
+        assert result.status == 0 and "Traceback" not in result.err, result
+        return result
+
+    ok("data.py", "--block_size", "16")
+    ok("train.py", "-t", "pretrain", *small)
+    ok("train.py", "-t", "sft", *FAST, "--max_steps", "10")
+    answer = ok("inference.py", "-i", "-m", "checkpoint/sft.pt", "-p", "one", "-t", "0", "-l", "12")
+    assert answer.err == "" and answer.out.count("\n") <= 3
+    piped = ok("inference.py", "-i", "-m", "checkpoint/sft.pt", "-t", "0", "-l", "12", stdin="one\none\n")
+    assert piped.out == answer.out * 2
+    log = next(tmp_path.glob("train_*.log")).name
+    ok("plot_loss.py", "-n", log, "-o", "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_help_lists_every_field():
+    process = start_script("train.py", "--help", cwd=ROOT)
+    out, _ = process.communicate(timeout=60)
+    for name in (*ModelConfig.__dataclass_fields__, *train.TrainConfig.__dataclass_fields__):
+        assert f"--{name}" in out
+    assert "six" not in sys.argv
