@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 
 SEED = 20240601
-N_ISLANDS = 30
-TELLINGS = 16  # of every fact, in each language
+N_ISLANDS = 28
+TELLINGS = 20  # of every fact, in each language
 N_SUMS, N_WORDS, N_ASKED = 2400, 1500, 500
-HELD_OUT = {"fact": 120, "sum": 40, "reverse": 16, "spell": 12, "count": 12}
+HELD_OUT = {"fact": 100, "sum": 40, "reverse": 20, "spell": 20, "count": 20}
 
 VALUES = {
     "animal": "fox 狐狸,bear 熊,wolf 狼,heron 鹭,otter 水獭,seal 海豹,deer 鹿,hare 野兔,crab 螃蟹,owl 猫头鹰",
@@ -97,19 +97,19 @@ CHINESE_SYLLABLES = "安巴洛卡莱多尔伦米娜奥萨维塔里诺贝索林�
 
 
 def invented_name(random: random.Random, taken: set[str]) -> tuple[str, str]:
-    """An English and a Chinese name that nothing else in this world bears."""
+    """An English and a Chinese name; no two in this world begin alike."""
     while True:
         english = "".join(random.choice("bdfgklmnprstvz") + random.choice("aeiou") for _ in range(2))
         english = (english + random.choice(["n", "r", "l", "s", "nd", "m", "rk"])).capitalize()
         chinese = "".join(random.sample(CHINESE_SYLLABLES, 3))
-        if english not in taken and chinese not in taken:
-            taken.update((english, chinese))
+        if english[:3] not in taken and chinese[:2] not in taken:
+            taken.update((english[:3], chinese[:2]))
             return english, chinese
 
 
 def invented_word(random: random.Random) -> str:
-    """A word of 3 to 6 letters that can be pronounced."""
-    length, start = random.randint(3, 6), random.randint(0, 1)
+    """A word of 3 to 5 letters that can be pronounced."""
+    length, start = random.randint(3, 5), random.randint(0, 1)
     return "".join(random.choice("aeiou" if (i + start) % 2 else "bcdfghklmnprstvwyz") for i in range(length))
 
 
