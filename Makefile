@@ -12,11 +12,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.requirements: requirements.txt | $(VENV)/bin/python
-	$(PY) -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 $(VENV)/.requirements-dev: requirements.txt requirements-dev.txt $(VENV)/.requirements
-	$(PY) -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
 quickstart: setup
@@ -24,8 +24,8 @@ quickstart: setup
 	$(PY) data.py dataset/pretrain.txt dataset/sft.jsonl
 	$(PY) train.py -t pretrain
 	$(PY) train.py -t sft
-	$(PY) plot_loss.py -n $$(ls -t train_*.log | head -n 2 | tac) -o quickstart.png
-	@for question in "What is 37 + 5?" "How is the word tomir spelled?" "娜卡诺的首都是哪里？"; do \
+	$(PY) plot_loss.py -n $$(ls -tr train_*.log | tail -n 2) -o quickstart.png
+	@for question in "What is the colour of Zupin?" "57加20等于多少？" "单词onaw倒过来是什么？"; do \
 		echo "> $$question"; $(PY) inference.py -i -m checkpoint/sft.pt -t 0 -p "$$question"; done
 	$(PY) inference.py -m checkpoint/sft.pt --evaluate dataset/held_out.jsonl
 

@@ -18,7 +18,7 @@ SEED = 20240601
 N_ISLANDS = 28
 TELLINGS = 20  # of every fact, in each language
 N_SUMS, N_WORDS, N_ASKED = 2400, 1500, 500
-HELD_OUT = {"fact": 100, "sum": 40, "reverse": 20, "spell": 20, "count": 20}
+HELD_OUT = {"fact": 80, "sum": 40, "reverse": 30, "spell": 25, "count": 25}
 
 VALUES = {
     "animal": "fox 狐狸,bear 熊,wolf 狼,heron 鹭,otter 水獭,seal 海豹,deer 鹿,hare 野兔,crab 螃蟹,owl 猫头鹰",
