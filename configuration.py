@@ -8,6 +8,7 @@ wrong, where, and what to do; main() functions run under run(), which prints it 
 import argparse
 import dataclasses
 import difflib
+import io
 import json
 import math
 import os
@@ -271,6 +272,9 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[], None]) -> None:
     """Run a script: a user's mistake ends in one line on standard error and status 1, never in a traceback."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # UTF-8 whatever the platform's default
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape" if stream is sys.stdin else "replace")
     try:
         main()
         sys.stdout.flush()

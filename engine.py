@@ -113,7 +113,7 @@ class Engine:
                 group.update(values)  # rates and decays are this run's, not the checkpoint's
         except (ValueError, KeyError):
             raise UserError(
-                f"the checkpoint was trained with another optimizer than {self.config.optimizer}; keep its optimizer"
+                f"{self.config.from_checkpoint}: its optimizer states do not fit the model: damaged"
             ) from None
         if self.scaler.is_enabled() and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])

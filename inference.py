@@ -263,8 +263,6 @@ def main() -> None:
     if args.num_samples < 1:
         raise UserError(f"command line: --num_samples must be at least 1, got {args.num_samples}")
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    for stream in (sys.stdin, sys.stdout, sys.stderr):  # UTF-8 whatever the platform's default
-        stream.reconfigure(encoding="utf-8", errors="replace" if stream is not sys.stdin else "surrogateescape")
     speaker = load_speaker(args.model, args.device, args.instruct or bool(args.evaluate), [s for s in args.stop if s])
     if "max_length" not in given:
         settings.max_length = speaker.model.config.block_size

@@ -34,13 +34,15 @@ MLP_HIDDEN = {"swiglu": 8 / 3, "gelu": 4, "relu2": 4}  # width over n_embd: equa
 class ModelConfig(Config):
     """The shape of the network."""
 
-    block_size: int = option(256, "context window in tokens", minimum=1)
-    vocab_size: int | None = option(None, "number of tokens; null takes the tokenizer's", minimum=1)
-    n_layer: int = option(4, "depth", minimum=1)
+    block_size: int = option(256, "context window in tokens", minimum=1, maximum=1 << 20)
+    vocab_size: int | None = option(None, "number of tokens; null takes the tokenizer's", minimum=1, maximum=1 << 24)
+    n_layer: int = option(4, "depth", minimum=1, maximum=10_000)
     n_head: int = option(4, "attention heads", minimum=1)
-    n_embd: int = option(256, "width", minimum=1)
+    n_embd: int = option(256, "width", minimum=1, maximum=1 << 20)
     n_kv_head: int | None = option(None, "key/value heads (grouped-query attention); null: n_head", minimum=1)
-    n_hidden: int | None = option(None, "width of the MLP; null: 8/3 n_embd for swiglu, else 4 n_embd", minimum=1)
+    n_hidden: int | None = option(
+        None, "width of the MLP; null: 8/3 n_embd for swiglu, else 4 n_embd", minimum=1, maximum=1 << 22
+    )
     mlp: str = option("swiglu", "kind of MLP", choices=MLP_HIDDEN)
     dropout: float = option(0.0, "dropout rate", minimum=0.0, maximum=0.99)
     bias: bool = option(False, "biases in the linear layers")

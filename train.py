@@ -400,6 +400,12 @@ def start(run: Run, checkpoint: dict[str, Any] | None) -> None:
     run.engine.prepare(run.model)
     if checkpoint and checkpoint["train_config"].get("stage") == run.config.stage:
         run.continues = True
+        trained_with = checkpoint["train_config"].get("optimizer")
+        if trained_with != run.config.optimizer:
+            raise UserError(
+                f"optimizer is {run.config.optimizer} here, {trained_with} in {run.config.from_checkpoint}: "
+                "a run keeps its optimizer; or give this one another --stage name to start from the weights alone"
+            )
         run.engine.load_state_dict(checkpoint)
         data = checkpoint["data"]
         run.state = State(

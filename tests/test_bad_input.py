@@ -212,11 +212,11 @@ def bad_checkpoint(folder: Path, kind: str) -> str:
         contents["model"]["norm.weight"] = torch.ones(5)
         word = "norm.weight"
     elif kind == "layers":
-        contents["model_config"]["n_layer"] = 10**9
-        word = "layers"
+        contents["model_config"]["n_layer"] = 9999
+        word = "layer"
     elif kind == "huge":
-        contents["model_config"].update(n_embd=2**40, n_hidden=2**40)
-        word = "do not fit"
+        contents["model_config"].update(n_embd=2**20, n_hidden=2**22)
+        word = "bad.pt"
     elif kind == "tensor":
         contents = torch.ones(3)
         word = "not a checkpoint of this toolkit"
