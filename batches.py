@@ -249,7 +249,29 @@ def collate(rows: list[tuple[np.ndarray, np.ndarray | None]], block_size: int, v
     )
 
 
-class TrainBatches:
+class Batches:
+    """What training and validation batches share: the shape of a batch, and this process's place among others."""
+
+    def __init__(
+        self,
+        *,
+        block_size: int,
+        vocab_size: int,
+        batch_size: int,
+        seed: int,
+        overlong: str = "drop",
+        rank: int = 0,
+        world_size: int = 1,
+        pad_to: int = 16,
+    ) -> None:
+        self.block_size, self.vocab_size, self.batch_size, self.seed = block_size, vocab_size, batch_size, seed
+        self.overlong, self.rank, self.world_size, self.pad_to = overlong, rank, world_size, pad_to
+
+    def collate(self, rows: list[tuple[np.ndarray, np.ndarray | None]]) -> Batch:
+        return collate(rows, self.block_size, self.vocab_size, self.pad_to)
+
+
+class TrainBatches(Batches):
     """Training batches as a pure function of the position in the data, so that resuming is arithmetic.
 
     An epoch passes over the datasets in order, over each in a new seeded order, every window or sample once. The step
@@ -257,30 +279,18 @@ class TrainBatches:
     are dealt to the processes in turn.
     """
 
-    def __init__(
-        self,
-        files: list[TokenFile],
-        *,
-        block_size: int,
-        vocab_size: int,
-        batch_size: int,
-        accumulation_steps: int,
-        seed: int,
-        overlong: str = "drop",
-        rank: int = 0,
-        world_size: int = 1,
-        pad_to: int = 16,
-    ) -> None:
+    def __init__(self, files: list[TokenFile], *, accumulation_steps: int, **shared: Any) -> None:
+        super().__init__(**shared)
         self.datasets = [
-            Windows(file, block_size, seed) if file.starts is None else Samples(file, block_size, overlong)
+            Windows(file, self.block_size, self.seed)
+            if file.starts is None
+            else Samples(file, self.block_size, self.overlong)
             for file in files
         ]
-        self.block_size, self.vocab_size, self.pad_to = block_size, vocab_size, pad_to
-        self.batch_size, self.accumulation_steps, self.seed = batch_size, accumulation_steps, seed
-        self.rank, self.world_size = rank, world_size
-        self.samples_per_step = batch_size * accumulation_steps
+        self.accumulation_steps = accumulation_steps
+        self.samples_per_step = self.batch_size * accumulation_steps
         self.samples_per_epoch = sum(map(len, self.datasets))
-        self._order: tuple[int, list[tuple[int, int]]] = (-1, [])
+        self._order: tuple[int, np.ndarray] = (-1, np.empty((0, 2)))
 
     def order(self, epoch: int) -> np.ndarray:
         """(dataset, index) pairs of an epoch's samples, shape (samples_per_epoch, 2)."""
@@ -304,44 +314,34 @@ class TrainBatches:
         for micro_step in range(self.rank, self.accumulation_steps, self.world_size):
             start = position + micro_step * self.batch_size
             rows = [self.sample(p) for p in range(start, start + self.batch_size)]
-            batches.append(collate(rows, self.block_size, self.vocab_size, self.pad_to))
+            batches.append(self.collate(rows))
         return batches
 
 
-class ValidationBatches:
+class ValidationBatches(Batches):
     """A fixed part of the validation data, or all of it: the same batches every time, dealt to the processes."""
 
-    def __init__(
-        self,
-        files: list[TokenFile],
-        *,
-        block_size: int,
-        vocab_size: int,
-        batch_size: int,
-        eval_iters: int,
-        seed: int,
-        overlong: str = "drop",
-        rank: int = 0,
-        world_size: int = 1,
-        pad_to: int = 16,
-    ) -> None:
+    def __init__(self, files: list[TokenFile], *, eval_iters: int, **shared: Any) -> None:
         """eval_iters: how many batches, drawn once by the seed; 0: all, in order."""
+        super().__init__(**shared)
+        self.header = files[0].header
         self.datasets = [
-            ValidationWindows(file, block_size) if file.starts is None else Samples(file, block_size, overlong)
+            ValidationWindows(file, self.block_size)
+            if file.starts is None
+            else Samples(file, self.block_size, self.overlong)
             for file in files
         ]
-        self.block_size, self.vocab_size, self.batch_size, self.pad_to = block_size, vocab_size, batch_size, pad_to
-        self.rank, self.world_size = rank, world_size
-        self.header = files[0].header
         self.samples = [(dataset, i) for dataset in self.datasets for i in range(len(dataset))]
-        if 0 < eval_iters * batch_size < len(self.samples):
-            chosen = np.random.default_rng([seed, 2]).permutation(len(self.samples))[: eval_iters * batch_size]
+        if 0 < eval_iters * self.batch_size < len(self.samples):
+            chosen = np.random.default_rng([self.seed, 2]).permutation(len(self.samples))[
+                : eval_iters * self.batch_size
+            ]
             self.samples = [self.samples[i] for i in sorted(chosen)]
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(self.rank * self.batch_size, len(self.samples), self.world_size * self.batch_size):
             rows = [dataset.get(i, 0) for dataset, i in self.samples[start : start + self.batch_size]]
-            yield collate(rows, self.block_size, self.vocab_size, self.pad_to)
+            yield self.collate(rows)
 
 
 def prefetch(batches: Any, position: int, pin_memory: bool = False, depth: int = 2) -> Iterator[list[Batch]]:

@@ -58,12 +58,12 @@ def series(records: list[dict], field: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def smooth(values: np.ndarray, span: int) -> np.ndarray:
-    """Exponential moving average over about `span` records, without the pull of the first one."""
-    decay, average, weight, result = 1 - 1 / max(1, span), 0.0, 0.0, []
-    for value in values:
-        average, weight = decay * average + (1 - decay) * value, decay * weight + (1 - decay)
-        result.append(average / weight)
-    return np.array(result)
+    """Mean over about `span` records around each one; nearer the ends over fewer, so that it never lags."""
+    values = np.asarray(values, dtype=float)
+    i = np.arange(len(values))
+    half = np.minimum(span // 2, np.minimum(i, len(values) - 1 - i))
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    return (total[i + half + 1] - total[i - half]) / (2 * half + 1)
 
 
 def draw(paths: list[str], output: str, log_x: bool, log_y: bool) -> None:
@@ -76,7 +76,7 @@ def draw(paths: list[str], output: str, log_x: bool, log_y: bool) -> None:
     figure = plt.figure(figsize=(11, 8), layout="constrained")
     axes = figure.subplot_mosaic([["loss"] * 3, [field for field, _ in PANELS]], height_ratios=[2.2, 1])
     for i, (name, run) in enumerate(join_runs(paths).items()):
-        colour = f"C{i}"
+        colour, name = f"C{i}", f"{run['stage']} {name}" if run["stage"] else name
         steps, losses = series(run["train"], "loss")
         axes["loss"].plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
         axes["loss"].plot(

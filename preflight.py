@@ -149,12 +149,15 @@ def warnings(run: Any, needed: float, available: float | None) -> list[str]:
     return found
 
 
-def initial_loss_warning(loss: float, vocab_size: int) -> str | None:
-    """A new model should start near the loss of guessing, ln(vocab_size)."""
+def judge_first_loss(loss: float, vocab_size: int) -> None:
+    """Warn of a new model that does not start near the loss of guessing, ln(vocab_size)."""
     expected = math.log(vocab_size)
     if abs(loss - expected) > 1.0:
-        return f"the first loss is {loss:.2f}, far from ln(vocab_size) = {expected:.2f}: odd data or initialisation"
-    return None
+        print(
+            f"warning: the first loss is {loss:.2f}, far from ln(vocab_size) = {expected:.2f}: "
+            "odd data, or an odd initialisation",
+            file=sys.stderr,
+        )
 
 
 def check_learning(run: Any, loss_function: Any, steps: int = 100) -> None:

@@ -172,6 +172,8 @@ def train(run: Run, log: RunLog) -> State:
             state.tokens += int(n_tokens)
             done = config.max_steps is not None and state.step >= config.max_steps
 
+            if state.step == 1 and not config.from_checkpoint:
+                preflight.judge_first_loss(loss, run.model.config.vocab_size)
             log.bar.update()
             if state.step % config.log_interval == 0 or done:
                 seconds = time.perf_counter() - step_began
@@ -441,7 +443,7 @@ def train_with_log(run: Run, argv: list[str]) -> None:
         state = train(run, log)
     finally:
         log.close()
-    if engine.is_main:
+    if engine.is_main and state.step:
         best, last = run.checkpoint_path(), run.checkpoint_path("_last")
         print(f"step {state.step:,}, best validation loss {state.best_val_loss:.4f} ({best}); log: {log.path}")
         print(

@@ -36,13 +36,11 @@ def test_a_resumed_log_takes_over_from_its_first_step(work):
     assert [record["step"] for record in runs["a"]["val"]] == [10, 20, 30, 40, 50, 60]
 
 
-def test_smoothing_equals_the_weighted_mean_by_definition():
-    values = [5.0, 1.0, 3.0, 2.0]
-    decay = 1 - 1 / 4
-    for i, smoothed in enumerate(plot_loss.smooth(values, 4)):
-        weights = [decay ** (i - j) for j in range(i + 1)]
-        mean = sum(w * v for w, v in zip(weights, values[: i + 1], strict=True)) / sum(weights)
-        assert smoothed == pytest.approx(mean)
+def test_smoothing_is_a_centred_mean():
+    values = [5.0, 1.0, 3.0, 2.0, 7.0, 4.0]
+    expected = [5.0, (5 + 1 + 3) / 3, (5 + 1 + 3 + 2 + 7) / 5, (1 + 3 + 2 + 7 + 4) / 5, (2 + 7 + 4) / 3, 4.0]
+    assert plot_loss.smooth(values, 4).tolist() == pytest.approx(expected)
+    assert plot_loss.smooth(values, 1).tolist() == pytest.approx(values)
 
 
 def test_half_a_last_line_is_left_out(work):

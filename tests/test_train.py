@@ -293,6 +293,19 @@ def test_settings_that_cannot_make_sense_are_warned_of(call, prepared, overrides
     assert result.status == 0 and "warning: " in result.err and warning in result.err
 
 
+def test_an_odd_first_loss_is_warned_of(call, prepared, monkeypatch):
+    assert "first loss" not in call("train.py", "-t", config(prepared, max_steps=1)).err
+    initialise = GPT._initialise
+
+    def too_large(model):
+        initialise(model)
+        torch.nn.init.normal_(model.token_embedding.weight, std=2.0)
+
+    monkeypatch.setattr(GPT, "_initialise", too_large)
+    result = call("train.py", "-t", config(prepared, max_steps=1))
+    assert result.status == 0 and "warning: the first loss is" in result.err
+
+
 def test_preflight_and_samples_are_printed(call, prepared):
     result = call("train.py", "-t", config(prepared), "--sample_tokens", "10", "--sample_prompt", "the ")
     for word in ("parameters", "epoch", "device: cpu", "attention", "GB", "unigram", "lzma", "sample: "):
