@@ -1,6 +1,8 @@
 import json
+import signal
 
 import pytest
+from conftest import start_script
 
 import plot_loss
 
@@ -64,3 +66,18 @@ def test_bad_logs_get_one_clear_line(call, work, contents, message):
     result = call("plot_loss.py", "-n", "x.log")
     assert result.status != 0 and message in result.err and "x.log" in result.err
     assert result.err.count("\n") == 1 and not (work / "x.png").exists()
+
+
+def test_following_draws_again_when_the_log_grows(work):
+    path = write_log(work / "a.log", range(1, 11))
+    process = start_script("plot_loss.py", "-n", "a.log", "--follow", cwd=work)
+    try:
+        assert process.stdout.readline() == "a.png\n"
+        before = (work / "a.png").read_bytes()
+        write_log(path, range(1, 41))
+        assert process.stdout.readline() == "a.png\n"
+        assert (work / "a.png").read_bytes() != before
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    assert process.returncode == 0
