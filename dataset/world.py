@@ -184,8 +184,8 @@ def make_world() -> tuple[list[str], list[dict[str, str]], list[dict[str, str]]]
     for skill, pool in pools.items():
         for _ in range(HELD_OUT[skill]):
             item = pool.pop()
-            if skill == "sum" and item[::-1] in pool:
-                pool.remove(item[::-1])  # b + a would give a + b away
+            if item[::-1] in pool:
+                pool.remove(item[::-1])  # b + a gives a + b away, a word reversed the word
             held_out.append(asked_and_told(skill, item)[0])
     for skill, pool in pools.items():
         for i, item in enumerate(pool):
