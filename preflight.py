@@ -53,8 +53,8 @@ def memory_estimate(model: GPT, batch_size: int, optimizer: str, dtype: torch.dt
     states = {"adamw": 2, "muon": 1, "sgd": 1}[optimizer]
     weights = model.parameter_count() * 4 * (2 + states)
     size = torch.finfo(dtype).bits // 8
-    mlp_tensors = 4 if config.mlp == "swiglu" else 2
-    per_token = config.n_layer * (14 * config.n_embd + mlp_tensors * config.n_hidden) * size
+    mlp_tensors = 5 if config.mlp == "swiglu" else 2
+    per_token = config.n_layer * (18 * config.n_embd + mlp_tensors * config.n_hidden) * size
     per_token += config.vocab_size * (size + 8)  # logits, their float32 copy and its gradient
     return weights + batch_size * config.block_size * per_token
 

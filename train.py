@@ -445,7 +445,9 @@ def train_with_log(run: Run, argv: list[str]) -> None:
         log.close()
     if engine.is_main and state.step:
         best, last = run.checkpoint_path(), run.checkpoint_path("_last")
-        print(f"step {state.step:,}, best validation loss {state.best_val_loss:.4f} ({best}); log: {log.path}")
+        reached = f"best validation loss {state.best_val_loss:.4f} ({best})"
+        reached = reached if math.isfinite(state.best_val_loss) else "not evaluated yet"
+        print(f"step {state.step:,}, {reached}; log: {log.path}")
         print(
             f"to go on: {engine.command} {shlex.join(without_flag(argv, '--from_checkpoint'))} --from_checkpoint {last}"
         )

@@ -209,7 +209,7 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(prepared, number):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert "--from_checkpoint checkpoint/pretrain_last.pt" in out
+    assert "--from_checkpoint checkpoint/pretrain_last.pt" in out and "not evaluated yet" in out
     checkpoint = load_checkpoint(prepared / "checkpoint" / "pretrain_last.pt")
     logged = read_log(logs[0], "train")[-1]["step"]
     assert checkpoint["step"] == logged
