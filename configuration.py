@@ -117,9 +117,8 @@ class Field:
             for item in value if kind is list else [value]:
                 if item not in rules["choices"]:
                     hint = nearest(item, rules["choices"])
-                    self.fail("one of " + ", ".join(rules["choices"]), value) if not hint else self.fail(
-                        "one of " + ", ".join(rules["choices"]) + f" (did you mean {hint}?)", value
-                    )
+                    allowed = "one of " + ", ".join(rules["choices"])
+                    self.fail(f"{allowed} (did you mean {hint}?)" if hint else allowed, value)
         if rules["minimum"] is not None and value < rules["minimum"]:
             self.fail(f"at least {rules['minimum']}", value)
         if rules["above"] is not None and value <= rules["above"]:

@@ -1,7 +1,6 @@
 """A user's mistakes: one clear line, a non-zero exit, and nothing written or changed."""
 
 import json
-import pickle
 from pathlib import Path
 
 import pytest
@@ -203,7 +202,7 @@ def bad_checkpoint(folder: Path, kind: str) -> str:
         path.write_text("hello", encoding="utf-8")
         return "bad.pt"
     if kind == "pickle":
-        path.write_bytes(pickle.dumps(Malice()))
+        torch.save(Malice(), path, _use_new_zipfile_serialization=False)  # a bare pickle, no zip around it
         return "tensors and plain values"
     if kind == "malicious":
         contents["train_config"] = Malice()

@@ -1,7 +1,6 @@
 import json
 import math
 import signal
-import sys
 import time
 from itertools import pairwise
 
@@ -216,13 +215,12 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(prepared, number):
     assert "Traceback" not in err
 
 
-def test_limits_end_the_run(call, prepared):
-    path = config(prepared, max_steps=100000, eval_interval=2, learning_rate=1e-9, min_lr=0.0, patience=3)
+def test_the_time_limit_ends_the_run_with_an_evaluation(call, prepared):
     began = time.time()
-    assert call("train.py", "-t", path, "--learning_rate", "30", "--min_lr", "30", "--grad_clip", "0").status in (0, 1)
     result = call("train.py", "-t", config(prepared, max_steps=100000), "--max_minutes", "0.03")
     assert result.status == 0 and time.time() - began < 60
     step = load_checkpoint("checkpoint/pretrain_last.pt")["step"]
+    assert 0 < step < 100000
     assert read_log(only_log(prepared), "val")[-1]["step"] == step
 
 
@@ -410,4 +408,3 @@ def test_help_lists_every_field():
     out, _ = process.communicate(timeout=60)
     for name in (*ModelConfig.__dataclass_fields__, *train.TrainConfig.__dataclass_fields__):
         assert f"--{name}" in out
-    assert "six" not in sys.argv
