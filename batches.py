@@ -339,9 +339,16 @@ class ValidationBatches(Batches):
             self.samples = [self.samples[i] for i in sorted(chosen)]
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(self.rank * self.batch_size, len(self.samples), self.world_size * self.batch_size):
+        n_batches = math.ceil(len(self.samples) / self.batch_size)
+        for i in range(math.ceil(n_batches / self.world_size)):
+            start = (i * self.world_size + self.rank) * self.batch_size
             rows = [dataset.get(i, 0) for dataset, i in self.samples[start : start + self.batch_size]]
-            yield self.collate(rows)
+            if rows:
+                yield self.collate(rows)
+            else:  # every process gets as many, since they may have to work together on each: this one counts nothing
+                dataset, i = self.samples[0]
+                spare = self.collate([dataset.get(i, 0)])
+                yield spare._replace(loss_mask=torch.zeros(spare.targets.shape), count=0)
 
 
 def prefetch(batches: Any, position: int, pin_memory: bool = False, depth: int = 2) -> Iterator[list[Batch]]:

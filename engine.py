@@ -27,10 +27,13 @@ class Engine:
 
     rank, world_size = 0, 1
     command = "python train.py"
+    can_shard = False
 
     def __init__(self, config: Any) -> None:
+        if config.fsdp and not self.can_shard:
+            raise UserError("fsdp shards a model over processes: start train_ddp.py with torch.distributed.run")
         self.config = config
-        self.device = find_device(config.device)
+        self.device = self.choose_device(config.device)
         self.dtype = find_dtype(config.dtype, self.device)
         self.use_compile = config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda")
         torch.manual_seed(config.random_seed)
@@ -40,6 +43,9 @@ class Engine:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def choose_device(self, name: str) -> torch.device:
+        return find_device(name)
 
     def prepare(self, model: GPT) -> None:
         """Put the model on the device and make its optimizer."""
@@ -81,12 +87,16 @@ class Engine:
         for optimizer in getattr(self.optimizer, "optimizers", [self.optimizer]):
             self.scaler.unscale_(optimizer)
         max_norm = self.config.grad_clip or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm).item()
+        grad_norm = self.clip_gradients(max_norm)
         if math.isfinite(grad_norm):
             self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad()
         return grad_norm
+
+    def clip_gradients(self, max_norm: float) -> float:
+        """Scale the gradients down to max_norm; returns the norm that they had."""
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm).item()
 
     def sum_over_ranks(self, *values: float) -> list[float]:
         """Each value summed over all processes."""
@@ -94,15 +104,28 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimizer and random states, whole, for the checkpoint."""
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": rng,
+            "rng": self.random_states(),
         }
+
+    def whole_model(self) -> GPT | None:
+        """The model on one device, for sampling; None on all processes but the main one where that takes a copy."""
+        return self.model
+
+    def random_states(self) -> dict[str, Any]:
+        """States of the random number generators, by kind of device."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def set_random_states(self, states: dict[str, Any]) -> None:
+        torch.set_rng_state(states["cpu"])
+        if self.device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], self.device)
 
     def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
         """Take over optimizer and random states; the weights are the model's already."""
@@ -117,9 +140,7 @@ class Engine:
             ) from None
         if self.scaler.is_enabled() and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
-        torch.set_rng_state(checkpoint["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in checkpoint["rng"]:
-            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], self.device)
+        self.set_random_states(checkpoint["rng"])
 
 
 def find_device(name: str) -> torch.device:

@@ -119,20 +119,28 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
         self.residual_dropout = nn.Dropout(config.dropout)
 
+    def project(
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (B, n_head, T, head_dim), keys and values (B, n_kv_head, T, head_dim) of x (B, T, n_embd)."""
+        config = self.config
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x).split(self.split_sizes, dim=-1)
+        q = q.view(B, T, config.n_head, config.head_dim)
+        k = k.view(B, T, config.n_kv_head, config.head_dim)
+        v = v.view(B, T, config.n_kv_head, config.head_dim)
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
     def forward(
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, cache: KVCache | None
     ) -> torch.Tensor:
         config = self.config
         B, T, C = x.shape
-        q, k, v = self.qkv(x).split(self.split_sizes, dim=-1)
-        q = q.view(B, T, config.n_head, config.head_dim)
-        k = k.view(B, T, config.n_kv_head, config.head_dim)
-        v = v.view(B, T, config.n_kv_head, config.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
-        if config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, n_head, T, head_dim)
+        q, k, v = self.project(x, rope)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
 
@@ -147,6 +155,15 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.residual_dropout(self.out(y))
+
+    def weights(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        """The attention weights (B, n_head, T, T) that forward() applies without ever forming them; row: query."""
+        q, k, _ = self.project(x, rope)
+        k = k.repeat_interleave(self.config.n_head // self.config.n_kv_head, dim=1)
+        scores = q @ k.mT / math.sqrt(self.config.head_dim)
+        if self.config.is_causal:
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+        return scores.softmax(-1)
 
 
 class MLP(nn.Module):
@@ -290,6 +307,18 @@ class GPT(nn.Module):
         if self.config.is_causal:
             raise UserError("predict() is for models with full attention (is_causal: false); use generate()")
         return self.lm_head(self.hidden(idx)).argmax(-1)
+
+    @torch.no_grad()
+    def attention_maps(self, idx: torch.Tensor) -> torch.Tensor:
+        """Attention weights (n_layer, B, n_head, T, T) over token ids (B, T); each row, a query's, sums to 1."""
+        inputs: list[tuple] = []
+        hooks = [b.attention.register_forward_pre_hook(lambda _, args: inputs.append(args)) for b in self.blocks]
+        try:
+            self.hidden(idx)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack([b.attention.weights(*args[:2]) for b, args in zip(self.blocks, inputs, strict=True)])
 
     def generate(
         self,

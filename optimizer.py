@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 # ------------------------------------------------------------------------------------------------------ schedules
 
@@ -91,9 +92,23 @@ class Muon(torch.optim.Optimizer):
                 gradients = [p.grad for p in ps]
                 momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in ps]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-                updates = orthogonalise(torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"])))
+                directions = torch._foreach_lerp(gradients, momenta, group["momentum"])
+                updates = orthogonalise(torch.stack([whole(d) for d in directions])).unbind()
+                updates = [like(p, update) for p, update in zip(ps, updates, strict=True)]
                 torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(ps, updates.unbind(), alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
+                torch._foreach_add_(ps, updates, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that may be sharded over processes, whole."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(p: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    """This process's share of an update that every process has whole, where p is sharded."""
+    if not isinstance(p, DTensor):
+        return update
+    return distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
 
 
 class Together:

@@ -73,7 +73,6 @@ def report(run: Any) -> None:
     """Print the set-up of a train.Run in a few lines, then the warnings; measures the device's rate on the way."""
     config, model, engine, batches = run.config, run.model, run.engine, run.batches
     run.matmul_flops = matmul_flops(engine.device, engine.dtype)
-    steps_per_epoch = batches.samples_per_epoch / batches.samples_per_step
     tokens_per_step = batches.samples_per_step * model.config.block_size
     needed = memory_estimate(model, config.batch_size, config.optimizer, engine.dtype)
     available = memory_available(engine.device)
@@ -81,9 +80,13 @@ def report(run: Any) -> None:
         f"{config.stage}: {model.parameter_count() / 1e6:.2f}M parameters, "
         f"{model.flops_per_token() / 1e6:.1f} MFLOP per token, vocabulary {model.config.vocab_size:,}"
     )
+    epoch = "samples without end"
+    if batches.samples_per_epoch is not None:
+        steps = batches.samples_per_epoch / batches.samples_per_step
+        epoch = f"epoch: {batches.samples_per_epoch:,} samples in {steps:,.1f} steps"
     print(
         f"step: {config.batch_size} x {config.gradient_accumulation_steps} samples, up to {tokens_per_step:,} tokens; "
-        f"epoch: {batches.samples_per_epoch:,} samples in {steps_per_epoch:,.1f} steps"
+        f"{epoch}"
     )
     print(
         f"device: {device_name(engine.device)}, {str(engine.dtype).removeprefix('torch.')}, "

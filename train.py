@@ -17,6 +17,7 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ class TrainConfig(Config):
     sdp_kernel: str = option("auto", "attention kernel", choices=("auto", *SDP_KERNELS))
     compile: str = option("auto", "torch.compile; auto: on CUDA", choices=("auto", "true", "false"))
     backend: str = option("auto", "communication between processes; auto: nccl on CUDA, gloo elsewhere")
+    process_timeout: float = option(10.0, "minutes that processes wait for one another before all give up", above=0.0)
+    fsdp: bool = option(False, "train_ddp.py: each process holds a share of the model instead of a copy")
     log_to: list[str] = option([], "also log to these", choices=SINKS)
 
     def check(self) -> None:
@@ -131,6 +134,8 @@ class Run:
     continues: bool = False  # an earlier run of the same stage
     tokens_per_character: float | None = None  # of the validation data, for bits per character
     matmul_flops: float | None = None  # the device's measured rate, for mfu
+    measure: Callable[[], dict[str, float]] | None = None  # further figures for the records of evaluations
+    stopped: bool = False  # by a signal
     began: float = field(default_factory=time.perf_counter)
     written: set[Path] = field(default_factory=set)
 
@@ -189,6 +194,7 @@ def train(run: Run, log: RunLog) -> State:
             evaluate_and_save(run, log)
         if state.step and saved != state.step:
             save(run, run.checkpoint_path("_last"))
+        run.stopped = stop.requested
     return state
 
 
@@ -260,21 +266,27 @@ def evaluate_and_save(run: Run, log: RunLog) -> None:
     if run.tokens_per_character:
         record["bits_per_character"] = val_loss * run.tokens_per_character / math.log(2)
         line += f", {record['bits_per_character']:.3f} bits/character"
+    if run.measure:
+        figures = run.measure()
+        record.update(figures)
+        line += "".join(f", {name} {value:.2%}" for name, value in figures.items())
     if improved:
         save(run, run.checkpoint_path())
     log.write(record)
     log.say(line + (f" -> {run.checkpoint_path()}" if improved else f" (best {state.best_val_loss:.4f})"))
-    if config.sample_tokens and run.engine.is_main:
-        log.say(f"  sample: {sample_text(run)!r}")
+    if config.sample_tokens:
+        model = run.engine.whole_model()
+        if run.engine.is_main:
+            log.say(f"  sample: {sample_text(run, model)!r}")
 
 
-def sample_text(run: Run) -> str:
+def sample_text(run: Run, model: GPT) -> str:
     """A short continuation of sample_prompt; its random numbers are its own, so that training is not disturbed."""
-    run.model.eval()
+    model.eval()
     idx = torch.from_numpy(run.tokenizer.encode(run.config.sample_prompt).astype("int64"))[None].to(run.engine.device)
-    steps = run.model.generate(idx, run.config.sample_tokens, temperature=0.8, seed=run.config.random_seed)
+    steps = model.generate(idx, run.config.sample_tokens, temperature=0.8, seed=run.config.random_seed)
     text = run.tokenizer.decode([tokens.item() for tokens in steps])
-    run.model.train()
+    model.train()
     return text
 
 
@@ -419,8 +431,8 @@ def start(run: Run, checkpoint: dict[str, Any] | None) -> None:
         )
 
 
-def train_with_log(run: Run, argv: list[str]) -> None:
-    """The loop, with a log around it and, after it, what to do next."""
+def train_with_log(run: Run, argv: list[str]) -> Path | None:
+    """The loop, with a log around it and, after it, what to do next; returns the log's path."""
     config, engine = run.config, run.engine
     header = {
         "stage": config.stage,
@@ -451,6 +463,7 @@ def train_with_log(run: Run, argv: list[str]) -> None:
         print(
             f"to go on: {engine.command} {shlex.join(without_flag(argv, '--from_checkpoint'))} --from_checkpoint {last}"
         )
+    return log.path
 
 
 def without_flag(argv: list[str], flag: str) -> list[str]:
@@ -463,16 +476,21 @@ def without_flag(argv: list[str], flag: str) -> list[str]:
     return kept
 
 
-def main(engine_class: type[Engine] = Engine) -> None:
+def make_parser() -> Parser:
+    """The options of the training scripts: a flag for every field, and what to read and to do."""
     parser = Parser(sys.modules["__main__"].__doc__ or __doc__, ModelConfig, TrainConfig)
     parser.add_argument(
         "-t", "--training", default="pretrain", help="training config: NAME of config/NAME.json, or a path"
     )
     parser.add_argument("-m", "--model", default=None, help="model config, likewise [default: model]")
     parser.add_argument("--check", action="store_true", help="overfit one batch, to see whether the set-up can learn")
-    args, overrides = parser.parse()
+    return parser
+
+
+def train_stage(args: Any, overrides: dict[str, Any], make_engine: Callable[[TrainConfig], Engine]) -> None:
+    """What the command line asks for, on an engine."""
     config, explicit, defaults = read_configs(args, overrides)
-    engine = engine_class(config)
+    engine = make_engine(config)
     run = set_up(config, explicit, defaults, engine)
     if args.check:
         preflight.check_learning(run, LOSSES[config.loss])
@@ -480,6 +498,10 @@ def main(engine_class: type[Engine] = Engine) -> None:
     if engine.is_main:
         preflight.report(run)
     train_with_log(run, sys.argv[1:])
+
+
+def main() -> None:
+    train_stage(*make_parser().parse(), Engine)
 
 
 if __name__ == "__main__":

@@ -340,3 +340,26 @@ def test_learned_positions_tell_places_apart():
     logits = model(torch.full((1, 16), 7))[0]
     assert not torch.allclose(logits[0, 0], logits[0, 5])
     assert F.cosine_similarity(logits[0, 0], logits[0, 5], dim=0) < 0.999
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("use_rope", [True, False])
+def test_attention_maps_are_the_weights_that_attention_applies(is_causal, use_rope):
+    """Weights times values, through the rest of each layer, must give the logits of the fused attention."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=11, block_size=9, n_layer=2, n_head=4, n_kv_head=2, n_embd=16, is_causal=is_causal, use_rope=use_rope
+    )
+    model, idx = GPT(config).double(), torch.randint(11, (3, 9))
+    maps = model.attention_maps(idx)
+    assert maps.shape == (2, 3, 4, 9, 9)
+    assert torch.allclose(maps.sum(-1), torch.ones_like(maps[..., 0]))
+    assert bool((maps.triu(1) == 0).all()) == is_causal
+    x = model.token_embedding(idx)
+    x = x if use_rope else x + model.position_embedding.weight[:9]
+    for block, weights in zip(model.blocks, maps, strict=True):
+        values = block.attention.qkv(block.attention_norm(x))[..., -8:].view(3, 9, 2, 4).transpose(1, 2)
+        values = values.repeat_interleave(2, dim=1)
+        x = x + block.attention.out((weights @ values).transpose(1, 2).reshape(3, 9, 16))
+        x = x + block.mlp(block.mlp_norm(x))
+    assert torch.allclose(model.lm_head(model.norm(x)), model(idx)[0], atol=1e-6)

@@ -1,0 +1,46 @@
+"""Does problem.py's training wait for its generator? Time to make a step's instances over time to train on them.
+
+    python bench/generator_speed.py             every problem at its default setting; the last line is JSON
+
+In training the generator runs in a thread of its own (batches.prefetch), so what it really costs is less than this.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import problem
+import train
+from tasks import PROBLEMS
+
+N_STEPS = 10
+
+
+def main() -> None:
+    rows, shares = [("problem", "generator ms", "training ms", "generator / training")], {}
+    for name in PROBLEMS:
+        config, _ = problem.make_config(name, {}, {})
+        run = problem.set_up(config, {})
+
+        loss = train.LOSSES[config.loss]
+        steps = [run.batches.at(i * run.batches.samples_per_step) for i in range(N_STEPS)]
+        began = time.perf_counter()
+        for i in range(N_STEPS):
+            run.batches.at((N_STEPS + i) * run.batches.samples_per_step)
+        making = (time.perf_counter() - began) / N_STEPS
+        began = time.perf_counter()
+        for batch in (batch for step in steps for batch in step):
+            run.engine.forward_backward(loss, batch, batch.count, is_last=True)
+            run.engine.step(0.01)
+        learning = (time.perf_counter() - began) / N_STEPS
+        shares[name] = making / learning
+        rows.append((name, f"{1000 * making:.2f}", f"{1000 * learning:.1f}", f"{shares[name]:.1%}"))
+    problem.print_table(rows)
+    print(json.dumps({"generator_over_training": shares}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,389 @@
+"""problem.py and tasks.py: answers checked by slow, obvious programs; held-out instances really held out."""
+
+import inspect
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, read_log, run_script
+
+import problem
+import tasks
+from checkpointing import load_checkpoint
+from tasks import PROBLEMS, Instances, Problem, spell
+from tokenizer import EOS
+
+QUICK = ["--device", "cpu", "--n_embd", "32", "--batch_size", "64", "--eval_interval", "50", "--warmup_iters", "5"]
+
+
+def make_source(name, **overrides):
+    config, _ = problem.make_config(name, overrides, {})
+    return problem.Source(config, problem.make_tokenizer(PROBLEMS[name]))
+
+
+def draw_texts(name, n=300, split="train", **overrides):
+    """(prompt, answer) texts of n instances of every length of the problem."""
+    source = make_source(name, **overrides)
+    pairs = []
+    for length in problem.parse_length(source.config.train_length):
+        instances = source.draw(np.random.default_rng(length), n, length, split)
+        pairs += [
+            (problem.text_of(p), problem.text_of(a)) for p, a in zip(instances.prompt, instances.answer, strict=True)
+        ]
+    return pairs
+
+
+def value_of(tokens):
+    """The value of a prefix expression, read by recursive descent from a list of tokens."""
+    token = tokens.pop(0)
+    if token != "(":
+        return int(token)
+    sign, left, right = tokens.pop(0), value_of(tokens), value_of(tokens)
+    assert tokens.pop(0) == ")"
+    return left & right if sign == "*" else left | right
+
+
+def balanced(text):
+    stack = []
+    for character in text:
+        if character in "([":
+            stack.append(character)
+        elif not stack or stack.pop() + character not in ("()", "[]"):
+            return False
+    return not stack
+
+
+def product(text):
+    return math.prod(map(int, text.split("*")))
+
+
+def times(text):
+    """Long multiplication on paper: a times each digit of b from the last, then the product, all written backwards."""
+    a, b = text.split("*")
+    partial = [str(int(a) * int(digit)).zfill(len(a) + 1)[::-1] for digit in b[::-1]]
+    return ",".join([*partial, str(int(a) * int(b)).zfill(2 * len(a))[::-1]])
+
+
+OBVIOUS = {
+    "q": lambda t: str(sum({"0": 1, "6": 1, "9": 1, "8": 2}.get(c, 0) for c in t)),
+    "sort": lambda t: "".join(sorted(t)),
+    "palindrome": lambda t: t[::-1],
+    "boolean": lambda t: str(value_of(re.findall(r"[()*+01]", t))),
+    "add": lambda t: str(sum(map(int, t.split("+")))).zfill(11)[::-1],
+    "multiply": times,
+    "modular": lambda t: f"{sum(map(int, t.split('+'))) % 97:02d}",
+    "parity": lambda t: "".join(str(t[:i].count("1") % 2) for i in range(1, len(t) + 1)),
+    "majority": lambda t: str(int(t.count("1") > t.count("0"))),
+    "brackets": lambda t: str(int(balanced(t))),
+    "copy": lambda t: t,
+    "recall": lambda t: dict(zip(t[0:16:2], t[1:16:2], strict=True))[t[-1]],
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_answers_are_what_an_obvious_program_says(name):
+    pairs = draw_texts(name)
+    assert len(pairs) >= 300
+    ends = PROBLEMS[name].ends
+    for prompt, answer in pairs:
+        assert prompt.endswith(ends)
+        assert answer == OBVIOUS[name](prompt.removesuffix(ends)), prompt
+        assert set(prompt + answer) <= set(PROBLEMS[name].alphabet)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "obvious"),
+    [
+        ("add", {"reverse": False}, lambda t: str(sum(map(int, t.split("+")))).zfill(11)),
+        ("add", {"pad": False}, lambda t: str(sum(map(int, t.split("+"))))[::-1]),
+        ("multiply", {"scratchpad": False, "pad": False}, lambda t: str(product(t))[::-1]),
+        ("multiply", {"scratchpad": False, "reverse": False}, lambda t: str(product(t)).zfill(t.index("*") * 2)),
+        ("parity", {"scratchpad": False}, lambda t: str(t.count("1") % 2)),
+        ("modular", {"operation": "-"}, lambda t: f"{(int(t[:2]) - int(t[3:])) % 97:02d}"),
+        ("modular", {"operation": "*"}, lambda t: f"{int(t[:2]) * int(t[3:]) % 97:02d}"),
+        ("modular", {"operation": "/"}, lambda t: f"{int(t[:2]) * pow(int(t[3:]), -1, 97) % 97:02d}"),
+        ("modular", {"modulus": 113}, lambda t: f"{sum(map(int, t.split('+'))) % 113:03d}"),
+    ],
+)  # fmt: skip
+def test_options_change_the_answers(name, overrides, obvious):
+    for prompt, answer in draw_texts(name, **overrides):
+        assert answer == obvious(prompt.removesuffix("=")), prompt
+
+
+def test_every_closing_bracket_is_marked_with_its_value():
+    source = make_source("boolean")
+    instances = source.draw(np.random.default_rng(0), 200, 4, "train")
+    for prompt, marks in zip(instances.prompt, instances.marks, strict=True):
+        text = problem.text_of(prompt)
+        opened = []
+        for i, character in enumerate(text):
+            if character == "(":
+                opened.append(i)
+            expected = 0
+            if character == ")":
+                expected = ord(str(value_of(re.findall(r"[()*+01]", text[opened.pop() : i + 1]))))
+            assert marks[i] == expected
+
+
+def test_boolean_expressions_keep_to_their_depth_and_leaf_probability():
+    texts = [prompt for prompt, _ in draw_texts("boolean", 2000, length="4")]
+    depths = [max(np.cumsum([(c == "(") - (c == ")") for c in text])) for text in texts]
+    assert max(depths) == 4
+    operands = sum(text.count("(") - 1 + len(re.findall(r" (?=[01])", text)) for text in texts)
+    shallow = [text for text in draw_texts("boolean", 2000, length="1", leaf_probability=0.2)]
+    assert all(text.count("(") == 1 for text, _ in shallow)
+    first_operand_is_leaf = np.mean([text[3] != "(" for text in texts])
+    assert operands and abs(first_operand_is_leaf - 0.2) < 0.03
+
+
+def test_brackets_come_in_both_kinds_of_answer_and_are_hard_to_tell_by_counting():
+    pairs = draw_texts("brackets", 3000)
+    share = np.mean([answer == "1" for _, answer in pairs])
+    assert 0.4 < share < 0.65
+    wrong = [prompt for prompt, answer in pairs if answer == "0"]
+    assert all(sum(map(text.count, "([")) == 10 for text in wrong)  # as many opening as closing ones
+
+
+def test_balanced_words_of_every_shape_are_equally_likely():
+    words = tasks.balanced_words(np.random.default_rng(0), 14_000, 4)
+    shapes, counts = np.unique((words < 2).astype(int), axis=0, return_counts=True)
+    assert len(shapes) == 14  # the fourth Catalan number
+    assert ((counts - 1000) ** 2 / 1000).sum() < 40  # chi-squared, 13 degrees of freedom: 1 in 8,000
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_no_prompt_is_both_trained_on_and_held_out(name):
+    n = {"boolean": 600}.get(name, 2000)
+    splits = {split: {prompt for prompt, _ in draw_texts(name, n, split)} for split in problem.SPLITS}
+    assert all(splits.values())
+    assert not splits["train"] & splits["test"]
+    assert not splits["train"] & splits["val"]
+    assert not splits["val"] & splits["test"]
+
+
+def test_held_out_instances_are_distinct():
+    for name in ("sort", "boolean", "modular"):
+        prompts = [prompt for prompt, _ in draw_texts(name, 1000, "test")]
+        assert len(prompts) == len(set(prompts)) == 1000
+
+
+def test_modular_splits_the_whole_table_by_the_train_fraction():
+    whole = {f"{a:02d}+{b:02d}=" for a in range(97) for b in range(97)}
+    splits = {split: {prompt for prompt, _ in draw_texts("modular", 10_000, split)} for split in ("val", "test")}
+    train = {prompt for prompt, _ in draw_texts("modular", 100_000)}
+    assert train | splits["val"] | splits["test"] == whole
+    assert abs(len(train) / 97**2 - 0.5) < 0.02
+    assert abs(len({p for p, _ in draw_texts("modular", 100_000, train_fraction=0.3)}) / 97**2 - 0.3) < 0.02
+
+
+def test_the_split_is_the_same_for_every_seed():
+    first, second = make_source("sort", random_seed=1), make_source("sort", random_seed=2)
+    instances = first.draw(np.random.default_rng(0), 500, 6, "test")
+    hashes = problem.hash_rows(instances.prompt)
+    assert (second.split_of(hashes) == problem.SPLITS.index("test")).all()
+
+
+def test_hashes_do_not_depend_on_what_stands_behind_the_text():
+    codes = np.array([[49, 50, 51], [50, 49, 51]], np.uint32)
+    padded = np.pad(codes, ((0, 0), (0, 5)))
+    assert (problem.hash_rows(codes) == problem.hash_rows(padded)).all()
+    assert len(set(problem.hash_rows(codes).tolist())) == 2
+
+
+def test_batches_are_a_function_of_the_position():
+    batches = problem.TrainInstances(make_source("add", gradient_accumulation_steps=2, batch_size=8))
+    again = problem.TrainInstances(make_source("add", gradient_accumulation_steps=2, batch_size=8))
+    again.at(0)
+    for first, second in zip(batches.at(160), again.at(160), strict=True):
+        assert torch.equal(first.idx, second.idx) and torch.equal(first.targets, second.targets)
+    assert not torch.equal(batches.at(0)[0].idx, batches.at(0)[1].idx)
+
+
+def test_encoding_shifts_causal_answers_and_leaves_full_ones_in_place():
+    source = make_source("q", length="2")
+    batch, answer_mask = source.encode(Instances(spell(np.array([[8, 0]])), spell(np.array([[3]]))))
+    text = source.problem.alphabet
+    ids = {character: 6 + i for i, character in enumerate(sorted(text))}
+    assert batch.idx.tolist() == [[ids["8"], ids["0"], ids["3"]]]
+    assert batch.targets.tolist() == [[0, ids["3"], EOS]]
+    assert answer_mask.tolist() == [[False, True, True]] and batch.count == 2
+    source = make_source("sort", length="2")
+    batch, answer_mask = source.encode(Instances(spell(np.array([[8, 0]])), spell(np.array([[0, 8]]))))
+    assert batch.targets.tolist() == [batch.idx[0].flip(0).tolist()] and answer_mask.all()
+
+
+def last_score(out):
+    match = re.fullmatch(r"accuracy: (\d+\.\d\d)% \((\d+)/(\d+)\)", out.strip().splitlines()[-1])
+    assert match, out
+    return float(match[1]), int(match[2]), int(match[3])
+
+
+@pytest.fixture
+def sorted_model(work, call):
+    """A model that has nearly learnt to sort three digits."""
+    result = call("problem.py", "sort", "--length", "3", "--max_steps", "300", *QUICK, "--plot", "--example", "312")
+    assert result.status == 0, result.err
+    return result
+
+
+def test_training_ends_with_the_accuracy_and_leaves_checkpoint_log_and_pictures(sorted_model, work):
+    percent, n_right, n = last_score(sorted_model.out)
+    assert percent > 90 and 50 < n < 110  # of 1,000 instances about 8% are left to the test
+    assert abs(percent - 100 * n_right / n) < 0.01
+    assert re.search(r"^right: \d{3} -> \d{3}$", sorted_model.out, re.M)
+    assert (work / "checkpoint" / "problem_sort.pt").is_file()
+    (log,) = work.glob("train_*.log")
+    accuracies = [record["accuracy"] for record in read_log(log, "val")]
+    assert len(accuracies) == 6 and accuracies[-1] > accuracies[0]
+    for name in ("problem_sort.png", "problem_sort_attention.png"):
+        assert (work / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_checkpoint_is_tested_without_training(sorted_model, call, work):
+    before = (work / "checkpoint" / "problem_sort.pt").read_bytes()
+    result = call("problem.py", "sort", "--checkpoint", "checkpoint/problem_sort.pt", "--device", "cpu")
+    assert result.status == 0, result.err
+    assert last_score(result.out) == last_score(sorted_model.out)
+    assert (work / "checkpoint" / "problem_sort.pt").read_bytes() == before
+    assert len(list(work.glob("train_*.log"))) == 1
+
+
+def test_inputs_can_be_typed(sorted_model, work):
+    typed = "312\nsort 99\nsort 12a\n3121\n\n021\n"
+    result = run_script("problem.py", "--device", "cpu", cwd=work, stdin=typed)
+    answers = result.out.split()
+    assert result.status == 0 and len(answers) == 3 and (answers[0], answers[2]) == ("123", "012")
+    assert "'a'" in result.err and "window of 3" in result.err
+    alone = run_script(
+        "problem.py", "--checkpoint", "checkpoint/problem_sort.pt", "--device", "cpu", cwd=work, stdin=typed
+    )
+    assert alone.out.split() == answers
+
+
+def test_a_wider_test_needs_rotary_positions(sorted_model, call):
+    arguments = ["problem.py", "sort", "--checkpoint", "checkpoint/problem_sort.pt", "--device", "cpu"]
+    result = call(*arguments, "--test_length", "2-5", "--test_instances", "400")
+    assert result.status == 0, result.err
+    lengths = re.findall(r"^ +(\d) digits: +\d+\.\d\d% \((\d+)/(\d+)\)", result.out, re.M)
+    assert [int(length) for length, _, _ in lengths] == [2, 3, 4, 5]
+    assert sum(int(n) for _, _, n in lengths) == last_score(result.out)[2]
+    learned = [*QUICK, "--max_steps", "2", "--length", "3", "--use_rope", "false", "--stage", "learned"]
+    assert call("problem.py", "sort", *learned).status == 0
+    result = call(
+        "problem.py", "sort", "--checkpoint", "checkpoint/learned.pt", "--test_length", "5", "--device", "cpu"
+    )
+    assert result.status == 1 and "needs a window of 5 tokens, block_size is 3" in result.err
+
+
+def test_exact_match_is_what_greedy_generation_says(work, call):
+    """The answers of a half-trained model, character by character, against the one pass of the test."""
+    assert call("problem.py", "add", "--length", "1-2", "--max_steps", "300", *QUICK).status == 0
+    config, _ = problem.make_config("add", {"length": "1-2", "device": "cpu"}, {})
+    source = problem.Source(config, problem.make_tokenizer(PROBLEMS["add"]))
+    held_out = problem.HeldOut(source, "test", range(1, 3), 150)
+    solver = problem.load_solver("checkpoint/problem_add.pt", torch.device("cpu"), "add")
+    right = problem.exact_match(solver.model, held_out, problem.Engine(config))
+    n_right = 0
+    for length, verdicts in right.items():
+        prompt, answer, _ = held_out.by_length[length]
+        for i, verdict in enumerate(verdicts):
+            assert (solver.answer(problem.text_of(prompt[i])) == problem.text_of(answer[i])) == verdict
+        n_right += verdicts.sum()
+    assert 0 < n_right < problem.total(right).n  # both verdicts were put to the test
+
+
+def test_continuing_gives_the_same_weights(work, call):
+    arguments = ["problem.py", "parity", "--length", "6", *QUICK, "--save_interval", "20", "--lr_decay_iters", "40"]
+    assert call(*arguments, "--max_steps", "40", "--stage", "whole").status == 0
+    assert call(*arguments, "--max_steps", "20", "--stage", "parts").status == 0
+    last = "checkpoint/parts_last.pt"
+    assert call(*arguments, "--max_steps", "40", "--stage", "parts", "--from_checkpoint", last).status == 0
+    whole, parts = load_checkpoint("checkpoint/whole_last.pt"), load_checkpoint(last)
+    assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+
+
+def largest(rng, n, length, config):
+    digits = rng.integers(0, 10, (n, length))
+    return Instances(spell(digits), spell(digits.max(axis=1, keepdims=True)))
+
+
+def test_a_new_problem_is_a_generator_and_an_entry(work, call, monkeypatch):
+    entry = Problem("the largest digit", "0123456789=", largest, ends="=", length="4")
+    monkeypatch.setitem(PROBLEMS, "largest", entry)
+    result = call("problem.py", "largest", "--max_steps", "150", *QUICK)
+    assert result.status == 0, result.err
+    assert last_score(result.out)[0] > 95
+    for name in ("README.md", "README.zh.md"):
+        readme = (ROOT / name).read_text(encoding="utf-8")
+        assert inspect.getsource(largest) in readme and '"0123456789=", largest, ends="=", length="4"' in readme
+
+
+def test_a_generator_that_leaves_its_alphabet_is_named(work, call, monkeypatch):
+    for alphabet, lacks in (("012345678=", "9"), ("123456789=", "0")):
+        monkeypatch.setitem(PROBLEMS, "largest", Problem("", alphabet, largest, ends="=", length="4"))
+        result = call("problem.py", "largest", "--max_steps", "1", *QUICK)
+        assert result.status == 1 and f"makes '{lacks}', which its alphabet lacks" in result.err
+
+
+def test_all_runs_every_problem_and_ends_with_a_table(work, call, monkeypatch):
+    for name in [name for name in PROBLEMS if name not in ("q", "sort")]:
+        monkeypatch.delitem(PROBLEMS, name)
+    result = call("problem.py", "all", "--length", "3", "--max_steps", "20", *QUICK)
+    rows = [line.split("|")[1].strip() for line in result.out.strip().splitlines()[-4:]]
+    assert result.status == 0 and rows[0] == "problem" and rows[2:] == ["q", "sort"]
+
+
+def test_the_list_shows_every_problem(work, call):
+    out = call("problem.py", "--list").out
+    assert all(f"| {name} " in out for name in PROBLEMS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["srot"], 'did you mean "sort"?'),
+        (["sort", "--length", "six"], "a length must be N or A-B"),
+        (["sort", "--length", "0"], "from 1 on"),
+        (["sort", "--length", "9-3"], "a length must be N or A-B"),
+        (["sort", "--length", "20", "--block_size", "10"], "length 20 needs a window of 20 tokens, block_size is 10"),
+        (["modular", "--length", "3"], "modular has no length"),
+        (["modular", "--operation", "/", "--modulus", "12"], "needs a prime modulus, got 12"),
+        (["modular", "--operation", "^"], "operation must be one of"),
+        (["majority", "--length", "8"], "odd length"),
+        (["recall", "--length", "27"], "at most 26"),
+        (["add", "--length", "19"], "at most 18"),
+        (["sort", "--modulus", "5"], "--modulus belongs to modular, not to sort"),
+        (["sort", "--tokenizer_path", "x.json"], "means nothing here"),
+        (["sort", "--is_causal", "true"], "is defined with is_causal false"),
+        (["sort", "--n_head", "3"], "must be divisible by n_head"),
+        (["sort", "--checkpoint", "none.pt"], "none.pt: no such checkpoint"),
+        (["sort", "--from_checkpoint", "none.pt"], "none.pt: no such checkpoint"),
+        (["sort", "--example", "123"], "--example is for --plot"),
+        ([], "no problem has been trained"),
+    ],
+)
+def test_mistakes_get_one_line(work, call, argv, says):
+    result = call("problem.py", *argv, "--max_steps", "1")
+    assert result.status == 1 and says in result.err
+    assert len(result.err.strip().splitlines()) == 1 and not Path("checkpoint").exists()
+
+
+def test_a_checkpoint_of_another_kind_is_refused(prepared, call):
+    train = ["train.py", "-t", "pretrain", "--n_layer", "1", "--n_embd", "16", "--block_size", "16", "--max_steps", "1"]
+    assert call(*train, "--device", "cpu").status == 0
+    for argv in (["sort", "--checkpoint"], ["--checkpoint"]):
+        result = call("problem.py", *argv, "checkpoint/pretrain.pt")
+        assert result.status == 1 and "not a checkpoint of problem.py" in result.err
+    result = call("problem.py", "sort", "--from_checkpoint", "checkpoint/pretrain.pt")
+    assert result.status == 1 and "its alphabet is not that of sort" in result.err
+
+
+def test_a_small_space_is_tested_whole():
+    held_out = problem.HeldOut(make_source("sort", length="2"), "test", range(2, 3), 10_000)
+    source = make_source("sort", length="2")
+    everything = np.array([[a, b] for a in range(10) for b in range(10)])
+    expected = source.split_of(problem.hash_rows(spell(everything))) == problem.SPLITS.index("test")
+    assert len(held_out.by_length[2].prompt) == expected.sum() > 0

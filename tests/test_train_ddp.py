@@ -1,0 +1,228 @@
+"""train_ddp.py with real processes on gloo: the same training as on one process, whatever happens to the others."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import FAST, ROOT, TINY, read_log
+
+import train
+from batches import TokenFile, ValidationBatches
+from checkpointing import load_checkpoint
+from configuration import UserError
+from train_ddp import DDPEngine, check_accumulation, has_lost_contact
+
+DATA = ["--dataset_path", '[["dataset/pretrain_train.bin", "dataset/pretrain_val.bin"]]']
+ARGUMENTS = [*TINY, *FAST, "--optimizer", "adamw", "--eval_interval", "10", "--gradient_accumulation_steps", "4"]
+
+
+def start(n_processes, *argv, cwd, script="train_ddp.py", launcher=()):
+    """torchrun in a session of its own, so that signals reach no one else."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n_processes)]
+    return subprocess.Popen(
+        [*command, *launcher, ROOT / script, *map(str, argv)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process, timeout=120):
+    """(exit status, output, errors); nothing of it is left running."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        for child in [*children_of(process), process] if process.poll() is None else []:
+            child.kill()
+    return process.returncode, out, err
+
+
+def children_of(process):
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def worker(process, rank):
+    """The process of a rank, once it is there."""
+    for _ in range(600):
+        for child in children_of(process):
+            try:
+                if child.environ().get("RANK") == str(rank):
+                    return child
+            except psutil.Error:
+                continue
+        time.sleep(0.1)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def wait_for(path: Path, process, timeout=90):
+    for _ in range(timeout * 10):
+        if path.exists():
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    raise AssertionError(f"{path} was not written")
+
+
+def newest_log(folder: Path) -> Path:
+    return max(folder.glob("train_*.log"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def curves(log: Path) -> dict[str, list[float]]:
+    """Everything in a log that must not depend on the number of processes."""
+    return {
+        field: [record[field] for record in read_log(log, kind)]
+        for kind, fields in {"train": ("loss", "grad_norm", "tokens"), "val": ("val_loss",)}.items()
+        for field in fields
+    }
+
+
+def train_on(n_processes, cwd, *argv) -> dict[str, list[float]]:
+    for log in cwd.glob("train_*.log"):
+        log.unlink()
+    status, _, err = finish(start(n_processes, *argv, cwd=cwd))
+    assert status == 0, err
+    assert len(list(cwd.glob("train_*.log"))) == 1  # one process writes
+    assert err.count("100%|") <= 2  # one bar, drawn at its end
+    return curves(newest_log(cwd))
+
+
+def assert_close(one, other, tolerance=1e-5):
+    for field, values in one.items():
+        assert other[field] == pytest.approx(values, rel=tolerance), field
+
+
+@pytest.mark.parametrize(("stage", "n_processes", "options"), [
+    ("pretrain", 2, ["--optimizer", "muon"]),
+    ("pretrain", 4, []),
+    ("sft", 2, []),
+    ("pretrain", 2, ["--fsdp", "true"]),
+    ("sft", 2, ["--fsdp", "true", "--optimizer", "muon"]),
+])  # fmt: skip
+def test_the_loss_curve_is_that_of_one_process(prepared, call, stage, n_processes, options):
+    arguments = ["-t", stage, "--from_checkpoint", "", *ARGUMENTS, *options, "--max_steps", "20", "--eval_iters", "3"]
+    plain = [a for a in arguments if a not in ("--fsdp", "true")]
+    assert call("train.py", *plain).status == 0
+    one = curves(newest_log(prepared))
+    assert len(one["loss"]) == 20 and len(one["val_loss"]) == 2
+    assert_close(one, train_on(n_processes, prepared, *arguments))
+
+
+def test_checkpoints_go_from_one_number_of_processes_to_another(prepared, call):
+    """20 steps at once on one process = 8 on two (sharded) + 6 on one + 6 on two."""
+    arguments = ["-t", "pretrain", *ARGUMENTS, "--lr_decay_iters", "20", "--eval_iters", "0"]
+    assert call("train.py", *arguments, "--max_steps", "20", "--stage", "whole", *DATA).status == 0
+    whole = curves(newest_log(prepared))
+    arguments += ["--stage", "parts", *DATA]
+    parts = train_on(2, prepared, *arguments, "--max_steps", "8", "--fsdp", "true")
+    resume = ["--from_checkpoint", "checkpoint/parts_last.pt"]
+    (prepared / newest_log(prepared).name).unlink()
+    assert call("train.py", *arguments, "--max_steps", "14", *resume).status == 0
+    second = curves(newest_log(prepared))
+    third = train_on(2, prepared, *arguments, "--max_steps", "20", *resume)
+    for field in ("loss", "grad_norm"):
+        assert parts[field] + second[field] + third[field] == pytest.approx(whole[field], rel=1e-5)
+    weights = load_checkpoint("checkpoint/whole_last.pt"), load_checkpoint("checkpoint/parts_last.pt")
+    assert weights[0]["optimizer"]["state"].keys() == weights[1]["optimizer"]["state"].keys()
+    for name, weight in weights[0]["model"].items():
+        assert torch.allclose(weight, weights[1]["model"][name], atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [[], ["--fsdp", "true"]])
+def test_continuing_on_as_many_processes_gives_the_same_weights(prepared, options):
+    arguments = ["-t", "pretrain", *ARGUMENTS, *options, *DATA, "--dropout", "0.2", "--lr_decay_iters", "8"]
+    train_on(2, prepared, *arguments, "--max_steps", "8", "--stage", "whole")
+    train_on(2, prepared, *arguments, "--max_steps", "4", "--stage", "parts")
+    resume = ["--from_checkpoint", "checkpoint/parts_last.pt"]
+    train_on(2, prepared, *arguments, "--max_steps", "8", "--stage", "parts", *resume)
+    whole, parts = load_checkpoint("checkpoint/whole_last.pt"), load_checkpoint("checkpoint/parts_last.pt")
+    assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+
+
+ENDLESS = ["-t", "pretrain", *ARGUMENTS, "--eval_interval", "1000000", "--save_interval", "5", "--decay_lr", "false"]
+
+
+def test_a_job_whose_process_dies_ends_with_a_message(prepared):
+    job = start(2, *ENDLESS, cwd=prepared)
+    wait_for(prepared / "checkpoint" / "pretrain_last.pt", job)
+    worker(job, 1).kill()
+    status, _, err = finish(job, timeout=60)
+    assert status != 0
+    assert "process 0 lost contact" in err or "exitcode  : -9" in err
+    assert load_checkpoint(prepared / "checkpoint" / "pretrain_last.pt")["step"] >= 5
+
+
+def test_started_plainly_it_is_one_process(prepared, call, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    result = call("train_ddp.py", "-t", "pretrain", *ARGUMENTS, "--max_steps", "2")
+    assert result.status == 0 and "torch.distributed.run --nproc_per_node N" in result.err
+    result = call("train_ddp.py", "-t", "pretrain", *ARGUMENTS, "--max_steps", "2", "--fsdp", "true")
+    assert result.status == 1 and "start train_ddp.py with torch.distributed.run" in result.err
+
+
+def test_a_mistake_is_explained(prepared):
+    status, _, err = finish(start(2, "-t", "pretrain", *ARGUMENTS, "--gradient_accumulation_steps", "5", cwd=prepared))
+    assert status != 0 and 'Traceback (most recent call last):\n  File "/train' not in err
+    assert "gradient_accumulation_steps (5) cannot be shared out over 2 processes: set it to 4 or 6" in err
+
+
+@pytest.mark.parametrize(("steps", "world_size", "says"), [(5, 2, "4 or 6"), (1, 2, "set it to 2 "), (7, 4, "4 or 8")])
+def test_the_nearest_accumulations_that_work_are_named(steps, world_size, says):
+    with pytest.raises(UserError, match=says):
+        check_accumulation(steps, world_size)
+    check_accumulation(8, world_size)
+
+
+def test_lost_contact_is_told_from_other_errors():
+    assert has_lost_contact(torch.distributed.DistBackendError("x"))
+    assert has_lost_contact(
+        RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+    )
+    assert not has_lost_contact(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_gradients_are_exchanged_with_the_last_micro_batch_only(prepared, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "0")
+    arguments = train.make_parser().parse(["-t", "pretrain", *ARGUMENTS])
+    config, explicit, defaults = train.read_configs(*arguments)
+    engine = DDPEngine(config)
+    try:
+        run = train.set_up(config, explicit, defaults, engine)
+        exchanged, taken = [], []
+
+        def hook(state, bucket):
+            exchanged.append(len(taken))
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        engine.network.register_comm_hook(None, hook)
+        for batch in run.batches.at(0):
+            taken.append(batch)
+            engine.forward_backward(train.LOSSES["next_token"], batch, 100, is_last=len(taken) == 4)
+        assert set(exchanged) == {4}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_processes_evaluate_as_often_as_one_another_on_everything_once(prepared, world_size):
+    file = TokenFile("dataset/sft_val.bin")
+    shared = {"block_size": 16, "vocab_size": 100, "batch_size": 4, "seed": 0, "eval_iters": 0}
+    of_ranks = [list(ValidationBatches([file], rank=r, world_size=world_size, **shared)) for r in range(world_size)]
+    assert len({len(batches) for batches in of_ranks}) == 1
+    rows = sorted(row.tolist() for batches in of_ranks for batch in batches if batch.count for row in batch.idx[:, :4])
+    alone = sorted(row.tolist() for batch in ValidationBatches([file], **shared) for row in batch.idx[:, :4])
+    assert rows == alone
