@@ -4,7 +4,9 @@ A checkpoint is a dict of tensors and plain values: model (state dict), optimize
 tokenizer, rng, data, best_val_loss, format. It is read with weights_only=True: a stranger's file cannot run code.
 """
 
+import itertools
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -39,14 +41,24 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint into CPU memory and check its layout; raises UserError that names the file."""
     path = Path(path)
+    if path.is_dir():
+        return load_sharded(path)
     if not path.is_file():
         others = sorted(p.as_posix() for p in path.parent.glob("*.pt")) if path.parent.is_dir() else []
         there = f" (there are: {', '.join(others[:8])})" if others else ""
         raise UserError(f"{path}: {'not a file' if path.exists() else 'no such checkpoint'}{there}")
+    checkpoint = read_tensors(path)
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+        raise UserError(f"{path}: not a checkpoint of this toolkit")
+    return check_layout(checkpoint, path)
+
+
+def read_tensors(path: Path) -> Any:
+    """What torch.save wrote, if it is tensors and plain values; raises UserError for anything else."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice on pickles, which are refused here anyway
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # a damaged or hostile file can raise anything at all
@@ -55,14 +67,101 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path}: not a checkpoint that can be read: truncated, damaged, or it holds something besides "
             f"tensors and plain values ({type(error).__name__}: {detail})"
         ) from None
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise UserError(f"{path}: not a checkpoint of this toolkit")
+
+
+def check_layout(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     if checkpoint["format"] != FORMAT:
         raise UserError(f"{path}: checkpoint format {checkpoint['format']!r} is not the known format {FORMAT}")
     for name, kind in REQUIRED.items():
         if not isinstance(checkpoint.get(name), kind):
             raise UserError(f"{path}: damaged checkpoint: {name} is missing or no {kind.__name__}")
     return checkpoint
+
+
+# ------------------------------------------------------------------------------------------------------ sharded
+#
+# A folder into which every process of a job writes its share:
+#     latest                  the name of the newest folder that is complete
+#     step_200/rank_0.pt      {parameter: {shape, start, weight, exp_avg, exp_avg_sq}}: flat pieces, from start on
+#     step_200/values.pt      everything else, and how many ranks there are
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's states, by the names that torch and DeepSpeed both use
+
+
+def save_shard(folder: Path, step: int, rank: int, shares: dict[str, dict[str, Any]]) -> None:
+    """Write one process's share."""
+    with atomic_write(folder / f"step_{step}" / f"rank_{rank}.pt") as file:
+        torch.save(shares, file)
+
+
+def finish_sharded(folder: Path, world_size: int, values: dict[str, Any]) -> None:
+    """Declare the shares of a step complete, once every process has written its own; older ones are removed."""
+    newest = folder / f"step_{values['step']}"
+    with atomic_write(newest / "values.pt") as file:
+        torch.save({"format": FORMAT, "world_size": world_size, **values}, file)
+    with atomic_write(folder / "latest") as file:
+        file.write(newest.name.encode())
+    for older in folder.glob("step_*"):
+        if older != newest:
+            shutil.rmtree(older, ignore_errors=True)
+
+
+def load_sharded(folder: Path) -> dict[str, Any]:
+    """The checkpoint whose shares are in a folder, put together; raises UserError where one is missing or damaged."""
+    latest = folder / "latest"
+    if not latest.is_file():
+        raise UserError(f"{folder}: not a file, nor the folder of a sharded checkpoint (it has no file named latest)")
+    newest = folder / Path(latest.read_text(encoding="utf-8").strip()).name
+    where = newest / "values.pt"
+    values = read_tensors(where)
+    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+        raise UserError(f"{where}: not of a checkpoint of this toolkit, or of another version")
+    try:
+        shares: dict[str, list[dict[str, Any]]] = {}
+        for rank in range(values.pop("world_size")):
+            where = newest / f"rank_{rank}.pt"
+            if not where.is_file():
+                raise UserError(f"{where}: missing: the shares of all hosts must lie in one folder")
+            for name, share in read_tensors(where).items():
+                shares.setdefault(name, []).append(share)
+        where = newest
+        whole = {name: put_together(parts) for name, parts in shares.items()}
+        names, groups, step = values.pop("names"), values.pop("groups"), values.pop("optimizer_step")
+        weights = {name: parts.pop("weight") for name, parts in whole.items()}
+        states = {index: whole[name] for index, name in enumerate(name for group in groups for name in group)}
+        return check_layout({"format": FORMAT, **values, **as_plain(weights, states, names, groups, step)}, newest)
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise UserError(f"{where}: damaged ({type(error).__name__}: {error})") from None
+
+
+def put_together(shares: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A parameter's weight and moments, of every process's flat pieces."""
+    shares = sorted(shares, key=lambda share: share["start"])
+    return {part: torch.cat([s[part] for s in shares]).reshape(shares[0]["shape"]) for part in ("weight", *MOMENTS)}
+
+
+def as_plain(
+    weights: dict[str, torch.Tensor],
+    states: dict[int, dict[str, torch.Tensor]],
+    names: dict[str, str],
+    groups: list[list[str]],
+    step: float,
+) -> dict[str, Any]:
+    """Weights and Adam's states as torch's own state dicts.
+
+    names: every name of the model's state dict, and the parameter's that it stands for; groups: the optimizer's.
+    """
+    count = itertools.count()
+    return {
+        "model": {name: weights[parameter] for name, parameter in names.items() if parameter in weights},
+        "optimizer": {
+            "state": {index: {"step": torch.tensor(step), **moments} for index, moments in states.items()},
+            "param_groups": [{"params": [next(count) for _ in group]} for group in groups],
+        },
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ models
 
 
 def load_model(checkpoint: dict[str, Any], where: str | Path, sdp_kernel: str = "auto", **changes: Any) -> GPT:

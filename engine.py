@@ -8,11 +8,13 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from batches import Batch
+from checkpointing import save_checkpoint
 from configuration import UserError
 from model import GPT
 from optimizer import make_optimizer, scale_learning_rates
@@ -28,6 +30,7 @@ class Engine:
     rank, world_size = 0, 1
     command = "python train.py"
     can_shard = False
+    writes_shards = False  # <stage>_last is a folder of every process's share, not a file
 
     def __init__(self, config: Any) -> None:
         if config.fsdp and not self.can_shard:
@@ -110,6 +113,12 @@ class Engine:
             "scaler": self.scaler.state_dict(),
             "rng": self.random_states(),
         }
+
+    def save(self, path: Path, values: dict[str, Any]) -> None:
+        """Write a checkpoint: the engine's state and the run's values."""
+        state = self.state_dict()
+        if self.is_main:
+            save_checkpoint(path, {**state, **values})
 
     def whole_model(self) -> GPT | None:
         """The model on one device, for sampling; None on all processes but the main one where that takes a copy."""

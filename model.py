@@ -229,6 +229,10 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.token_embedding.weight
         self._initialise()
+        # counted here, because sharding (DeepSpeed's ZeRO-3) empties parameters later
+        self._n_weights = sum(p.numel() for p in self.parameters())
+        matrices = [p for p in self.blocks.parameters() if p.dim() >= 2]
+        self._n_matrix_weights = sum(p.numel() for p in matrices) + self.lm_head.weight.numel()
 
     def _initialise(self) -> None:
         """Normal weights of std 0.02; projections onto the residual stream scaled by 1/sqrt(2 n_layer) (GPT-2)."""
@@ -288,7 +292,7 @@ class GPT(nn.Module):
 
     def parameter_count(self) -> int:
         """Number of weights; tied ones count once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        return self._n_weights
 
     def flops_per_token(self, sequence_length: int | None = None) -> int:
         """Floating-point operations to train on one token, forward and backward.
@@ -297,9 +301,8 @@ class GPT(nn.Module):
         Chowdhery et al. 2022, arXiv:2204.02311, appendix B; with causal attention only half of the keys count.
         """
         config = self.config
-        matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() >= 2) + self.lm_head.weight.numel()
         keys = (sequence_length or config.block_size) / (2 if config.is_causal else 1)
-        return int(6 * matrices + 12 * config.n_layer * config.n_embd * keys)
+        return int(6 * self._n_matrix_weights + 12 * config.n_layer * config.n_embd * keys)
 
     @torch.inference_mode()
     def predict(self, idx: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 # ------------------------------------------------------------------------------------------------------ schedules
 
@@ -101,33 +100,28 @@ class Muon(torch.optim.Optimizer):
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that may be sharded over processes, whole."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def like(p: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
     """This process's share of an update that every process has whole, where p is sharded."""
-    if not isinstance(p, DTensor):
+    if not hasattr(p, "full_tensor"):
         return update
+    from torch.distributed.tensor import distribute_tensor  # a second to import, for those who shard
+
     return distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
 
 
-class Together:
-    """Several optimizers that step as one."""
+class Together(torch.optim.Optimizer):
+    """Several optimizers that step as one; its groups are theirs."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         self.optimizers = optimizers
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
-
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:
         for optimizer in self.optimizers:
             optimizer.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         return {str(i): optimizer.state_dict() for i, optimizer in enumerate(self.optimizers)}
@@ -135,9 +129,7 @@ class Together:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for i, optimizer in enumerate(self.optimizers):
             optimizer.load_state_dict(state[str(i)])
-
-
-AnyOptimizer = torch.optim.Optimizer | Together
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
 def adamw(groups: list[dict[str, Any]], config: Any, device: torch.device) -> torch.optim.AdamW:
@@ -145,7 +137,7 @@ def adamw(groups: list[dict[str, Any]], config: Any, device: torch.device) -> to
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
 
 
-def make_adamw(named: dict[str, torch.Tensor], config: Any, device: torch.device) -> AnyOptimizer:
+def make_adamw(named: dict[str, torch.Tensor], config: Any, device: torch.device) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101); weight decay on matrices only."""
     matrices, others = by_dimension(named)
     return adamw(
@@ -155,14 +147,14 @@ def make_adamw(named: dict[str, torch.Tensor], config: Any, device: torch.device
     )
 
 
-def make_sgd(named: dict[str, torch.Tensor], config: Any, device: torch.device) -> AnyOptimizer:
+def make_sgd(named: dict[str, torch.Tensor], config: Any, device: torch.device) -> torch.optim.Optimizer:
     """Stochastic gradient descent with momentum beta1; weight decay on matrices only."""
     matrices, others = by_dimension(named)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.beta1)
 
 
-def make_muon(named: dict[str, torch.Tensor], config: Any, device: torch.device) -> AnyOptimizer:
+def make_muon(named: dict[str, torch.Tensor], config: Any, device: torch.device) -> torch.optim.Optimizer:
     """Muon for the matrices inside the blocks; AdamW, at learning_rate, for embeddings, output layer and norms."""
     matrices = [p for name, p in named.items() if p.dim() == 2 and "blocks." in name]
     chosen = {id(p) for p in matrices}
@@ -179,7 +171,7 @@ def by_dimension(named: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], li
     return [p for p in named.values() if p.dim() >= 2], [p for p in named.values() if p.dim() < 2]
 
 
-def make_optimizer(model: torch.nn.Module, config: Any, device: torch.device) -> AnyOptimizer:
+def make_optimizer(model: torch.nn.Module, config: Any, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer that config.optimizer names, over the trainable parameters of the model.
 
     config: optimizer, learning_rate, weight_decay, beta1, beta2, muon_learning_rate, muon_momentum.
@@ -191,7 +183,7 @@ def make_optimizer(model: torch.nn.Module, config: Any, device: torch.device) ->
     return optimizer
 
 
-def scale_learning_rates(optimizer: AnyOptimizer, scale: float) -> None:
+def scale_learning_rates(optimizer: torch.optim.Optimizer, scale: float) -> None:
     """Set every group's learning rate to its share of the peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * scale

@@ -91,7 +91,7 @@ class ProblemConfig(TrainConfig):
     reverse: bool = option(True, "add, multiply: write results from the last digit to the first")
     pad: bool = option(True, "add, multiply: zeros before numbers, so that every digit has its place")
     scratchpad: bool = option(True, "multiply, parity: write results on the way before the last one")
-    supervise: bool = option(True, "boolean: also learn the values of inner expressions; recall: ask for all keys")
+    supervise: bool = option(True, "also learn what is found on the way (boolean, brackets); recall: ask for all keys")
     leaf_probability: float = option(0.2, "boolean: that an operand is a mere 0 or 1", minimum=0.0, maximum=1.0)
     modulus: int = option(97, "modular: p", minimum=2, maximum=10_000)
     operation: str = option("+", "modular: (a operation b) mod p", choices=("+", "-", "*", "/"))
@@ -506,7 +506,7 @@ def solve(name: str, overrides: dict[str, Any], plot: bool, example: str | None)
     log = train.train_with_log(training, sys.argv[1:])
     if training.stopped:
         return None
-    score = test(training.checkpoint_path(), config, plot, example, log)
+    score = test(training.best_path, config, plot, example, log)
     minutes = (time.perf_counter() - training.began) / 60
     return Outcome(config, score, training.model.parameter_count(), minutes)
 

@@ -222,7 +222,10 @@ def brackets(rng: np.random.Generator, n: int, length: int, config: Any) -> Inst
     swapped, retyped = rows[kind == 0], rows[kind == 1]  # half of the words stay as they are
     signs[swapped, i[swapped]], signs[swapped, j[swapped]] = signs[swapped, j[swapped]], signs[swapped, i[swapped]]
     signs[retyped, i[retyped]] ^= 1
-    return Instances(BRACKETS[signs], spell(is_balanced(signs).astype(int)[:, None]))
+    matched = are_matched(signs)
+    balanced = matched[:, -1] & (2 * (signs < 2).sum(1) == signs.shape[1])  # nothing is left open
+    marks = np.where(signs < 2, NOTHING, spell(matched.astype(int))) if config.supervise else None
+    return Instances(BRACKETS[signs], spell(balanced.astype(int)[:, None]), marks)
 
 
 def balanced_words(rng: np.random.Generator, n: int, pairs: int) -> np.ndarray:
@@ -242,24 +245,30 @@ def balanced_words(rng: np.random.Generator, n: int, pairs: int) -> np.ndarray:
     return words
 
 
-def is_balanced(words: np.ndarray) -> np.ndarray:
-    """Whether each row (n, T) of indices into BRACKETS is balanced: a stack per row, in step."""
+def are_matched(words: np.ndarray) -> np.ndarray:
+    """For every place of rows (n, T) of indices into BRACKETS: does each bracket closed so far close its like?"""
     n, T = words.shape
-    rows, height, right = np.arange(n), np.zeros(n, int), np.ones(n, bool)
+    rows, height, right = np.arange(n), np.zeros(n, int), np.ones((n, T), bool)
     stack = np.full((n, T + 1), -1)
     for t in range(T):
         kind, opens = words[:, t] % 2, words[:, t] < 2
-        right &= opens | (stack[rows, height] == kind)  # an empty stack holds -1
+        right[:, t] = right[:, t - 1] & (opens | (stack[rows, height] == kind))  # an empty stack holds -1
         height = np.where(opens, height + 1, np.maximum(height - 1, 0))
         stack[rows[opens], height[opens]] = kind[opens]
-    return right & (height == 0)
+    return right
 
 
 # ------------------------------------------------------------------------------------------------- the table
 
 PROBLEMS: dict[str, Problem] = {
     "q": Problem(
-        "counting: closed loops in the shapes of the digits", "0123456789-", q, ends="-", length="6", unit="digits"
+        "counting: closed loops in the shapes of the digits",
+        "0123456789-",
+        q,
+        ends="-",
+        length="6",
+        unit="digits",
+        training={"learning_rate": 6e-3},
     ),
     "sort": Problem(
         "full attention compares all pairs at once", "0123456789", sort, length="6", unit="digits", is_causal=False
@@ -346,8 +355,9 @@ PROBLEMS: dict[str, Problem] = {
         ends="=",
         length="10",
         unit="pairs",
+        options=("supervise",),
         shape={"n_layer": 3},
-        training={"max_steps": 1200},
+        training={"max_steps": 800},
     ),
     "copy": Problem(
         "look back a fixed distance",
@@ -356,7 +366,7 @@ PROBLEMS: dict[str, Problem] = {
         ends="|",
         length="1-20",
         unit="letters",
-        training={"max_steps": 2000},
+        training={"learning_rate": 6e-3, "max_steps": 2000},
     ),
     "recall": Problem(
         "induction heads: find the key, read what follows it",

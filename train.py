@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ import torch
 
 import preflight
 from batches import Batch, TokenFile, TrainBatches, ValidationBatches, prefetch
-from checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model, save_checkpoint
+from checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
 from configuration import Config, Parser, UserError, check_fields, fields_of, find_config, option, read_json, run
 from engine import DTYPES, Engine, Loss
 from model import GPT, SDP_KERNELS, ModelConfig
@@ -139,8 +140,16 @@ class Run:
     began: float = field(default_factory=time.perf_counter)
     written: set[Path] = field(default_factory=set)
 
-    def checkpoint_path(self, suffix: str = "") -> Path:
-        return Path(self.config.save_checkpoint_to) / f"{self.config.stage}{suffix}.pt"
+    @property
+    def best_path(self) -> Path:
+        """The checkpoint of the lowest validation loss."""
+        return Path(self.config.save_checkpoint_to) / f"{self.config.stage}.pt"
+
+    @property
+    def last_path(self) -> Path:
+        """The checkpoint to go on from."""
+        name = f"{self.config.stage}_last" + ("" if self.engine.writes_shards else ".pt")
+        return Path(self.config.save_checkpoint_to) / name
 
 
 def train(run: Run, log: RunLog) -> State:
@@ -188,18 +197,18 @@ def train(run: Run, log: RunLog) -> State:
                 evaluated = state.step
                 done = done or (config.patience is not None and state.evals_without_gain >= config.patience)
             if state.step % config.save_interval == 0:
-                save(run, run.checkpoint_path("_last"))
+                save(run, run.last_path)
                 saved = state.step
         if state.step and not stop.requested and evaluated != state.step:
             evaluate_and_save(run, log)
         if state.step and saved != state.step:
-            save(run, run.checkpoint_path("_last"))
+            save(run, run.last_path)
         run.stopped = stop.requested
     return state
 
 
 def diverged(run: Run, what: str) -> UserError:
-    best = run.checkpoint_path()
+    best = run.best_path
     kept = f"; the best checkpoint is kept in {best}" if best in run.written else ""
     return UserError(
         f"step {run.state.step + 1}: {what}{kept}; try a lower learning_rate, more warmup_iters or float32"
@@ -271,9 +280,9 @@ def evaluate_and_save(run: Run, log: RunLog) -> None:
         record.update(figures)
         line += "".join(f", {name} {value:.2%}" for name, value in figures.items())
     if improved:
-        save(run, run.checkpoint_path())
+        save(run, run.best_path)
     log.write(record)
-    log.say(line + (f" -> {run.checkpoint_path()}" if improved else f" (best {state.best_val_loss:.4f})"))
+    log.say(line + (f" -> {run.best_path}" if improved else f" (best {state.best_val_loss:.4f})"))
     if config.sample_tokens:
         model = run.engine.whole_model()
         if run.engine.is_main:
@@ -291,18 +300,17 @@ def sample_text(run: Run, model: GPT) -> str:
 
 
 def save(run: Run, path: Path) -> None:
-    """Write a checkpoint. What an earlier run left under this name is kept as NAME.pt.bak."""
+    """Write a checkpoint. What an earlier run left under this name is kept as NAME.bak."""
     state = run.state
-    parts = run.engine.state_dict()
-    if not run.engine.is_main:
-        return
-    if path not in run.written and path.exists() and not run.continues:
-        os.replace(path, path.with_name(path.name + ".bak"))
+    if run.engine.is_main and path not in run.written and path.exists() and not run.continues:
+        backup = path.with_name(path.name + ".bak")
+        if backup.is_dir():
+            shutil.rmtree(backup)
+        os.replace(path, backup)
     run.written.add(path)
-    save_checkpoint(
+    run.engine.save(
         path,
         {
-            **parts,
             "step": state.step,
             "model_config": run.model.config.to_dict(),
             "train_config": run.config.to_dict(),
@@ -456,7 +464,7 @@ def train_with_log(run: Run, argv: list[str]) -> Path | None:
     finally:
         log.close()
     if engine.is_main and state.step:
-        best, last = run.checkpoint_path(), run.checkpoint_path("_last")
+        best, last = run.best_path, run.last_path
         reached = f"best validation loss {state.best_val_loss:.4f} ({best})"
         reached = reached if math.isfinite(state.best_val_loss) else "not evaluated yet"
         print(f"step {state.step:,}, {reached}; log: {log.path}")

@@ -11,7 +11,6 @@ checkpoint of one number goes on with another.
 """
 
 import contextlib
-import datetime
 import os
 import sys
 from pathlib import Path
@@ -26,34 +25,20 @@ from torch.nn.parallel import DistributedDataParallel
 import train
 from batches import Batch
 from configuration import UserError, run
+from distributed import GroupEngine, launch
 from engine import Engine, Loss
 from model import GPT
 
 
-class DDPEngine(Engine):
+class DDPEngine(GroupEngine):
     """One process of several, each with the whole model; their gradients are averaged once a step."""
 
     command = "python -m torch.distributed.run --nproc_per_node N train_ddp.py"
     can_shard = True
 
     def __init__(self, config: Any) -> None:
-        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        check_accumulation(config.gradient_accumulation_steps, self.world_size)
         super().__init__(config)
-        backend = config.backend if config.backend != "auto" else "nccl" if self.device.type == "cuda" else "gloo"
-        if not dist.is_backend_available(backend):
-            raise UserError(f"backend {backend!r} is not in this build of torch; use gloo, or nccl on CUDA")
-        timeout = datetime.timedelta(minutes=config.process_timeout)
-        dist.init_process_group(backend, timeout=timeout)
         self.set_restart(config)
-
-    def choose_device(self, name: str) -> torch.device:
-        if name in ("auto", "cuda") and torch.cuda.is_available():
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
-        device = super().choose_device(name)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        return device
 
     def set_restart(self, config: Any) -> None:
         """Where torchrun may restart the job: what an earlier job left is set aside, what this one left is taken up."""
@@ -65,11 +50,6 @@ class DDPEngine(Engine):
         elif self.is_main and last.is_file() and Path(config.from_checkpoint).resolve() != last.resolve():
             os.replace(last, f"{last}.bak")
         dist.barrier()
-
-    def prepare(self, model: GPT) -> None:
-        super().prepare(model)
-        if self.rank > 0:
-            torch.manual_seed(self.config.random_seed + self.rank)  # another dropout on every process
 
     def wrap(self, model: GPT) -> torch.nn.Module:
         network = super().wrap(model)
@@ -85,25 +65,6 @@ class DDPEngine(Engine):
         ):  # shares are scaled up, because gradients are averaged where they should add up
             share = super().forward_backward(loss, batch, count / self.world_size, is_last)
         return share / self.world_size
-
-    def sum_over_ranks(self, *values: float) -> list[float]:
-        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(sums)
-        return sums.tolist()
-
-    def random_states(self) -> dict[str, Any]:
-        """Of every process, so that a run on as many goes on exactly as it would have."""
-        states = {}
-        for name, state in super().random_states().items():
-            parts = [torch.empty_like(state, device=self.device) for _ in range(self.world_size)]
-            dist.all_gather(parts, state.to(self.device))
-            states |= {name: parts[0].cpu(), f"{name}_of_ranks": [part.cpu() for part in parts]}
-        return states
-
-    def set_random_states(self, states: dict[str, Any]) -> None:
-        of_ranks = {name: states.get(f"{name}_of_ranks", []) for name in ("cpu", "cuda")}
-        if self.rank == 0 or len(of_ranks["cpu"]) == self.world_size:
-            super().set_random_states({name: parts[self.rank] for name, parts in of_ranks.items() if parts} or states)
 
 
 class FSDPEngine(DDPEngine):
@@ -163,47 +124,9 @@ def gathered(value: Any) -> Any:
     return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
-def check_accumulation(accumulation_steps: int, world_size: int) -> None:
-    """Raises UserError unless the micro-batches of a step can be shared out equally."""
-    if accumulation_steps % world_size:
-        below = accumulation_steps - accumulation_steps % world_size
-        nearest = " or ".join(str(value) for value in (below, below + world_size) if value)
-        raise UserError(
-            f"gradient_accumulation_steps ({accumulation_steps}) cannot be shared out over {world_size} processes: "
-            f"set it to {nearest} (batch_size times this is the global batch)"
-        )
-
-
-def has_lost_contact(error: RuntimeError) -> bool:
-    """Whether an error of torch's comes from the processes' talking to each other."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()
-
-
-def launch(engines: dict[bool, type[Engine]]) -> None:
-    """Run the loop on one of the engines, by whether fsdp is asked for; explains lost contact, names the process."""
-    rank = int(os.environ["RANK"])
-    try:
-        train.train_stage(*train.make_parser().parse(), lambda config: engines[config.fsdp](config))
-    except RuntimeError as error:
-        if not has_lost_contact(error):
-            raise
-        first_line = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"process {rank} lost contact with the others: one died or hangs, or the network is down ({first_line}); "
-            "a restart continues from <stage>_last.pt"
-        ) from None
-    except UserError as error:
-        if rank == 0:
-            raise
-        raise UserError(f"process {rank}: {error}") from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
 def main() -> None:
     if "RANK" in os.environ:
-        launch({False: DDPEngine, True: FSDPEngine})
+        launch(train.make_parser(), lambda config, args: (FSDPEngine if config.fsdp else DDPEngine)(config))
         return
     print(f"one process; to start several: {DDPEngine.command}", file=sys.stderr)
     train.main()

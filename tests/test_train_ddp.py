@@ -1,105 +1,24 @@
 """train_ddp.py with real processes on gloo: the same training as on one process, whatever happens to the others."""
 
 import os
-import subprocess
-import sys
-import time
-from pathlib import Path
+import re
+import signal
 
 import psutil
 import pytest
 import torch
-from conftest import FAST, ROOT, TINY, read_log
+from conftest import FAST, TINY, read_log
+from processes import assert_close, curves, finish, newest_log, start, train_on, wait_for, worker
 
 import train
 from batches import TokenFile, ValidationBatches
 from checkpointing import load_checkpoint
 from configuration import UserError
-from train_ddp import DDPEngine, check_accumulation, has_lost_contact
+from distributed import check_accumulation, has_lost_contact
+from train_ddp import DDPEngine
 
 DATA = ["--dataset_path", '[["dataset/pretrain_train.bin", "dataset/pretrain_val.bin"]]']
 ARGUMENTS = [*TINY, *FAST, "--optimizer", "adamw", "--eval_interval", "10", "--gradient_accumulation_steps", "4"]
-
-
-def start(n_processes, *argv, cwd, script="train_ddp.py", launcher=()):
-    """torchrun in a session of its own, so that signals reach no one else."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n_processes)]
-    return subprocess.Popen(
-        [*command, *launcher, ROOT / script, *map(str, argv)],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def finish(process, timeout=120):
-    """(exit status, output, errors); nothing of it is left running."""
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        for child in [*children_of(process), process] if process.poll() is None else []:
-            child.kill()
-    return process.returncode, out, err
-
-
-def children_of(process):
-    try:
-        return psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
-def worker(process, rank):
-    """The process of a rank, once it is there."""
-    for _ in range(600):
-        for child in children_of(process):
-            try:
-                if child.environ().get("RANK") == str(rank):
-                    return child
-            except psutil.Error:
-                continue
-        time.sleep(0.1)
-    raise AssertionError(f"no process of rank {rank}")
-
-
-def wait_for(path: Path, process, timeout=90):
-    for _ in range(timeout * 10):
-        if path.exists():
-            return
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.1)
-    raise AssertionError(f"{path} was not written")
-
-
-def newest_log(folder: Path) -> Path:
-    return max(folder.glob("train_*.log"), key=lambda path: path.stat().st_mtime_ns)
-
-
-def curves(log: Path) -> dict[str, list[float]]:
-    """Everything in a log that must not depend on the number of processes."""
-    return {
-        field: [record[field] for record in read_log(log, kind)]
-        for kind, fields in {"train": ("loss", "grad_norm", "tokens"), "val": ("val_loss",)}.items()
-        for field in fields
-    }
-
-
-def train_on(n_processes, cwd, *argv) -> dict[str, list[float]]:
-    for log in cwd.glob("train_*.log"):
-        log.unlink()
-    status, _, err = finish(start(n_processes, *argv, cwd=cwd))
-    assert status == 0, err
-    assert len(list(cwd.glob("train_*.log"))) == 1  # one process writes
-    assert err.count("100%|") <= 2  # one bar, drawn at its end
-    return curves(newest_log(cwd))
-
-
-def assert_close(one, other, tolerance=1e-5):
-    for field, values in one.items():
-        assert other[field] == pytest.approx(values, rel=tolerance), field
 
 
 @pytest.mark.parametrize(("stage", "n_processes", "options"), [
@@ -160,6 +79,49 @@ def test_a_job_whose_process_dies_ends_with_a_message(prepared):
     assert status != 0
     assert "process 0 lost contact" in err or "exitcode  : -9" in err
     assert load_checkpoint(prepared / "checkpoint" / "pretrain_last.pt")["step"] >= 5
+
+
+def test_a_job_whose_process_hangs_ends_within_the_timeout(prepared):
+    job = start(2, *ENDLESS, "--process_timeout", "0.1", cwd=prepared)  # 6 seconds
+    wait_for(prepared / "checkpoint" / "pretrain_last.pt", job)
+    waiting, hung = worker(job, 0), worker(job, 1)
+    hung.suspend()
+    psutil.wait_procs([waiting], timeout=40)
+    hung.kill()  # torchrun would after half a minute
+    status, _, err = finish(job, timeout=60)
+    assert status != 0 and "process 0 lost contact with the others" in err
+
+
+def test_torchrun_restarts_a_job_where_it_was(prepared):
+    """The process of rank 1 is killed once; what an earlier run left behind is not mistaken for this one's."""
+    folder = prepared / "checkpoint"
+    folder.mkdir()
+    (folder / "pretrain_last.pt").write_bytes(b"of an earlier run")
+    job = start(2, *ENDLESS, "--max_steps", "300", cwd=prepared, launcher=["--max-restarts", "1"])
+    wait_for(folder / "pretrain_last.pt.bak", job)
+    wait_for(folder / "pretrain_last.pt", job)
+    worker(job, 1).kill()
+    status, out, err = finish(job)
+    assert status == 0, err
+    assert (folder / "pretrain_last.pt.bak").read_bytes() == b"of an earlier run"
+    continued = re.search(r"continues checkpoint/pretrain_last.pt at step (\d+)", out)
+    assert continued and int(continued[1]) % 5 == 0
+    assert load_checkpoint(folder / "pretrain_last.pt")["step"] == 300
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_torchrun_saves(prepared, signal_number):
+    job = start(2, *ENDLESS, cwd=prepared)
+    wait_for(prepared / "checkpoint" / "pretrain_last.pt", job)
+    if signal_number == signal.SIGINT:
+        os.killpg(job.pid, signal_number)  # Ctrl-C reaches everyone in the terminal
+    else:
+        job.send_signal(signal_number)
+    _, out, err = finish(job)
+    assert "Traceback" not in err.replace("torch/distributed/run.py", "") or "SignalException" in err
+    assert "to go on: " in out
+    saved = load_checkpoint(prepared / "checkpoint" / "pretrain_last.pt")["step"]
+    assert saved == read_log(newest_log(prepared), "train")[-1]["step"]
 
 
 def test_started_plainly_it_is_one_process(prepared, call, monkeypatch):

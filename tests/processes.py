@@ -1,0 +1,132 @@
+"""Jobs of several processes, really started: what the tests of train_ddp.py and train_deepspeed.py share."""
+
+import importlib
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT, read_log
+
+from configuration import run
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for when DeepSpeed is imported
+FORKS = multiprocessing.get_context("forkserver")
+PRELOADED = ["train_ddp", "train_deepspeed", "torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.muon_optimizer"]
+FORKS.set_forkserver_preload(PRELOADED)  # all that takes seconds to import
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node")
+DEEPSPEED = ("deepspeed.launcher.runner", "--num_gpus")
+LAUNCHERS = {"train_ddp.py": TORCHRUN, "train_deepspeed.py": DEEPSPEED}
+
+
+def start(n_processes, *argv, cwd, script="train_ddp.py", launcher=()):
+    """A job under its launcher, in a session of its own, so that signals reach no one else."""
+    command = [sys.executable, "-m", *LAUNCHERS[script], str(n_processes), *launcher]
+    return subprocess.Popen(
+        [*command, ROOT / script, *map(str, argv)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process, timeout=120):
+    """(exit status, output, errors); nothing of it is left running."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        for child in [*children_of(process), process] if process.poll() is None else []:
+            child.kill()
+    return process.returncode, out, err
+
+
+def children_of(process):
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def worker(process, rank):
+    """The process of a rank, once it is there."""
+    for _ in range(600):
+        for child in children_of(process):
+            try:
+                if child.environ().get("RANK") == str(rank):
+                    return child
+            except psutil.Error:
+                continue
+        time.sleep(0.1)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def wait_for(path: Path, process, timeout=90):
+    for _ in range(timeout * 10):
+        if path.exists():
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    raise AssertionError(f"{path} was not written")
+
+
+def newest_log(folder: Path) -> Path:
+    return max(folder.glob("train_*.log"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def curves(log: Path) -> dict[str, list[float]]:
+    """Everything in a log that must not depend on the number of processes."""
+    return {
+        field: [record[field] for record in read_log(log, kind)]
+        for kind, fields in {"train": ("loss", "grad_norm", "tokens"), "val": ("val_loss",)}.items()
+        for field in fields
+    }
+
+
+def be_rank(rank: int, n_processes: int, port: int, script: str, argv: list[str], cwd: Path) -> None:
+    """What a launcher does in each process that it starts, and then the script."""
+    os.chdir(cwd)
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_processes, "LOCAL_SIZE": n_processes}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    output = os.open(cwd / f"rank_{rank}.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    torch.set_num_threads(1)
+    module = importlib.import_module(script.removesuffix(".py"))
+    sys.argv = [script, *argv]
+    run(module.main)
+
+
+def train_on(n_processes, cwd, *argv, script="train_ddp.py") -> dict[str, list[float]]:
+    """The curves of a job whose processes are forked where torch is imported already: seconds less than a launcher."""
+    for log in cwd.glob("train_*.log"):
+        log.unlink()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shared = (n_processes, port, script, [str(argument) for argument in argv], cwd)
+    jobs = [FORKS.Process(target=be_rank, args=(rank, *shared)) for rank in range(n_processes)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(timeout=120)
+        job.kill()
+    said = [(cwd / f"rank_{rank}.out").read_text(encoding="utf-8") for rank in range(n_processes)]
+    assert [job.exitcode for job in jobs] == [0] * n_processes, "\n".join(said)
+    assert len(list(cwd.glob("train_*.log"))) == 1  # one process writes
+    assert said[0].count("100%|") <= 2 and not any("%|" in text for text in said[1:])  # one bar, drawn at its end
+    return curves(newest_log(cwd))
+
+
+def assert_close(one, other, tolerance=1e-5):
+    for field, values in one.items():
+        assert other[field] == pytest.approx(values, rel=tolerance), field

@@ -1,0 +1,254 @@
+"""train_deepspeed.py with real processes on gloo: the curve, the weights and the checkpoints of one process."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import FAST, TINY, start_script
+from processes import assert_close, curves, finish, newest_log, start, train_on
+
+import train
+import train_deepspeed
+from checkpointing import finish_sharded, load_checkpoint, save_shard
+from configuration import UserError
+
+pytest.importorskip("deepspeed")
+
+SCRIPT = "train_deepspeed.py"
+DATA = ["--dataset_path", '[["dataset/pretrain_train.bin", "dataset/pretrain_val.bin"]]']
+ARGUMENTS = ["-t", "pretrain", *TINY, *FAST, *DATA, "--gradient_accumulation_steps", "4", "--eval_interval", "10"]
+ARGUMENTS += ["--eval_iters", "3", "--lr_decay_iters", "20"]
+
+
+def config_of(name):
+    return ["--deepspeed", "--deepspeed_config", name]
+
+
+def assert_same_states(one, other, tolerance):
+    """Weights and Adam's moments of two checkpoints agree, and so does everything that counts."""
+    assert one["model"].keys() == other["model"].keys() and one["step"] == other["step"]
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(other["model"][name], weight, atol=tolerance, rtol=tolerance)
+    states = one["optimizer"]["state"], other["optimizer"]["state"]
+    assert states[0].keys() == states[1].keys()
+    for index, state in states[0].items():
+        assert float(states[1][index]["step"]) == float(state["step"])
+        for moment in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(states[1][index][moment], state[moment], atol=tolerance, rtol=tolerance)
+
+
+@pytest.fixture
+def one_process(prepared, call):
+    """The curves of 20 steps of train.py, and its last checkpoint."""
+
+    def training(*options):
+        assert call("train.py", *ARGUMENTS, *options, "--max_steps", "20", "--stage", "one").status == 0
+        return curves(newest_log(prepared)), load_checkpoint("checkpoint/one_last.pt")
+
+    return training
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+def test_zero_gives_the_curve_and_the_weights_of_one_process(prepared, one_process, name):
+    """A vocabulary and shapes that do not divide by the processes, so that shares are cut and padded."""
+    curve, checkpoint = one_process("--optimizer", "adamw", "--tie_embeddings", "true")
+    arguments = [*config_of(f"deepspeed_{name}"), *ARGUMENTS, "--optimizer", "adamw", "--tie_embeddings", "true"]
+    assert_close(curve, train_on(2, prepared, *arguments, "--max_steps", "20", script=SCRIPT), 1e-4)
+    assert_same_states(checkpoint, load_checkpoint("checkpoint/pretrain_last"), 1e-5)  # put together of shares
+    best = load_checkpoint("checkpoint/pretrain.pt")  # gathered by the processes
+    assert best["step"] == checkpoint["step"]  # the loss still falls: the last is the best
+    assert_same_states(checkpoint, best, 1e-5)
+
+
+def test_without_zero_muon_trains_too_and_everything_is_clipped(prepared, one_process):
+    curve, checkpoint = one_process("--optimizer", "muon", "--grad_clip", "0.1")
+    arguments = [*config_of("deepspeed"), *ARGUMENTS, "--optimizer", "muon", "--grad_clip", "0.1"]
+    newest_log(prepared).unlink()
+    status, out, err = finish(start(2, *arguments, "--max_steps", "20", cwd=prepared, script=SCRIPT))
+    assert status == 0, err
+    assert_close(curve, curves(newest_log(prepared)), 1e-4)
+    assert "to go on: deepspeed train_deepspeed.py --deepspeed" in out and "local_rank=" not in out.split("to go on")[1]
+    for name, weight in load_checkpoint("checkpoint/pretrain_last.pt")["model"].items():
+        torch.testing.assert_close(weight, checkpoint["model"][name], atol=1e-5, rtol=1e-5)
+
+
+def test_runs_go_on_between_stages_scripts_and_numbers_of_processes(prepared, one_process, call):
+    """20 steps at once = 8 with ZeRO 2 on two processes + 6 with train.py + 6 with ZeRO 3 on two."""
+    whole, checkpoint = one_process("--optimizer", "adamw")
+    arguments = [*ARGUMENTS, "--optimizer", "adamw", "--stage", "parts"]
+    parts = train_on(2, prepared, *config_of("deepspeed_zero2"), *arguments, "--max_steps", "8", script=SCRIPT)
+    newest_log(prepared).unlink()
+    resume = ["--from_checkpoint", "checkpoint/parts_last"]
+    assert call("train.py", *arguments, *resume, "--max_steps", "14").status == 0
+    second = curves(newest_log(prepared))
+    resume = [*config_of("deepspeed_zero3"), "--from_checkpoint", "checkpoint/parts_last.pt"]
+    third = train_on(2, prepared, *arguments, *resume, "--max_steps", "20", script=SCRIPT)
+    for field in ("loss", "grad_norm"):
+        assert parts[field] + second[field] + third[field] == pytest.approx(whole[field], rel=1e-4)
+    assert_same_states(checkpoint, load_checkpoint("checkpoint/parts_last"), 1e-5)
+
+
+def test_going_on_gives_the_same_weights_bit_for_bit(prepared):
+    arguments = [*config_of("deepspeed_zero2"), *ARGUMENTS, "--optimizer", "adamw", "--dropout", "0.2"]
+    train_on(2, prepared, *arguments, "--max_steps", "8", "--stage", "whole", script=SCRIPT)
+    train_on(2, prepared, *arguments, "--max_steps", "4", "--stage", "parts", script=SCRIPT)
+    resume = ["--from_checkpoint", "checkpoint/parts_last", "--max_steps", "8", "--stage", "parts"]
+    train_on(2, prepared, *arguments, *resume, script=SCRIPT)
+    assert_same_states(load_checkpoint("checkpoint/whole_last"), load_checkpoint("checkpoint/parts_last"), 0.0)
+
+
+@pytest.mark.parametrize("settings", [
+    {"zero_optimization": {"stage": 2}},
+    {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}},  # the weights themselves
+])  # fmt: skip
+def test_bfloat16_stays_near_float32(prepared, one_process, settings):
+    curve, _ = one_process("--optimizer", "adamw", "--eval_interval", "20")
+    (prepared / "half.json").write_text(json.dumps(settings))
+    arguments = [
+        *config_of("half.json"),
+        *ARGUMENTS,
+        "--optimizer",
+        "adamw",
+        "--eval_interval",
+        "20",
+        "--dtype",
+        "bfloat16",
+    ]
+    assert_close(curve, train_on(2, prepared, *arguments, "--max_steps", "20", script=SCRIPT), 0.05)
+    assert load_checkpoint("checkpoint/pretrain.pt")["model"]["lm_head.weight"].dtype == torch.float32
+
+
+def test_a_hostfile_after_the_script_starts_the_launcher(prepared):
+    """On one host, whose two slots the launcher starts without ssh."""
+    (prepared / "hostfile.txt").write_text("localhost slots=2  # this one\n")
+    arguments = [*ARGUMENTS, "--optimizer", "adamw", "--max_steps", "2", "--hostfile=hostfile.txt"]
+    job = start_script(SCRIPT, *arguments, cwd=prepared, start_new_session=True)
+    status, out, err = finish(job)
+    assert status == 0, err
+    assert "started on this host alone, but hostfile.txt names 1: starting again as" in out
+    log = [json.loads(line) for line in newest_log(prepared).read_text().splitlines()]
+    assert log[0]["environment"]["processes"] == 2
+
+
+# ------------------------------------------------------------------------------------------------ without processes
+
+
+def merged(settings, *argv, world_size=2, dtype=torch.float32):
+    config, _, _ = train.read_configs(*train.make_parser().parse([*ARGUMENTS, "--optimizer", "adamw", *argv]))
+    return train_deepspeed.merge_settings(settings, "ds.json", config, dtype, world_size)
+
+
+def test_our_fields_fill_deepspeeds():
+    settings = merged({"zero_optimization": {"stage": 1}, "gradient_clipping": "auto"}, "--grad_clip", "0.5")
+    assert settings["train_micro_batch_size_per_gpu"] == 4 and settings["gradient_accumulation_steps"] == 2
+    assert settings["train_batch_size"] == 16 and settings["gradient_clipping"] == 0.5
+    assert "torch_autocast" not in settings
+    assert merged({}, dtype=torch.bfloat16)["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    half = merged({"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}, dtype=torch.bfloat16)
+    assert half["bf16"] == {"enabled": True} and not half["torch_autocast"]["enabled"]
+    agreeing = {"optimizer": {"type": "AdamW", "params": {"lr": 0.001}}, "fp16": {"enabled": False}}
+    assert "optimizer" not in merged(agreeing, "--learning_rate", "0.001", "--min_lr", "0")
+
+
+@pytest.mark.parametrize(("settings", "says"), [
+    ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu is 8, batch_size is 4"),
+    ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps is 4 over all processes, of which there are 2"),
+    ({"train_batch_size": 8}, r"train_batch_size is 8, batch_size \(4\) x gradient_accumulation_steps \(4\)"),
+    ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5, grad_clip is 1"),
+    ({"bf16": {"enabled": True}}, "bf16.enabled is True, dtype is float32"),
+    ({"fp16": {"enabled": True}}, "fp16.enabled is True, dtype is float32"),
+    ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled is True, dtype is float32"),
+    ({"optimizer": {"type": "Lion"}}, "optimizer.type is lion, optimizer is adamw"),
+    ({"optimizer": {"type": "adamw", "params": {"lr": 1}}}, "optimizer.params.lr is 1, learning_rate is"),
+    ({"scheduler": {"type": "WarmupLR"}}, "scheduler: leave it out; lr_schedule"),
+    ({"zero_optimization": {"stage": 4}}, "a stage from 0 to 3"),
+    ([], "must be a JSON object"),
+])  # fmt: skip
+def test_both_fields_are_named_where_they_disagree(settings, says):
+    with pytest.raises(UserError, match=says):
+        merged(settings)
+
+
+def test_half_precision_weights_need_zero():
+    with pytest.raises(UserError, match=r"bf16\.enabled needs ZeRO"):
+        merged({"bf16": {"enabled": True}}, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("", "names no host"),
+    ("a slots=2\nb\n", 'line 2: must be like "b slots=4"'),
+    ("a slots=0\n", "line 1: must be like"),
+    ("a slots=two\n", "line 1: must be like"),
+    ("a slots=1\n# b\na slots=1\n", "line 3: a stands there twice"),
+])  # fmt: skip
+def test_a_bad_hostfile_is_explained(work, text, says):
+    (work / "hostfile.txt").write_text(text)
+    with pytest.raises(UserError, match=says):
+        train_deepspeed.read_hostfile("hostfile.txt")
+
+
+def test_hosts_are_asked_before_anything_starts(work, monkeypatch):
+    """A stand-in for ssh, which knows one host with one GPU."""
+    ssh = work / "ssh"
+    ssh.write_text(
+        f"#!{sys.executable}\nimport sys\n"
+        "sys.exit(0 if print(1) is None and sys.argv[-2] == 'known' else 'Could not resolve hostname')\n"
+    )
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", str(work), prepend=":")
+    train_deepspeed.check_hosts("hostfile.txt", {"known": 1}, None)
+    with pytest.raises(UserError, match="known has slots=2, but 1 GPU"):
+        train_deepspeed.check_hosts("hostfile.txt", {"known": 2}, None)
+    with pytest.raises(UserError, match=r"no ssh to other without a password \(Could not resolve hostname\)"):
+        train_deepspeed.check_hosts("hostfile.txt", {"known": 1, "other": 1}, None)
+
+
+@pytest.mark.parametrize(("argv", "says"), [
+    (["--deepspeed_config", "deepspeed_zero2", "--optimizer", "muon"], "muon needs whole matrices, ZeRO stage 2"),
+    (["--deepspeed_config", "deepsped"], "did you mean"),
+    (["--deepspeed_config", "broken.json"], "broken.json"),
+    (["--deepspeed_config", "clip.json"], "gradient_clipping is 3, grad_clip is 1"),
+    (["--hostfile=nowhere.txt"], "nowhere.txt: no such file"),
+    (["--fsdp", "true"], "fsdp shards a model over processes: start train_ddp.py"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(prepared, call, monkeypatch, argv, says):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
+        monkeypatch.setenv(name, "")  # what main() sets is taken back
+        monkeypatch.delenv(name)
+    (prepared / "broken.json").write_text('{"zero_optimization": ')
+    (prepared / "clip.json").write_text('{"gradient_clipping": 3}')
+    result = call(SCRIPT, *ARGUMENTS, *argv)
+    assert result.status == 1 and says in result.err and "Traceback" not in result.err
+
+
+def test_without_deepspeed_it_says_so(prepared, call, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = call(SCRIPT, *ARGUMENTS)
+    assert result.status == 1 and "DeepSpeed is not installed: pip install deepspeed" in result.err
+
+
+def write_shards(folder, shares, **values):
+    for rank, share in enumerate(shares):
+        save_shard(folder, 3, rank, share)
+    finish_sharded(
+        folder, len(shares), {"step": 3, "names": {"w": "w"}, "groups": [["w"]], "optimizer_step": 3.0, **values}
+    )
+
+
+@pytest.mark.parametrize(("damage", "says"), [
+    (lambda folder: (folder / "latest").unlink(), "nor the folder of a sharded checkpoint"),
+    (lambda folder: (folder / "step_3" / "rank_1.pt").unlink(), "rank_1.pt: missing"),
+    (lambda folder: (folder / "step_3" / "rank_1.pt").write_bytes(b"x"), "rank_1.pt: not a checkpoint"),
+    (lambda folder: torch.save({}, folder / "step_3" / "rank_1.pt"), "damaged"),  # a part of w is nowhere
+    (lambda folder: torch.save(1, folder / "step_3" / "values.pt"), "values.pt: not of a checkpoint"),
+])  # fmt: skip
+def test_a_damaged_sharded_checkpoint_is_named(work, damage, says):
+    pieces = [
+        {"shape": (5,), "start": 3 * r, **dict.fromkeys(("weight", "exp_avg", "exp_avg_sq"), torch.ones(3 - r))}
+        for r in (0, 1)
+    ]
+    write_shards(work / "last", [{"w": piece} for piece in pieces])
+    damage(work / "last")
+    with pytest.raises(UserError, match=says):
+        load_checkpoint("last")
