@@ -1,10 +1,11 @@
-# make setup: the environment in .venv | make quickstart: a text file to a model that answers | make test | make lint
+# make setup: the environment in .venv | make quickstart: a text file to a model that answers | make lint
+# make test: all tests | make test-cluster: those on two hosts made of network namespaces alone
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: setup quickstart test lint clean
+.PHONY: setup quickstart test test-cluster lint clean
 
 setup: $(VENV)/.requirements
 
@@ -31,6 +32,9 @@ quickstart: setup
 
 test: $(VENV)/.requirements-dev
 	$(PY) -m pytest
+
+test-cluster: $(VENV)/.requirements-dev
+	$(PY) -m pytest -rs tests/test_cluster.py
 
 lint: $(VENV)/.requirements-dev
 	$(PY) -m ruff check .

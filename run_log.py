@@ -124,19 +124,30 @@ SINKS = {"tensorboard": tensorboard_sink, "wandb": wandb_sink}
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a flag, so that the step in hand ends and is saved; a second one kills."""
+    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 (Slurm's warning) into a flag: the step in hand ends and is saved.
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    A second one acts as it would have without; but launchers pass on what the terminal sent to their processes too, so
+    what follows within two seconds is the same request.
+    """
+
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+    SAME = 2.0
 
     def __enter__(self) -> "StopRequest":
-        self.requested = False
+        self.requested_at: float | None = None
         self.previous = {number: signal.signal(number, self.request) for number in self.SIGNALS}
         return self
 
+    @property
+    def requested(self) -> bool:
+        return self.requested_at is not None
+
     def request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        for each, handler in self.previous.items():
-            signal.signal(each, handler)
+        if self.requested_at is None:
+            self.requested_at = time.monotonic()
+        elif time.monotonic() > self.requested_at + self.SAME:
+            self.__exit__()
+            signal.raise_signal(number)
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self.previous.items():

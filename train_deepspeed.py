@@ -20,6 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -78,6 +79,7 @@ class DeepSpeedEngine(GroupEngine):
         if self.use_compile and self.zero == 3 and self.is_main:
             print("compile: not with ZeRO stage 3; going on without", file=sys.stderr)
         deepspeed.utils.set_log_level_from_string("error")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's to heed
         try:
             self.network, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=self.settings)
         except (AssertionError, ValueError, TypeError, KeyError) as error:

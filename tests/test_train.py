@@ -15,6 +15,7 @@ from batches import TokenFile, TrainBatches
 from checkpointing import load_checkpoint
 from model import GPT, ModelConfig
 from optimizer import SCHEDULES, Muon, orthogonalise, schedule
+from run_log import StopRequest
 
 
 def config(folder, **fields):
@@ -195,7 +196,7 @@ def test_checkpoints_hold_what_the_format_says(call, prepared):
     assert not any("_orig_mod" in name or name.startswith("module.") for name in checkpoint["model"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", StopRequest.SIGNALS)
 def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(prepared, number):
     path = config(prepared, max_steps=100000, eval_interval=100000)
     process = start_script("train.py", "-t", path, cwd=prepared)
@@ -213,6 +214,18 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(prepared, number):
     logged = read_log(logs[0], "train")[-1]["step"]
     assert checkpoint["step"] == logged
     assert "Traceback" not in err
+
+
+def test_a_later_signal_ends_at_once_but_an_echo_does_not():
+    with StopRequest() as stop:
+        assert not stop.requested
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # a launcher passing it on
+        assert stop.requested
+        stop.requested_at -= 3
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_time_limit_ends_the_run_with_an_evaluation(call, prepared):
