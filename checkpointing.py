@@ -5,9 +5,12 @@ tokenizer, rng, data, best_val_loss, format. It is read with weights_only=True: 
 """
 
 import itertools
+import os
 import re
 import shutil
+import sys
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +35,33 @@ REQUIRED = {
 }
 
 
+class SaveError(UserError):
+    """A checkpoint could not be written; the one that was there before is untouched."""
+
+
 def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint; a crash at any moment leaves the previous file whole."""
-    with atomic_write(path) as file:
-        torch.save({"format": FORMAT, **checkpoint}, file)
+    """Write a checkpoint; a crash at any moment leaves the previous file whole. Raises SaveError on a full disk."""
+    try:
+        with atomic_write(path) as file:
+            torch.save({"format": FORMAT, **checkpoint}, file)
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError when its file cannot be written to
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) and "write" not in str(error):
+            raise
+        reason = getattr(cause, "strerror", None) or "the disk is full?"
+        free = shutil.disk_usage(Path(path).parent).free
+        raise SaveError(
+            f"{path}: not written ({reason}): it needs about {size_of(checkpoint):,} bytes, {free:,} are free; "
+            "what was there before is untouched"
+        ) from None
+
+
+def size_of(value: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(size_of(item) for item in values)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -53,13 +79,44 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return check_layout(checkpoint, path)
 
 
-def read_tensors(path: Path) -> Any:
-    """What torch.save wrote, if it is tensors and plain values; raises UserError for anything else."""
+def keep_previous(path: Path, only_if_none: bool = False) -> None:
+    """Let a checkpoint file that is about to be replaced live on as NAME.previous."""
+    previous = path.with_name(path.name + ".previous")
+    if only_if_none and previous.is_file():
+        return
+    previous.unlink(missing_ok=True)
     try:
+        os.link(path, previous)
+    except OSError:  # a file system without links
+        shutil.copy2(path, previous)
+
+
+def load_newest(path: str | Path) -> dict[str, Any]:
+    """load_checkpoint; where that one is damaged and NAME.previous is not, the latter, saying so."""
+    previous = Path(f"{path}.previous")
+    try:
+        return load_checkpoint(path)
+    except UserError as error:
+        if not previous.is_file():
+            raise
+        checkpoint = load_checkpoint(previous)
+        print(f"warning: {error}; going on from its predecessor, step {checkpoint['step']:,}", file=sys.stderr)
+        return checkpoint
+
+
+def read_tensors(path: Path) -> Any:
+    """What torch.save wrote, if it is tensors and plain values, and whole; raises UserError for anything else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise UserError(f"{path}: compressed, which no checkpoint is")  # a few bytes could become terabytes
+            damaged = archive.testzip()  # torch itself does not look at the checksums
+        if damaged:
+            raise UserError(f"{path}: damaged: the checksum of its part {damaged} is wrong")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice on pickles, which are refused here anyway
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except (OSError, UserError):
         raise
     except Exception as error:  # a damaged or hostile file can raise anything at all
         detail = str(error).strip().split("\n")[0][:120]
@@ -174,6 +231,8 @@ def load_model(checkpoint: dict[str, Any], where: str | Path, sdp_kernel: str = 
     weights = checkpoint["model"]
     if not all(isinstance(name, str) and isinstance(weight, torch.Tensor) for name, weight in weights.items()):
         raise UserError(f"{where}: damaged checkpoint: model must hold tensors by name")
+    if not all(weight.is_contiguous() for weight in weights.values()):  # a few bytes can pose as terabytes
+        raise UserError(f"{where}: damaged checkpoint: its weights are not stored whole")
     layers = {match[1] for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))}
     if len(layers) != config.n_layer:  # before anything is allocated by a number from a stranger's file
         raise UserError(f"{where}: its config says {config.n_layer} layers, its weights have {len(layers)}")

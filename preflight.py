@@ -71,6 +71,29 @@ def memory_available(device: torch.device) -> float | None:
         return None
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory could not be had, on a GPU or by the CPU's allocator."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def how_to_fit(run: Any) -> str:
+    """For a run that ran out of memory: which sizes to lower, and by about how much."""
+    config, shape = run.config, run.model.config
+    needed = memory_estimate(run.model, config.batch_size, config.optimizer, run.engine.dtype)
+    fixed = memory_estimate(run.model, 0, config.optimizer, run.engine.dtype)
+    each = (needed - fixed) / config.batch_size
+    said = f"out of memory at batch_size {config.batch_size}, block_size {shape.block_size}: "
+    said += f"about {fixed / 1e9:.2f} GB for weights and optimizer, {each / 1e9:.3f} GB for each sample"
+    if config.batch_size == 1:
+        return f"{said}; lower block_size, n_embd or n_layer, or use train_ddp.py --fsdp true on several devices"
+    half = config.batch_size // 2
+    return (
+        f"{said}; halve batch_size to {half} and double gradient_accumulation_steps to "
+        f"{2 * config.gradient_accumulation_steps} (the same step in {each * half / 1e9:.2f} GB less), "
+        "or lower block_size or n_embd"
+    )
+
+
 def report(run: Any) -> None:
     """Print the set-up of a train.Run in a few lines, then the warnings; measures the device's rate on the way."""
     config, model, engine, batches = run.config, run.model, run.engine, run.batches
@@ -103,6 +126,8 @@ def report(run: Any) -> None:
             f"continues {config.from_checkpoint} at step {run.state.step:,}, "
             f"best validation loss {run.state.best_val_loss:.4f}"
         )
+        if run.changes:
+            print(f"changed since then: {', '.join(run.changes)}")
     elif config.from_checkpoint:
         print(f"starts from the weights of {config.from_checkpoint}")
     for warning in warnings(run, needed, available):

@@ -11,6 +11,7 @@ train_<time>.log for plot_loss.py. train_ddp.py and train_deepspeed.py run this 
 """
 
 import contextlib
+import glob
 import math
 import os
 import platform
@@ -18,7 +19,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ import torch
 
 import preflight
 from batches import Batch, TokenFile, TrainBatches, ValidationBatches, prefetch
-from checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
+from checkpointing import SaveError, keep_previous, load_checkpoint_tokenizer, load_model, load_newest
 from configuration import Config, Parser, UserError, check_fields, fields_of, find_config, option, read_json, run
 from engine import DTYPES, Engine, Loss
+from files import hold_lock
 from model import GPT, SDP_KERNELS, ModelConfig
 from optimizer import OPTIMIZERS, SCHEDULES, schedule
 from run_log import SINKS, RunLog, StopRequest
@@ -77,12 +79,15 @@ class TrainConfig(Config):
     max_steps: int | None = option(None, "stop after this many steps in all; null: no limit", minimum=1)
     max_minutes: float | None = option(None, "stop after this long; null: no limit", above=0.0)
     patience: int | None = option(None, "stop after this many evaluations without gain; null: never", minimum=1)
+    target_val_loss: float | None = option(None, "stop at a validation loss this low; null: never", above=0.0)
     eval_interval: int = option(100, "steps between evaluations", minimum=1)
     eval_iters: int = option(5, "batches per evaluation; 0: all the validation data", minimum=0)
     sample_tokens: int = option(0, "tokens of a sample printed at evaluations", minimum=0)
     sample_prompt: str = option("\n", "what that sample continues")
+    max_skipped_steps: int = option(20, "steps in a row without a finite gradient that are skipped", minimum=0)
     log_interval: int = option(1, "steps between log records", minimum=1)
     save_interval: int = option(1000, "steps between saves of <stage>_last.pt", minimum=1)
+    stop_on_failed_save: bool = option(False, "end the run when a checkpoint cannot be written (a full disk)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = option("auto", "precision of the matrix products", choices=("auto", *DTYPES))
     sdp_kernel: str = option("auto", "attention kernel", choices=("auto", *SDP_KERNELS))
@@ -116,6 +121,7 @@ class State:
     tokens: int = 0
     best_val_loss: float = math.inf
     evals_without_gain: int = 0
+    skipped_steps: int = 0  # whose loss or gradient was not finite
 
 
 # ------------------------------------------------------------------------------------------------------ the loop
@@ -133,6 +139,8 @@ class Run:
     engine: Engine
     state: State = field(default_factory=State)
     continues: bool = False  # an earlier run of the same stage
+    changes: list[str] = field(default_factory=list)  # fields that are not as they were in that one
+    data_sizes: list[int] | None = None  # tokens of every training file
     tokens_per_character: float | None = None  # of the validation data, for bits per character
     matmul_flops: float | None = None  # the device's measured rate, for mfu
     measure: Callable[[], dict[str, float]] | None = None  # further figures for the records of evaluations
@@ -159,6 +167,7 @@ def train(run: Run, log: RunLog) -> State:
     deadline = run.began + 60 * config.max_minutes if config.max_minutes else math.inf
     steps = prefetch(run.batches, state.samples, pin_memory=engine.device.type == "cuda")
     evaluated = saved = -1
+    skipped_in_a_row = 0
     done = config.max_steps is not None and state.step >= config.max_steps
     with StopRequest() as stop, contextlib.closing(steps):
         while not done:
@@ -176,11 +185,13 @@ def train(run: Run, log: RunLog) -> State:
             for i, batch in enumerate(micro_batches, 1):
                 loss += engine.forward_backward(loss_function, batch, count, is_last=i == len(micro_batches))
             (loss,) = engine.sum_over_ranks(loss.item())
-            if not math.isfinite(loss):
-                raise diverged(run, f"the loss is {loss}")
-            grad_norm = engine.step(lr_scale)
-            if not math.isfinite(grad_norm) and engine.dtype != torch.float16:  # float16's scaler expects some
-                raise diverged(run, f"the gradient's norm is {grad_norm}")
+            grad_norm = engine.step(lr_scale)  # which moves nothing where the norm is not finite
+            skipped_in_a_row = 0 if math.isfinite(loss) and math.isfinite(grad_norm) else skipped_in_a_row + 1
+            state.skipped_steps += skipped_in_a_row > 0
+            if skipped_in_a_row == 1 and engine.dtype != torch.float16:  # float16's scaler tries how far it can go
+                log.say(f"step {state.step + 1:,}: skipped, as the loss is {loss:g}, the gradient's norm {grad_norm:g}")
+            if skipped_in_a_row > config.max_skipped_steps:
+                raise diverged(run, loss, grad_norm)
             state.step += 1
             state.samples += run.batches.samples_per_step
             state.tokens += int(n_tokens)
@@ -195,9 +206,8 @@ def train(run: Run, log: RunLog) -> State:
             if state.step % config.eval_interval == 0 or done:
                 evaluate_and_save(run, log)
                 evaluated = state.step
-                done = done or (config.patience is not None and state.evals_without_gain >= config.patience)
-            if state.step % config.save_interval == 0:
-                save(run, run.last_path)
+                done = done or has_reached_its_end(config, state)
+            if state.step % config.save_interval == 0 and save_or_warn(run, run.last_path, log):
                 saved = state.step
         if state.step and not stop.requested and evaluated != state.step:
             evaluate_and_save(run, log)
@@ -207,11 +217,19 @@ def train(run: Run, log: RunLog) -> State:
     return state
 
 
-def diverged(run: Run, what: str) -> UserError:
+def has_reached_its_end(config: TrainConfig, state: State) -> bool:
+    """Whether an evaluation ends the run: no gain for too long, or as good as was asked for."""
+    impatient = config.patience is not None and state.evals_without_gain >= config.patience
+    return impatient or (config.target_val_loss is not None and state.best_val_loss <= config.target_val_loss)
+
+
+def diverged(run: Run, loss: float, grad_norm: float) -> UserError:
     best = run.best_path
     kept = f"; the best checkpoint is kept in {best}" if best in run.written else ""
     return UserError(
-        f"step {run.state.step + 1}: {what}{kept}; try a lower learning_rate, more warmup_iters or float32"
+        f"step {run.state.step + 1}: the loss is {loss:g}, the gradient's norm {grad_norm:g}, "
+        f"{run.config.max_skipped_steps} steps before were skipped too (max_skipped_steps){kept}; "
+        "try a lower learning_rate, more warmup_iters or float32"
     )
 
 
@@ -225,6 +243,7 @@ def train_record(
         "lr": lr_scale * run.config.learning_rate,
         "grad_norm": grad_norm,
         "tokens": run.state.tokens,
+        "skipped_steps": run.state.skipped_steps or None,
         "tokens_per_s": tokens_per_s,
         "ms_per_step": 1000 * seconds,
         "gflops": flops / 1e9,
@@ -261,7 +280,7 @@ def evaluate_and_save(run: Run, log: RunLog) -> None:
     val_loss, standard_error = evaluate(run)
     improved = val_loss < state.best_val_loss
     state.evals_without_gain = 0 if improved else state.evals_without_gain + 1
-    state.best_val_loss = min(val_loss, state.best_val_loss)
+    before, state.best_val_loss = state.best_val_loss, min(val_loss, state.best_val_loss)
     record = {
         "type": "val",
         "step": state.step,
@@ -279,8 +298,8 @@ def evaluate_and_save(run: Run, log: RunLog) -> None:
         figures = run.measure()
         record.update(figures)
         line += "".join(f", {name} {value:.2%}" for name, value in figures.items())
-    if improved:
-        save(run, run.best_path)
+    if improved and not save_or_warn(run, run.best_path, log):
+        improved, state.best_val_loss = False, before  # so that the next good one is saved
     log.write(record)
     log.say(line + (f" -> {run.best_path}" if improved else f" (best {state.best_val_loss:.4f})"))
     if config.sample_tokens:
@@ -299,6 +318,18 @@ def sample_text(run: Run, model: GPT) -> str:
     return text
 
 
+def save_or_warn(run: Run, path: Path, log: RunLog) -> bool:
+    """Save; where that fails (a full disk), say so and return False, or stop, as config.stop_on_failed_save says."""
+    try:
+        save(run, path)
+    except SaveError as error:
+        if run.config.stop_on_failed_save:
+            raise
+        log.say(f"warning: {error}; training goes on to the next save")
+        return False
+    return True
+
+
 def save(run: Run, path: Path) -> None:
     """Write a checkpoint. What an earlier run left under this name is kept as NAME.bak."""
     state = run.state
@@ -307,6 +338,8 @@ def save(run: Run, path: Path) -> None:
         if backup.is_dir():
             shutil.rmtree(backup)
         os.replace(path, backup)
+    if run.engine.is_main and path == run.last_path and path.is_file():
+        keep_previous(path, only_if_none=path not in run.written)  # what this run has not written may be damaged
     run.written.add(path)
     run.engine.save(
         path,
@@ -315,7 +348,13 @@ def save(run: Run, path: Path) -> None:
             "model_config": run.model.config.to_dict(),
             "train_config": run.config.to_dict(),
             "tokenizer": run.tokenizer.to_dict(),
-            "data": {"samples": state.samples, "tokens": state.tokens, "evals_without_gain": state.evals_without_gain},
+            "data": {
+                "sizes": run.data_sizes,
+                "samples": state.samples,
+                "tokens": state.tokens,
+                "evals_without_gain": state.evals_without_gain,
+                "skipped_steps": state.skipped_steps,
+            },
             "best_val_loss": float(state.best_val_loss),
         },
     )
@@ -389,7 +428,7 @@ def open_data(
 def set_up(config: TrainConfig, explicit: dict[str, Any], defaults: dict[str, Any], engine: Engine) -> Run:
     """Model, data and engine for a stage, new or from a checkpoint."""
     if config.from_checkpoint:
-        checkpoint = load_checkpoint(config.from_checkpoint)
+        checkpoint = load_newest(config.from_checkpoint)
         tokenizer = load_checkpoint_tokenizer(checkpoint, config.from_checkpoint)
         model = restore_model(config, explicit, checkpoint)
     else:
@@ -413,6 +452,7 @@ def set_up(config: TrainConfig, explicit: dict[str, Any], defaults: dict[str, An
     n_characters = sum(file.header["n_characters"] for file in val_files)
     run = Run(config, model, tokenizer, batches, validation, engine)
     run.tokens_per_character = sum(file.header["n_loss_tokens"] for file in val_files) / max(1, n_characters)
+    run.data_sizes = [file.header["n_tokens"] for file in train_files]
     start(run, checkpoint)
     return run
 
@@ -428,15 +468,31 @@ def start(run: Run, checkpoint: dict[str, Any] | None) -> None:
                 f"optimizer is {run.config.optimizer} here, {trained_with} in {run.config.from_checkpoint}: "
                 "a run keeps its optimizer; or give this one another --stage name to start from the weights alone"
             )
-        run.engine.load_state_dict(checkpoint)
         data = checkpoint["data"]
+        if data.get("sizes") != run.data_sizes:
+            raise UserError(
+                f"dataset_path: the training files have {run.data_sizes} tokens, those of {run.config.from_checkpoint} "
+                f"had {data.get('sizes')}: a run keeps its data; or give this one another --stage name to start from "
+                "the weights alone"
+            )
+        run.changes = changed_fields(run.config, checkpoint["train_config"])
+        run.engine.load_state_dict(checkpoint)
         run.state = State(
             step=checkpoint["step"],
             samples=data["samples"],
             tokens=data["tokens"],
             best_val_loss=checkpoint["best_val_loss"],
             evals_without_gain=data["evals_without_gain"],
+            skipped_steps=data.get("skipped_steps", 0),
         )
+
+
+def changed_fields(config: TrainConfig, before: dict[str, Any]) -> list[str]:
+    """Fields of a continued run that are not as they were; where things lie, and when to stop, do not count."""
+    places = {"from_checkpoint", "save_checkpoint_to", "dataset_path", "tokenizer_path", "log_to"}
+    now = config.to_dict()
+    names = [name for name in now if name in before and name not in places and now[name] != before[name]]
+    return [f"{name} {before[name]} -> {now[name]}" for name in names]
 
 
 def train_with_log(run: Run, argv: list[str]) -> Path | None:
@@ -458,11 +514,16 @@ def train_with_log(run: Run, argv: list[str]) -> Path | None:
             "processes": engine.world_size,
         },
     }
-    log = RunLog(engine.is_main, config.log_to, config.stage, run.state.step, config.max_steps, header)
-    try:
-        state = train(run, log)
-    finally:
-        log.close()
+    with own_checkpoints(run):
+        log = RunLog(engine.is_main, config.log_to, config.stage, run.state.step, config.max_steps, header)
+        try:
+            state = train(run, log)
+        except (MemoryError, RuntimeError) as error:
+            if not preflight.is_out_of_memory(error):
+                raise
+            raise UserError(preflight.how_to_fit(run)) from None
+        finally:
+            log.close()
     if engine.is_main and state.step:
         best, last = run.best_path, run.last_path
         reached = f"best validation loss {state.best_val_loss:.4f} ({best})"
@@ -472,6 +533,25 @@ def train_with_log(run: Run, argv: list[str]) -> Path | None:
             f"to go on: {engine.command} {shlex.join(without_flag(argv, '--from_checkpoint'))} --from_checkpoint {last}"
         )
     return log.path
+
+
+@contextlib.contextmanager
+def own_checkpoints(run: Run) -> Iterator[None]:
+    """Keep other runs from writing this stage's checkpoints; what a killed one left half written is removed."""
+    if not run.engine.is_main:
+        yield
+        return
+    folder, stage = Path(run.config.save_checkpoint_to), run.config.stage
+    try:
+        with hold_lock(folder / f".{stage}.lock"):
+            for leftover in folder.glob(f".{glob.escape(stage)}*.tmp"):
+                leftover.unlink()
+            yield
+    except BlockingIOError:
+        raise UserError(
+            f"another run is writing the checkpoints of {stage!r} into {folder}: wait until it has ended, "
+            "or give this one another --stage or --save_checkpoint_to"
+        ) from None
 
 
 def without_flag(argv: list[str], flag: str) -> list[str]:

@@ -1,0 +1,62 @@
+"""How fast data.py prepares text, and how much memory it takes.
+
+    python bench/data_speed.py                          10 and 100 MB of characters, 10 MB of byte pairs
+    python bench/data_speed.py --sizes 10 100 1000      also 1,000 MB of characters
+    python bench/data_speed.py --file FILE              text of yours, repeated until it is long enough
+
+Memory is the largest resident set of the process; importing torch alone takes a part of it that stays the same.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from measuring import ROOT, make_text, show
+
+from configuration import run
+
+MEASURED = """
+import resource, runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def prepare(folder: Path, text: Path, options: list[str]) -> tuple[float, float]:
+    """(MB/s, peak memory in MB) of data.py on a text file."""
+    command = [sys.executable, "-c", MEASURED, str(ROOT / "data.py"), str(text), *options]
+    job = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    size, seconds = re.search(r"([\d.]+) MB prepared in ([\d.]+) s", job.stdout).groups()
+    peak = int(re.search(r"peak (\d+)", job.stdout)[1]) / (1e6 if sys.platform == "darwin" else 1e3)
+    return float(size) / max(0.05, float(seconds)), peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10, 100], help="MB of text")
+    parser.add_argument("--file", help="text to repeat [default: random words]")
+    args = parser.parse_args()
+    piece = Path(args.file).read_text(encoding="utf-8") if args.file else make_text(1_000_000, 200)
+    rows, results = [("tokenizer, MB of text", "MB/s", "peak memory, MB")], {}
+    for kind, sizes in {"char": args.sizes, "bpe": args.sizes[:1]}.items():
+        for size in sizes:
+            with tempfile.TemporaryDirectory() as folder:
+                text = Path(folder) / "text.txt"
+                with open(text, "w", encoding="utf-8") as file:
+                    while file.tell() < size * 1_000_000:
+                        file.write(piece)
+                options = [] if kind == "char" else ["--tokenizer", "bpe", "--vocab_size", "4096"]
+                speed, peak = prepare(Path(folder), text, options)
+            rows.append((f"{kind}, {size}", f"{speed:.1f}", f"{peak:,.0f}"))
+            results[f"{kind}, {size} MB"] = {"mb_per_s": speed, "peak_mb": peak}
+    show("preparing text", rows, results)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,73 @@
+"""Generation speed: tokens per second, against the limit that memory bandwidth sets.
+
+    python bench/generate_speed.py              10M parameters on a CPU; 124M too on a GPU
+    python bench/generate_speed.py --tokens 50 124M
+
+Every new token reads all weights once, so one sequence cannot get more tokens per second than the bandwidth over the
+weights' bytes. The bandwidth is measured just before, by a matrix-vector product.
+"""
+
+import argparse
+import time
+
+import torch
+from measuring import device_name, memory_bandwidth, show, synchronise
+
+from configuration import UserError, run
+from engine import find_device, find_dtype
+from model import GPT, ModelConfig
+
+SHAPES = {  # layers, heads, width, block, vocabulary
+    "10M": (6, 6, 384, 256, 65),
+    "124M": (12, 12, 768, 1024, 50304),
+}
+
+
+def speed(model: GPT, batch_size: int, n_tokens: int, use_cache: bool) -> float:
+    """Tokens per second, all sequences together, of the best of three runs; the prompt is one token."""
+    device = next(model.parameters()).device
+    idx = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+    best = 0.0
+    for _ in range(3):
+        steps = model.generate(idx, n_tokens, temperature=0.8, top_k=50, seed=0, use_cache=use_cache)
+        next(steps)
+        synchronise(device)
+        began = time.perf_counter()
+        count = sum(1 for _ in steps)
+        synchronise(device)
+        best = max(best, count * batch_size / (time.perf_counter() - began))
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shapes", nargs="*", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens to generate, a sequence")
+    args = parser.parse_args()
+    if unknown := set(args.shapes) - SHAPES.keys():
+        raise UserError(f"no shape named {', '.join(unknown)}: there are {', '.join(SHAPES)}")
+    device = find_device("auto")
+    dtype = torch.float32 if device.type == "cpu" else find_dtype("auto", device)
+    bandwidth = memory_bandwidth(device, dtype)
+    rows = [("shape, sequences", "cache", "tokens/s", "limit of one sequence", "of the limit")]
+    results = {"bandwidth_gb_per_s": bandwidth / 1e9, "dtype": str(dtype)}
+    for name in args.shapes or ["10M", *(["124M"] if device.type == "cuda" else [])]:
+        n_layer, n_head, n_embd, block_size, vocab_size = SHAPES[name]
+        shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": block_size}
+        model = GPT(ModelConfig(**shape, vocab_size=vocab_size)).to(device, dtype).eval()
+        limit = bandwidth / (model.parameter_count() * dtype.itemsize)
+        for batch_size in (1, 32):
+            for use_cache in (True, False):
+                n_tokens = args.tokens if use_cache or batch_size == 1 else min(args.tokens, 30)
+                tokens = speed(model, batch_size, min(n_tokens, block_size - 1), use_cache)
+                share = f"{tokens / limit:.0%}" if batch_size == 1 else ""
+                rows.append(
+                    (f"{name}, {batch_size}", "yes" if use_cache else "no", f"{tokens:,.0f}", f"{limit:,.0f}", share)
+                )
+                key = f"{name}, {batch_size}, {'cache' if use_cache else 'no cache'}"
+                results[key] = {"tokens_per_s": tokens, "of_limit": tokens / limit}
+    show(f"generation on {device_name(device)}, {bandwidth / 1e9:.1f} GB/s", rows, results)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,79 @@
+"""How the cost of a training step grows: with block_size, width, batch, and the number of processes.
+
+    python bench/scaling.py
+
+One quantity is doubled at a time, from 4 layers, 4 heads, 128 wide, block 64, batch 16 on. Processes share the threads
+of the machine and one step's micro-batches (4 of 16 samples).
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from measuring import ROOT, make_text, show
+
+from configuration import run
+
+BASE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 16}
+DOUBLED = {"block_size": (64, 128, 256, 512), "n_embd": (64, 128, 256, 512), "batch_size": (4, 16, 64)}
+SOLO = ["train.py"]
+
+
+def step_seconds(script: list[str], fields: dict[str, int], steps: int = 12, threads: int | None = None) -> float:
+    """Median seconds of a step, by the log."""
+    for log in Path().glob("train_*.log"):
+        log.unlink()
+    flags = [f for name, value in fields.items() for f in (f"--{name}", str(value))]
+    flags += ["-t", "pretrain", "--max_steps", str(steps), "--eval_interval", "1000000", "--eval_iters", "1"]
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    command = [sys.executable, *script[:-1], str(ROOT / script[-1]), *flags]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    records = [json.loads(line) for line in next(Path().glob("train_*.log")).read_text().splitlines()]
+    times = [record["ms_per_step"] / 1000 for record in records if record["type"] == "train"]
+    return statistics.median(times[2:])
+
+
+def main() -> None:
+    rows, results = [("what", "ms/step", "tokens/s", "time by that of the row above")], {}
+
+    def measure(name: str, script: list[str], fields: dict[str, int], threads: int | None = None) -> None:
+        seconds = step_seconds(script, fields, threads=threads)
+        tokens = fields["batch_size"] * fields["gradient_accumulation_steps"] * fields["block_size"] / seconds
+        before = results.get(previous, {}).get("ms_per_step")
+        ratio = f"{1000 * seconds / before:.2f}" if before else ""
+        rows.append((name, f"{1000 * seconds:.1f}", f"{tokens:,.0f}", ratio))
+        results[name] = {"ms_per_step": 1000 * seconds, "tokens_per_s": tokens}
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        Path("text.txt").write_text(make_text(300_000, 65), encoding="utf-8")
+        subprocess.run([sys.executable, ROOT / "data.py", "text.txt"], check=True, capture_output=True)
+        for field, values in DOUBLED.items():
+            previous = ""
+            for value in values:
+                measure(f"{field} {value}", SOLO, {**BASE, "gradient_accumulation_steps": 1, field: value})
+                previous = f"{field} {value}"
+        previous, threads = "", torch.get_num_threads()
+        for processes in (1, 2):
+            launcher = [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node",
+                str(processes),
+                "train_ddp.py",
+            ]
+            fields = {**BASE, "gradient_accumulation_steps": 4}
+            measure(f"processes {processes}", launcher, fields, max(1, threads // processes))
+            previous = f"processes {processes}"
+        os.chdir(ROOT)
+    show("cost of a training step", rows, results)
+
+
+if __name__ == "__main__":
+    run(main)
