@@ -1,11 +1,11 @@
 # make setup: the environment in .venv | make quickstart: a text file to a model that answers | make lint
-# make test: all tests | make test-cluster: those on two hosts made of network namespaces alone
+# make test: all tests | make test-cluster: those on two hosts made of network namespaces alone | make bench: speed
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: setup quickstart test test-cluster lint clean
+.PHONY: setup quickstart test test-cluster bench lint clean
 
 setup: $(VENV)/.requirements
 
@@ -35,6 +35,13 @@ test: $(VENV)/.requirements-dev
 
 test-cluster: $(VENV)/.requirements-dev
 	$(PY) -m pytest -rs tests/test_cluster.py
+
+bench: $(VENV)/.requirements-dev
+	$(PY) bench/train_speed.py
+	$(PY) bench/generate_speed.py
+	$(PY) bench/data_speed.py
+	$(PY) bench/scaling.py
+	@echo; echo "on a text of yours: $(PY) bench/time_to_loss.py FILE"
 
 lint: $(VENV)/.requirements-dev
 	$(PY) -m ruff check .
