@@ -54,7 +54,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024, kellerjordan.gi
 
 
 def orthogonalise(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The nearest (semi-)orthogonal matrices to a stack G (..., rows, columns), by Newton-Schulz iteration.
+    """The nearest (semi-)orthogonal matrices to a stack G (n, rows, columns), by Newton-Schulz iteration.
 
     Its singular values end between about 0.7 and 1.2, which serves Muon as well as exact ones.
     """
@@ -62,11 +62,12 @@ def orthogonalise(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
     X = G.bfloat16() if G.is_cuda else G.float()
     transposed = X.size(-2) > X.size(-1)
     if transposed:
-        X = X.mT
+        X = X.mT.contiguous()
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A
+        X = torch.baddbmm(X, B, X, beta=a)  # a X + B X
     return (X.mT if transposed else X).to(G.dtype)
 
 
