@@ -190,13 +190,13 @@ def reader(folder, stage="pretrain", **changes):
 def test_an_epoch_holds_every_window_once(prepared):
     batches = reader(prepared, batch_size=1, accumulation_steps=1)
     tokens = TokenFile("dataset/pretrain_train.bin").tokens.astype(np.int64)
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, 17)
     for epoch in (0, 1):
         rows = [batches.at(epoch * batches.samples_per_epoch + i)[0] for i in range(batches.samples_per_epoch)]
         starts = []
         for row in rows:
             window = torch.cat((row.idx[0], row.targets[0, -1:])).numpy()
-            places = [s for s in range(len(tokens) - 16) if (tokens[s : s + 17] == window).all()]
-            starts.append(places)
+            starts.append(np.flatnonzero((windows == window).all(axis=1)).tolist())
         offset = batches.datasets[0]._offset[1]
         expected = [offset + i * 16 for i in range(batches.samples_per_epoch)]
         order = [next(s for s in places if s in expected) for places in starts]
