@@ -41,9 +41,14 @@ class SaveError(UserError):
 
 def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint; a crash at any moment leaves the previous file whole. Raises SaveError on a full disk."""
+    write_tensors(path, {"format": FORMAT, **checkpoint})
+
+
+def write_tensors(path: str | Path, value: Any) -> None:
+    """What read_tensors reads; raises SaveError where it cannot be written."""
     try:
         with atomic_write(path) as file:
-            torch.save({"format": FORMAT, **checkpoint}, file)
+            torch.save(value, file)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError when its file cannot be written to
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError) and "write" not in str(error):
@@ -51,7 +56,7 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
         reason = getattr(cause, "strerror", None) or "the disk is full?"
         free = shutil.disk_usage(Path(path).parent).free
         raise SaveError(
-            f"{path}: not written ({reason}): it needs about {size_of(checkpoint):,} bytes, {free:,} are free; "
+            f"{path}: not written ({reason}): it needs about {size_of(value):,} bytes, {free:,} are free; "
             "what was there before is untouched"
         ) from None
 
@@ -93,13 +98,14 @@ def keep_previous(path: Path, only_if_none: bool = False) -> None:
 
 def load_newest(path: str | Path) -> dict[str, Any]:
     """load_checkpoint; where that one is damaged and NAME.previous is not, the latter, saying so."""
-    previous = Path(f"{path}.previous")
+    path = Path(path)
+    previous = path / "previous" if path.is_dir() else Path(f"{path}.previous")
     try:
         return load_checkpoint(path)
     except UserError as error:
         if not previous.is_file():
             raise
-        checkpoint = load_checkpoint(previous)
+        checkpoint = load_sharded(path, "previous") if path.is_dir() else load_checkpoint(previous)
         print(f"warning: {error}; going on from its predecessor, step {checkpoint['step']:,}", file=sys.stderr)
         return checkpoint
 
@@ -127,6 +133,7 @@ def read_tensors(path: Path) -> Any:
 
 
 def check_layout(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The checkpoint, if it holds what one must; raises UserError that names what is missing."""
     if checkpoint["format"] != FORMAT:
         raise UserError(f"{path}: checkpoint format {checkpoint['format']!r} is not the known format {FORMAT}")
     for name, kind in REQUIRED.items():
@@ -138,34 +145,41 @@ def check_layout(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ sharded
 #
 # A folder into which every process of a job writes its share:
-#     latest                  the name of the newest folder that is complete
-#     step_200/rank_0.pt      {parameter: {shape, start, weight, exp_avg, exp_avg_sq}}: flat pieces, from start on
-#     step_200/values.pt      everything else, and how many ranks there are
+#     latest, previous        the names of the newest folder that is complete and of the one before it
+#     step_200_of_2/rank_0.pt {parameter: {shape, start, weight, exp_avg, exp_avg_sq}}: flat pieces, from start on
+#     step_200_of_2/values.pt everything else, and how many ranks there are
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's states, by the names that torch and DeepSpeed both use
 
 
-def save_shard(folder: Path, step: int, rank: int, shares: dict[str, dict[str, Any]]) -> None:
-    """Write one process's share."""
-    with atomic_write(folder / f"step_{step}" / f"rank_{rank}.pt") as file:
-        torch.save(shares, file)
+def shares_of(folder: Path, step: int, world_size: int) -> Path:
+    """Where the shares of a step lie; those of another number of processes are not to be mixed with them."""
+    return folder / f"step_{step}_of_{world_size}"
+
+
+def save_shard(folder: Path, step: int, rank: int, world_size: int, shares: dict[str, dict[str, Any]]) -> None:
+    """Write one process's share; raises SaveError where that fails."""
+    write_tensors(shares_of(folder, step, world_size) / f"rank_{rank}.pt", shares)
 
 
 def finish_sharded(folder: Path, world_size: int, values: dict[str, Any]) -> None:
-    """Declare the shares of a step complete, once every process has written its own; older ones are removed."""
-    newest = folder / f"step_{values['step']}"
-    with atomic_write(newest / "values.pt") as file:
-        torch.save({"format": FORMAT, "world_size": world_size, **values}, file)
-    with atomic_write(folder / "latest") as file:
+    """Declare the shares of a step complete, once every process has written its own; of older ones the last is kept."""
+    newest = shares_of(folder, values["step"], world_size)
+    write_tensors(newest / "values.pt", {"format": FORMAT, "world_size": world_size, **values})
+    latest, previous = folder / "latest", folder / "previous"
+    if latest.is_file() and latest.read_bytes() != newest.name.encode():
+        os.replace(latest, previous)
+    with atomic_write(latest) as file:
         file.write(newest.name.encode())
+    kept = {newest.name, previous.read_text(encoding="utf-8") if previous.is_file() else ""}
     for older in folder.glob("step_*"):
-        if older != newest:
+        if older.name not in kept:
             shutil.rmtree(older, ignore_errors=True)
 
 
-def load_sharded(folder: Path) -> dict[str, Any]:
+def load_sharded(folder: Path, which: str = "latest") -> dict[str, Any]:
     """The checkpoint whose shares are in a folder, put together; raises UserError where one is missing or damaged."""
-    latest = folder / "latest"
+    latest = folder / which
     if not latest.is_file():
         raise UserError(f"{folder}: not a file, nor the folder of a sharded checkpoint (it has no file named latest)")
     newest = folder / Path(latest.read_text(encoding="utf-8").strip()).name

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from configuration import Parser, UserError
+from configuration import UserError
 from engine import Engine
 from model import GPT
 
@@ -40,8 +40,12 @@ class GroupEngine(Engine):
 
     def prepare(self, model: GPT) -> None:
         super().prepare(model)
+        self.seed_dropout()
+
+    def seed_dropout(self) -> None:
+        """Another one on every process; to be called when all have made the same weights."""
         if self.rank > 0:
-            torch.manual_seed(self.config.random_seed + self.rank)  # another dropout on every process
+            torch.manual_seed(self.config.random_seed + self.rank)
 
     def sum_over_ranks(self, *values: float) -> list[float]:
         sums = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -79,12 +83,11 @@ def has_lost_contact(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()
 
 
-def launch(parser: Parser, make_engine: Callable[[Any, Any], Engine]) -> None:
-    """Run the loop on make_engine(config, arguments); explains lost contact, and says which process met an error."""
+def launch(args: Any, overrides: dict[str, Any], make_engine: Callable[[Any], Engine]) -> None:
+    """train.train_stage in one process of several; explains lost contact, and says which process met an error."""
     rank = int(os.environ["RANK"])
-    args, overrides = parser.parse()
     try:
-        train.train_stage(args, overrides, lambda config: make_engine(config, args))
+        train.train_stage(args, overrides, make_engine)
     except RuntimeError as error:
         if not has_lost_contact(error):
             raise

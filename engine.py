@@ -24,6 +24,11 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 Loss = Callable[[torch.nn.Module, Batch, str], torch.Tensor]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32, float16 or bfloat16: as a config says it."""
+    return str(dtype).removeprefix("torch.")
+
+
 class Engine:
     """One process, one device. config: a TrainConfig (device, dtype, compile, random_seed, grad_clip, optimizer's)."""
 
@@ -87,8 +92,7 @@ class Engine:
     def step(self, lr_scale: float) -> float:
         """Clip the gradient and take the optimizer's step; returns the gradient's norm (not finite: nothing moves)."""
         scale_learning_rates(self.optimizer, lr_scale)
-        for optimizer in getattr(self.optimizer, "optimizers", [self.optimizer]):
-            self.scaler.unscale_(optimizer)
+        self.scaler.unscale_(self.optimizer)
         max_norm = self.config.grad_clip or math.inf
         grad_norm = self.clip_gradients(max_norm)
         if math.isfinite(grad_norm):

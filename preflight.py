@@ -5,11 +5,13 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from configuration import UserError
+from engine import dtype_name
 from model import GPT
 
 
@@ -25,17 +27,22 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     n = 4096 if device.type == "cuda" else 512
     generator = torch.Generator(device).manual_seed(0)  # its own: training's random numbers are not touched
     a = torch.randn(n, n, device=device, dtype=dtype, generator=generator)
+    return 2 * n**3 / best_seconds(device, lambda: a @ a)
+
+
+def best_seconds(device: torch.device, work: Callable[[], Any]) -> float:
+    """Seconds that a piece of work takes at its fastest, of 24 times or as many as half a second has room for."""
     best = math.inf
     deadline = time.perf_counter() + 0.5  # half precision can be a hundred times slower on an old CPU
     for _ in range(24):
         synchronise(device)
         began = time.perf_counter()
-        a @ a
+        work()
         synchronise(device)
         best = min(best, time.perf_counter() - began)
         if time.perf_counter() > deadline:
             break
-    return 2 * n**3 / best
+    return best
 
 
 def synchronise(device: torch.device) -> None:
@@ -114,7 +121,7 @@ def report(run: Any) -> None:
         f"{epoch}"
     )
     print(
-        f"device: {device_name(engine.device)}, {str(engine.dtype).removeprefix('torch.')}, "
+        f"device: {device_name(engine.device)}, {dtype_name(engine.dtype)}, "
         f"attention {config.sdp_kernel}, compile {str(engine.use_compile).lower()}, "
         f"matrix product {run.matmul_flops / 1e9:,.0f} GFLOP/s; memory: about {needed / 1e9:.2f} GB"
         + (f" of {available / 1e9:.1f} GB free" if available else "")

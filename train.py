@@ -30,7 +30,7 @@ import preflight
 from batches import Batch, TokenFile, TrainBatches, ValidationBatches, prefetch
 from checkpointing import SaveError, keep_previous, load_checkpoint_tokenizer, load_model, load_newest
 from configuration import Config, Parser, UserError, check_fields, fields_of, find_config, option, read_json, run
-from engine import DTYPES, Engine, Loss
+from engine import DTYPES, Engine, Loss, dtype_name
 from files import hold_lock
 from model import GPT, SDP_KERNELS, ModelConfig
 from optimizer import OPTIMIZERS, SCHEDULES, schedule
@@ -212,7 +212,7 @@ def train(run: Run, log: RunLog) -> State:
         if state.step and not stop.requested and evaluated != state.step:
             evaluate_and_save(run, log)
         if state.step and saved != state.step:
-            save(run, run.last_path)
+            save_or_warn(run, run.last_path, log, must=True)
         run.stopped = stop.requested
     return state
 
@@ -318,16 +318,21 @@ def sample_text(run: Run, model: GPT) -> str:
     return text
 
 
-def save_or_warn(run: Run, path: Path, log: RunLog) -> bool:
-    """Save; where that fails (a full disk), say so and return False, or stop, as config.stop_on_failed_save says."""
+def save_or_warn(run: Run, path: Path, log: RunLog, must: bool = False) -> bool:
+    """Save; where any process fails to (a full disk), all of them return False, or stop if it must succeed."""
+    failure = None
     try:
         save(run, path)
     except SaveError as error:
-        if run.config.stop_on_failed_save:
-            raise
-        log.say(f"warning: {error}; training goes on to the next save")
-        return False
-    return True
+        failure = error
+    (failures,) = run.engine.sum_over_ranks(float(failure is not None))
+    if not failures:
+        return True
+    failure = failure or SaveError(f"{path}: another process could not write it")
+    if must or run.config.stop_on_failed_save:
+        raise failure
+    log.say(f"warning: {failure}; training goes on to the next save")
+    return False
 
 
 def save(run: Run, path: Path) -> None:
@@ -469,10 +474,10 @@ def start(run: Run, checkpoint: dict[str, Any] | None) -> None:
                 "a run keeps its optimizer; or give this one another --stage name to start from the weights alone"
             )
         data = checkpoint["data"]
-        if data.get("sizes") != run.data_sizes:
+        if data.get("sizes", run.data_sizes) != run.data_sizes:  # (checkpoints of earlier versions lack them)
             raise UserError(
                 f"dataset_path: the training files have {run.data_sizes} tokens, those of {run.config.from_checkpoint} "
-                f"had {data.get('sizes')}: a run keeps its data; or give this one another --stage name to start from "
+                f"had {data['sizes']}: a run keeps its data; or give this one another --stage name to start from "
                 "the weights alone"
             )
         run.changes = changed_fields(run.config, checkpoint["train_config"])
@@ -509,7 +514,7 @@ def train_with_log(run: Run, argv: list[str]) -> Path | None:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "device": preflight.device_name(engine.device),
-            "dtype": str(engine.dtype).removeprefix("torch."),
+            "dtype": dtype_name(engine.dtype),
             "threads": torch.get_num_threads(),
             "processes": engine.world_size,
         },

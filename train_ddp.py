@@ -60,9 +60,7 @@ class DDPEngine(GroupEngine):
         return contextlib.nullcontext() if is_last else self.network.no_sync()
 
     def forward_backward(self, loss: Loss, batch: Batch, count: float, is_last: bool) -> torch.Tensor:
-        with self.synchronising(
-            is_last
-        ):  # shares are scaled up, because gradients are averaged where they should add up
+        with self.synchronising(is_last):  # shares are scaled up, as gradients are averaged and should add up
             share = super().forward_backward(loss, batch, count / self.world_size, is_last)
         return share / self.world_size
 
@@ -126,7 +124,7 @@ def gathered(value: Any) -> Any:
 
 def main() -> None:
     if "RANK" in os.environ:
-        launch(train.make_parser(), lambda config, args: (FSDPEngine if config.fsdp else DDPEngine)(config))
+        launch(*train.make_parser().parse(), lambda config: (FSDPEngine if config.fsdp else DDPEngine)(config))
         return
     print(f"one process; to start several: {DDPEngine.command}", file=sys.stderr)
     train.main()

@@ -27,14 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 import train
 from batches import Batch
-from checkpointing import MOMENTS, as_plain, finish_sharded, save_shard
+from checkpointing import MOMENTS, SaveError, as_plain, finish_sharded, save_shard
 from configuration import Parser, UserError, find_config, read_json, read_text, run
 from distributed import GroupEngine, launch
-from engine import Loss
+from engine import Loss, dtype_name
 from model import GPT
 from optimizer import make_optimizer, scale_learning_rates
 
@@ -72,9 +71,8 @@ class DeepSpeedEngine(GroupEngine):
         weights = {name: p.detach().clone() for name, p in model.named_parameters()} if self.is_half else {}
         self.optimizer = self.make_optimizer(model)
         names = {p: name for name, p in model.named_parameters()}
-        self.names = {
-            name: names[p] for name, p in model.named_parameters(remove_duplicate=False)
-        }  # tied ones have two
+        # tied parameters have two names in a state dict
+        self.names = {name: names[p] for name, p in model.named_parameters(remove_duplicate=False)}
         self.groups = [[names[p] for p in group["params"]] for group in self.optimizer.param_groups]
         if self.use_compile and self.zero == 3 and self.is_main:
             print("compile: not with ZeRO stage 3; going on without", file=sys.stderr)
@@ -95,8 +93,7 @@ class DeepSpeedEngine(GroupEngine):
             self.network.compile()
         zero_scaler = getattr(self.network.optimizer, "torch_autocast_gradscaler", None)
         self.scaler = self.network.torch_autocast_z0_gradscaler or zero_scaler or torch.amp.GradScaler(enabled=False)
-        if self.rank > 0:
-            torch.manual_seed(self.config.random_seed + self.rank)
+        self.seed_dropout()
 
     @property
     def is_half(self) -> bool:
@@ -135,6 +132,8 @@ class DeepSpeedEngine(GroupEngine):
         grad_norm = self.clip_gradients(self.config.grad_clip or math.inf)
         if math.isfinite(grad_norm) or self.scaler.is_enabled():
             self.network.step()
+        else:
+            self.network.zero_grad()  # or it would be added to in the next step
         return grad_norm
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -187,11 +186,16 @@ class DeepSpeedEngine(GroupEngine):
             "groups": self.groups,
             "optimizer_step": self.optimizer_step(),
         }
-        save_shard(path, values["step"], self.rank, {name: self.share(p) for _, name, p in self.parameters()})
-        dist.barrier()
+        shares, failure = {name: self.share(p) for _, name, p in self.parameters()}, None
+        try:
+            save_shard(path, values["step"], self.rank, self.world_size, shares)
+        except SaveError as error:
+            failure = error
+        (failures,) = self.sum_over_ranks(float(failure is not None))  # which also waits for the slowest
+        if failures:
+            raise failure or SaveError(f"{path}: another process could not write its share")
         if self.is_main:
             finish_sharded(path, self.world_size, values)
-        dist.barrier()
 
     def share(self, p: torch.nn.Parameter) -> dict[str, Any]:
         """This process's share of a parameter: where it starts in the flattened whole, its values and moments."""
@@ -299,10 +303,10 @@ def merge_settings(
             f"beta1 and beta2 are {config.beta1:g} and {config.beta2:g}",
         ),
         "optimizer.params.weight_decay": (config.weight_decay, f"weight_decay is {config.weight_decay:g}"),
-        "bf16.enabled": (dtype == torch.bfloat16, f"dtype is {name_of(dtype)}"),
-        "fp16.enabled": (dtype == torch.float16, f"dtype is {name_of(dtype)}"),
-        "torch_autocast.enabled": (dtype != torch.float32, f"dtype is {name_of(dtype)}"),
-        "torch_autocast.dtype": (name_of(dtype), f"dtype is {name_of(dtype)}"),
+        "bf16.enabled": (dtype == torch.bfloat16, f"dtype is {dtype_name(dtype)}"),
+        "fp16.enabled": (dtype == torch.float16, f"dtype is {dtype_name(dtype)}"),
+        "torch_autocast.enabled": (dtype != torch.float32, f"dtype is {dtype_name(dtype)}"),
+        "torch_autocast.dtype": (dtype_name(dtype), f"dtype is {dtype_name(dtype)}"),
     }
     for name, (value, words) in ours.items():
         theirs = look_up(settings, name)
@@ -331,12 +335,8 @@ def merge_settings(
     if half:
         filled |= {half: settings[half], "torch_autocast": {"enabled": False}}
     elif dtype != torch.float32:
-        filled["torch_autocast"] = {"enabled": True, "dtype": name_of(dtype)}
+        filled["torch_autocast"] = {"enabled": True, "dtype": dtype_name(dtype)}
     return filled
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def look_up(settings: Any, name: str) -> Any:
@@ -450,8 +450,7 @@ def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
 def main() -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError("DeepSpeed is not installed: pip install deepspeed; or use train.py or train_ddp.py")
-    parser = make_parser()
-    args, _ = parser.parse()
+    args, overrides = make_parser().parse()
     sys.argv = [arg for arg in sys.argv if not arg.startswith("--local_rank")]  # the launcher's, of no use to people
     path = find_config(args.deepspeed_config)
     if args.hostfile and int(os.environ.get("CROSS_SIZE", 1)) == 1:
@@ -462,7 +461,7 @@ def main() -> None:
         print(f"one process; to start one for every GPU: {DeepSpeedEngine.command}", file=sys.stderr)
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         os.environ.update(alone)
-    launch(parser, lambda config, _: DeepSpeedEngine(config, path))
+    launch(args, overrides, lambda config: DeepSpeedEngine(config, path))
 
 
 if __name__ == "__main__":

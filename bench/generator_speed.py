@@ -5,12 +5,9 @@
 In training the generator runs in a thread of its own (batches.prefetch), so what it really costs is less than this.
 """
 
-import json
-import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from measuring import show
 
 import problem
 import train
@@ -38,8 +35,7 @@ def main() -> None:
         learning = (time.perf_counter() - began) / N_STEPS
         shares[name] = making / learning
         rows.append((name, f"{1000 * making:.2f}", f"{1000 * learning:.1f}", f"{shares[name]:.1%}"))
-    problem.print_table(rows)
-    print(json.dumps({"generator_over_training": shares}))
+    show("time to make instances over time to train on them", rows, shares)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """What the benchmarks share: tables, text to train on, and the machine's own limits."""
 
 import json
-import math
 import platform
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +12,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from preflight import device_name, matmul_flops, synchronise  # noqa: E402
+from preflight import best_seconds, device_name, matmul_flops, synchronise  # noqa: E402
+from run_log import print_table  # noqa: E402
 
 
 def show(title: str, rows: list[tuple[str, ...]], results: dict[str, Any]) -> None:
     """Print a table, its first row the headings, and the same as one line of JSON."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     print(f"\n{title}")
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
+    print_table(rows)
     print(json.dumps({title: results, "machine": platform.machine(), "threads": torch.get_num_threads()}), flush=True)
 
 
@@ -44,14 +37,7 @@ def memory_bandwidth(device: torch.device, dtype: torch.dtype) -> float:
     """Bytes per second at which a matrix-vector product reads a matrix far larger than any cache, measured."""
     a = torch.ones(32768 if device.type == "cuda" else 8192, 8192, device=device, dtype=dtype)
     x = torch.ones(8192, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(8):
-        synchronise(device)
-        began = time.perf_counter()
-        a @ x
-        synchronise(device)
-        best = min(best, time.perf_counter() - began)
-    return a.numel() * a.element_size() / best
+    return a.numel() * a.element_size() / best_seconds(device, lambda: a @ x)
 
 
 __all__ = ["ROOT", "device_name", "make_text", "matmul_flops", "memory_bandwidth", "show", "synchronise"]

@@ -41,24 +41,25 @@ def step_seconds(script: list[str], fields: dict[str, int], steps: int = 12, thr
 def main() -> None:
     rows, results = [("what", "ms/step", "tokens/s", "time by that of the row above")], {}
 
-    def measure(name: str, script: list[str], fields: dict[str, int], threads: int | None = None) -> None:
+    def measure(name: str, script: list[str], fields: dict[str, int], above: str, threads: int | None = None) -> str:
         seconds = step_seconds(script, fields, threads=threads)
         tokens = fields["batch_size"] * fields["gradient_accumulation_steps"] * fields["block_size"] / seconds
-        before = results.get(previous, {}).get("ms_per_step")
+        before = results.get(above, {}).get("ms_per_step")
         ratio = f"{1000 * seconds / before:.2f}" if before else ""
         rows.append((name, f"{1000 * seconds:.1f}", f"{tokens:,.0f}", ratio))
         results[name] = {"ms_per_step": 1000 * seconds, "tokens_per_s": tokens}
+        return name
 
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         Path("text.txt").write_text(make_text(300_000, 65), encoding="utf-8")
         subprocess.run([sys.executable, ROOT / "data.py", "text.txt"], check=True, capture_output=True)
         for field, values in DOUBLED.items():
-            previous = ""
+            above = ""
             for value in values:
-                measure(f"{field} {value}", SOLO, {**BASE, "gradient_accumulation_steps": 1, field: value})
-                previous = f"{field} {value}"
-        previous, threads = "", torch.get_num_threads()
+                fields = {**BASE, "gradient_accumulation_steps": 1, field: value}
+                above = measure(f"{field} {value}", SOLO, fields, above)
+        above, threads = "", torch.get_num_threads()
         for processes in (1, 2):
             launcher = [
                 "-m",
@@ -69,8 +70,7 @@ def main() -> None:
                 "train_ddp.py",
             ]
             fields = {**BASE, "gradient_accumulation_steps": 4}
-            measure(f"processes {processes}", launcher, fields, max(1, threads // processes))
-            previous = f"processes {processes}"
+            above = measure(f"processes {processes}", launcher, fields, above, max(1, threads // processes))
         os.chdir(ROOT)
     show("cost of a training step", rows, results)
 

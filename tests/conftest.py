@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 TINY = ["--n_layer", "2", "--n_head", "2", "--n_embd", "16", "--block_size", "16"]
 FAST = ["--batch_size", "4", "--gradient_accumulation_steps", "2", "--device", "cpu", "--warmup_iters", "2"]
+DATA = ["--dataset_path", '[["dataset/pretrain_train.bin", "dataset/pretrain_val.bin"]]']
 
 
 class Result(NamedTuple):

@@ -1,6 +1,7 @@
 """Jobs of several processes, really started: what the tests of train_ddp.py and train_deepspeed.py share."""
 
 import importlib
+import itertools
 import multiprocessing
 import os
 import resource
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import psutil
@@ -15,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, read_log
 
+import train
 from configuration import run
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for when DeepSpeed is imported
@@ -93,8 +96,27 @@ def curves(log: Path) -> dict[str, list[float]]:
     }
 
 
+def break_loss(bad_steps: Container[int]) -> None:
+    """Make the training loss of the first process NaN in some of its micro-batches, counted from 0 over the run."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    calls, whole = itertools.count(), train.LOSSES["next_token"]
+
+    def loss(model, batch, reduction):
+        value = whole(model, batch, reduction)
+        return value * float("nan") if reduction == "sum" and next(calls) in bad_steps else value
+
+    train.LOSSES["next_token"] = loss
+
+
 def be_script(
-    script: str, argv: list[str], cwd: Path, output: Path, environment: dict[str, str], limits: dict[int, int]
+    script: str,
+    argv: list[str],
+    cwd: Path,
+    output: Path,
+    environment: dict[str, str],
+    limits: dict[int, int],
+    first: Callable[[], None],
 ) -> None:
     """A script's run in a process of its own, under limits of the system (resource.RLIMIT_...)."""
     os.chdir(cwd)
@@ -105,21 +127,38 @@ def be_script(
     torch.set_num_threads(1)
     for limit, value in limits.items():
         resource.setrlimit(limit, (value, value))
+    first()
     module = importlib.import_module(script.removesuffix(".py"))
     sys.argv = [script, *argv]
     run(module.main)
 
 
-def fork(script, *argv, cwd, output="output.txt", environment=None, limits=None) -> multiprocessing.Process:
+def nothing() -> None:
+    """What comes before a script's run, if no more is asked for."""
+
+
+def fork(
+    script, *argv, cwd, output="output.txt", environment=None, limits=None, first=nothing
+) -> multiprocessing.Process:
     """A process that runs a script, forked where torch is imported already: seconds sooner than a new one."""
     arguments = [str(argument) for argument in argv]
-    job = FORKS.Process(target=be_script, args=(script, arguments, cwd, cwd / output, environment or {}, limits or {}))
+    arguments = (script, arguments, cwd, cwd / output, environment or {}, limits or {}, first)
+    job = FORKS.Process(target=be_script, args=arguments)
     job.start()
     return job
 
 
-def train_on(n_processes, cwd, *argv, script="train_ddp.py") -> dict[str, list[float]]:
-    """The curves of a job whose processes are given what a launcher would give them."""
+def train_on(n_processes, cwd, *argv, script="train_ddp.py", **options) -> dict[str, list[float]]:
+    """The curves of a job that comes to its end."""
+    statuses, said = end_of(n_processes, cwd, *argv, script=script, **options)
+    assert statuses == [0] * n_processes, "\n".join(said)
+    assert len(list(cwd.glob("train_*.log"))) == 1  # one process writes
+    assert said[0].count("100%|") <= 2 and not any("%|" in text for text in said[1:])  # one bar, drawn at its end
+    return curves(newest_log(cwd))
+
+
+def end_of(n_processes, cwd, *argv, script="train_ddp.py", **options) -> tuple[list[int], list[str]]:
+    """Exit statuses and output of a job whose processes are given what a launcher would give them."""
     for log in cwd.glob("train_*.log"):
         log.unlink()
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -128,15 +167,13 @@ def train_on(n_processes, cwd, *argv, script="train_ddp.py") -> dict[str, list[f
     jobs = []
     for rank in range(n_processes):
         environment = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        jobs.append(fork(script, *argv, cwd=cwd, output=f"rank_{rank}.out", environment=environment))
+        jobs.append(fork(script, *argv, cwd=cwd, output=f"rank_{rank}.out", environment=environment, **options))
     for job in jobs:
         job.join(timeout=120)
         job.kill()
+        job.join()
     said = [(cwd / f"rank_{rank}.out").read_text(encoding="utf-8") for rank in range(n_processes)]
-    assert [job.exitcode for job in jobs] == [0] * n_processes, "\n".join(said)
-    assert len(list(cwd.glob("train_*.log"))) == 1  # one process writes
-    assert said[0].count("100%|") <= 2 and not any("%|" in text for text in said[1:])  # one bar, drawn at its end
-    return curves(newest_log(cwd))
+    return [job.exitcode for job in jobs], said
 
 
 def assert_close(one, other, tolerance=1e-5):

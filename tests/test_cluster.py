@@ -15,12 +15,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import FAST, ROOT, TINY
+from conftest import DATA, FAST, ROOT, TINY
 from processes import assert_close, curves, finish, newest_log, wait_for
 
 from checkpointing import load_checkpoint
 
-DATA = ["--dataset_path", '[["dataset/pretrain_train.bin", "dataset/pretrain_val.bin"]]']
 ARGUMENTS = [
     "-t",
     "pretrain",

@@ -1,5 +1,6 @@
 """What happens when a run is killed, its disk fills, its checkpoint rots or its gradients explode: nothing is lost."""
 
+import functools
 import io
 import random
 import resource
@@ -8,8 +9,8 @@ import zipfile
 
 import pytest
 import torch
-from conftest import FAST, TINY, make_text, read_log
-from processes import fork, newest_log
+from conftest import DATA, FAST, TINY, make_text, read_log
+from processes import break_loss, end_of, fork, newest_log, train_on
 
 import preflight
 import train
@@ -18,7 +19,6 @@ from configuration import UserError
 from model import GPT, ModelConfig
 
 KILLS = 50
-DATA = ["--dataset_path", '[["dataset/pretrain_train.bin", "dataset/pretrain_val.bin"]]']
 ARGUMENTS = ["-t", "pretrain", *TINY, *FAST, *DATA, "--gradient_accumulation_steps", "1", "--optimizer", "adamw"]
 ARGUMENTS += ["--decay_lr", "false", "--eval_iters", "1", "--stage", "run"]
 ON = ["--from_checkpoint", "checkpoint/run_last.pt"]
@@ -146,18 +146,14 @@ def test_resuming_falls_back_to_the_predecessor(prepared, call, capsys):
     assert load_newest(last)["step"] > 0  # a predecessor alone will do
 
 
-def broken_loss(monkeypatch, bad_steps):
-    calls = iter(range(10**6))
-
-    def loss(model, batch, reduction):
-        value = train.next_token_loss(model, batch, reduction)
-        return value * float("nan") if reduction == "sum" and next(calls) in bad_steps else value
-
-    monkeypatch.setitem(train.LOSSES, "next_token", loss)
+@pytest.fixture
+def break_the_loss(monkeypatch):
+    monkeypatch.setattr(train, "LOSSES", dict(train.LOSSES))
+    return break_loss
 
 
-def test_a_step_without_a_finite_gradient_is_skipped_and_counted(prepared, call, monkeypatch):
-    broken_loss(monkeypatch, {3, 4, 7})
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted(prepared, call, break_the_loss):
+    break_the_loss({3, 4, 7})
     result = trained(call, "--max_steps", "10", "--max_skipped_steps", "2")
     assert "step 4: skipped, as the loss is nan" in result.out + result.err
     checkpoint = load_checkpoint("checkpoint/run_last.pt")
@@ -166,8 +162,48 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(prepared, call,
     assert read_log(newest_log(prepared), "train")[-1]["skipped_steps"] == 3
 
 
-def test_a_run_that_only_skips_stops_and_keeps_the_best(prepared, call, monkeypatch):
-    broken_loss(monkeypatch, range(6, 1000))
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("train_ddp.py", []),
+        ("train_ddp.py", ["--fsdp", "true"]),
+        *[("train_deepspeed.py", ["--deepspeed_config", f"deepspeed_zero{stage}"]) for stage in (0, 2, 3)],
+    ],
+)
+def test_processes_skip_a_step_together_and_forget_its_gradient(prepared, script, options):
+    """A micro-batch of one process is NaN; the next step is finite on all, so nothing of it stayed."""
+    if script == "train_deepspeed.py":
+        pytest.importorskip("deepspeed")
+    arguments = [*ARGUMENTS, "--gradient_accumulation_steps", "2", "--max_steps", "6", *options]
+    curve = train_on(2, prepared, *arguments, script=script, first=functools.partial(break_loss, {2}))
+    assert [loss is not None for loss in curve["loss"]] == [True, True, False, True, True, True]
+    assert None not in curve["grad_norm"][3:]
+    assert read_log(newest_log(prepared), "train")[-1]["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "suffix"),
+    [
+        ("train_ddp.py", ["--fsdp", "true"], ".pt"),
+        ("train_deepspeed.py", ["--deepspeed_config", "deepspeed_zero2"], ""),
+    ],
+)
+def test_processes_that_cannot_save_end_together(prepared, script, options, suffix):
+    """A full disk: no process waits for another that has given up, and all go on training until then."""
+    if script == "train_deepspeed.py":
+        pytest.importorskip("deepspeed")
+    arguments = [*ARGUMENTS, "--gradient_accumulation_steps", "2", "--save_interval", "2", *options]
+    full = {resource.RLIMIT_FSIZE: 8_000}
+    statuses, said = end_of(2, prepared, *arguments, "--max_steps", "5", script=script, limits=full)
+    assert statuses == [1, 1], said
+    assert "training goes on to the next save" in said[0]
+    assert f"run_last{suffix}" in said[0] and "not written" in said[0] and "Traceback" not in "".join(said)
+    assert [record["step"] for record in read_log(newest_log(prepared), "train")] == [1, 2, 3, 4, 5]
+    assert not (prepared / "checkpoint" / "run_last" / "latest").exists()
+
+
+def test_a_run_that_only_skips_stops_and_keeps_the_best(prepared, call, break_the_loss):
+    break_the_loss(range(6, 1000))
     result = call("train.py", *ARGUMENTS, "--max_steps", "100", "--eval_interval", "5", "--max_skipped_steps", "3")
     assert result.status == 1 and "step 10: the loss is nan" in result.err
     assert "the best checkpoint is kept in checkpoint/run.pt; try a lower learning_rate" in result.err

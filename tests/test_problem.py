@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, read_log, run_script
 
+import instances as drawing
 import problem
 import tasks
 from checkpointing import load_checkpoint
@@ -157,7 +158,7 @@ def test_balanced_words_of_every_shape_are_equally_likely():
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_no_prompt_is_both_trained_on_and_held_out(name):
     n = {"boolean": 600}.get(name, 2000)
-    splits = {split: {prompt for prompt, _ in draw_texts(name, n, split)} for split in problem.SPLITS}
+    splits = {split: {prompt for prompt, _ in draw_texts(name, n, split)} for split in drawing.SPLITS}
     assert all(splits.values())
     assert not splits["train"] & splits["test"]
     assert not splits["train"] & splits["val"]
@@ -182,15 +183,15 @@ def test_modular_splits_the_whole_table_by_the_train_fraction():
 def test_the_split_is_the_same_for_every_seed():
     first, second = make_source("sort", random_seed=1), make_source("sort", random_seed=2)
     instances = first.draw(np.random.default_rng(0), 500, 6, "test")
-    hashes = problem.hash_rows(instances.prompt)
-    assert (second.split_of(hashes) == problem.SPLITS.index("test")).all()
+    hashes = drawing.hash_rows(instances.prompt)
+    assert (second.split_of(hashes) == drawing.SPLITS.index("test")).all()
 
 
 def test_hashes_do_not_depend_on_what_stands_behind_the_text():
     codes = np.array([[49, 50, 51], [50, 49, 51]], np.uint32)
     padded = np.pad(codes, ((0, 0), (0, 5)))
-    assert (problem.hash_rows(codes) == problem.hash_rows(padded)).all()
-    assert len(set(problem.hash_rows(codes).tolist())) == 2
+    assert (drawing.hash_rows(codes) == drawing.hash_rows(padded)).all()
+    assert len(set(drawing.hash_rows(codes).tolist())) == 2
 
 
 def test_batches_are_a_function_of_the_position():
@@ -385,5 +386,5 @@ def test_a_small_space_is_tested_whole():
     held_out = problem.HeldOut(make_source("sort", length="2"), "test", range(2, 3), 10_000)
     source = make_source("sort", length="2")
     everything = np.array([[a, b] for a in range(10) for b in range(10)])
-    expected = source.split_of(problem.hash_rows(spell(everything))) == problem.SPLITS.index("test")
+    expected = source.split_of(drawing.hash_rows(spell(everything))) == drawing.SPLITS.index("test")
     assert len(held_out.by_length[2].prompt) == expected.sum() > 0

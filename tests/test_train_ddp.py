@@ -7,7 +7,7 @@ import signal
 import psutil
 import pytest
 import torch
-from conftest import FAST, TINY, read_log
+from conftest import DATA, FAST, TINY, read_log
 from processes import assert_close, curves, finish, newest_log, start, train_on, wait_for, worker
 
 import train
@@ -17,7 +17,6 @@ from configuration import UserError
 from distributed import check_accumulation, has_lost_contact
 from train_ddp import DDPEngine
 
-DATA = ["--dataset_path", '[["dataset/pretrain_train.bin", "dataset/pretrain_val.bin"]]']
 ARGUMENTS = [*TINY, *FAST, "--optimizer", "adamw", "--eval_interval", "10", "--gradient_accumulation_steps", "4"]
 
 
@@ -118,7 +117,7 @@ def test_a_signal_to_torchrun_saves(prepared, signal_number):
     else:
         job.send_signal(signal_number)
     _, out, err = finish(job)
-    assert "Traceback" not in err.replace("torch/distributed/run.py", "") or "SignalException" in err
+    assert "lost contact" not in err
     assert "to go on: " in out
     saved = load_checkpoint(prepared / "checkpoint" / "pretrain_last.pt")["step"]
     assert saved == read_log(newest_log(prepared), "train")[-1]["step"]

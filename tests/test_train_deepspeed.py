@@ -5,18 +5,17 @@ import sys
 
 import pytest
 import torch
-from conftest import FAST, TINY, start_script
+from conftest import DATA, FAST, TINY, start_script
 from processes import assert_close, curves, finish, newest_log, start, train_on
 
 import train
 import train_deepspeed
-from checkpointing import finish_sharded, load_checkpoint, save_shard
+from checkpointing import finish_sharded, load_checkpoint, load_newest, save_shard
 from configuration import UserError
 
 pytest.importorskip("deepspeed")
 
 SCRIPT = "train_deepspeed.py"
-DATA = ["--dataset_path", '[["dataset/pretrain_train.bin", "dataset/pretrain_val.bin"]]']
 ARGUMENTS = ["-t", "pretrain", *TINY, *FAST, *DATA, "--gradient_accumulation_steps", "4", "--eval_interval", "10"]
 ARGUMENTS += ["--eval_iters", "3", "--lr_decay_iters", "20"]
 
@@ -230,7 +229,7 @@ def test_without_deepspeed_it_says_so(prepared, call, monkeypatch):
 
 def write_shards(folder, shares, **values):
     for rank, share in enumerate(shares):
-        save_shard(folder, 3, rank, share)
+        save_shard(folder, 3, rank, len(shares), share)
     finish_sharded(
         folder, len(shares), {"step": 3, "names": {"w": "w"}, "groups": [["w"]], "optimizer_step": 3.0, **values}
     )
@@ -238,10 +237,10 @@ def write_shards(folder, shares, **values):
 
 @pytest.mark.parametrize(("damage", "says"), [
     (lambda folder: (folder / "latest").unlink(), "nor the folder of a sharded checkpoint"),
-    (lambda folder: (folder / "step_3" / "rank_1.pt").unlink(), "rank_1.pt: missing"),
-    (lambda folder: (folder / "step_3" / "rank_1.pt").write_bytes(b"x"), "rank_1.pt: not a checkpoint"),
-    (lambda folder: torch.save({}, folder / "step_3" / "rank_1.pt"), "damaged"),  # a part of w is nowhere
-    (lambda folder: torch.save(1, folder / "step_3" / "values.pt"), "values.pt: not of a checkpoint"),
+    (lambda folder: (folder / "step_3_of_2" / "rank_1.pt").unlink(), "rank_1.pt: missing"),
+    (lambda folder: (folder / "step_3_of_2" / "rank_1.pt").write_bytes(b"x"), "rank_1.pt: not a checkpoint"),
+    (lambda folder: torch.save({}, folder / "step_3_of_2" / "rank_1.pt"), "damaged"),  # a part of w is nowhere
+    (lambda folder: torch.save(1, folder / "step_3_of_2" / "values.pt"), "values.pt: not of a checkpoint"),
 ])  # fmt: skip
 def test_a_damaged_sharded_checkpoint_is_named(work, damage, says):
     pieces = [
@@ -252,3 +251,18 @@ def test_a_damaged_sharded_checkpoint_is_named(work, damage, says):
     damage(work / "last")
     with pytest.raises(UserError, match=says):
         load_checkpoint("last")
+
+
+def test_a_damaged_sharded_checkpoint_falls_back_to_its_predecessor(work, capsys):
+    values = {"names": {"w": "w"}, "groups": [["w"]], "model_config": {}, "tokenizer": {}, "data": {}, "rng": {}}
+    values |= {"train_config": {}, "best_val_loss": 1.0, "optimizer_step": 3.0}
+    for step in (1, 2, 3):
+        share = {part: torch.full((4,), float(step)) for part in ("weight", "exp_avg", "exp_avg_sq")}
+        save_shard(work, step, 0, 1, {"w": {"shape": (2, 2), "start": 0, **share}})
+        finish_sharded(work, 1, {"step": step, **values})
+    assert sorted(folder.name for folder in work.glob("step_*")) == ["step_2_of_1", "step_3_of_1"]
+    assert load_newest(work)["step"] == 3
+    (work / "step_3_of_1" / "rank_0.pt").write_bytes(b"")
+    older = load_newest(work)
+    assert older["step"] == 2 and torch.equal(older["model"]["w"], torch.full((2, 2), 2.0))
+    assert "rank_0.pt: " in (said := capsys.readouterr().err) and "going on from its predecessor, step 2" in said
