@@ -31,7 +31,7 @@ quickstart: setup
 	$(PY) inference.py -m checkpoint/sft.pt --evaluate dataset/held_out.jsonl
 
 test: $(VENV)/.requirements-dev
-	$(PY) -m pytest
+	$(PY) -m pytest -n logical --dist worksteal
 
 test-cluster: $(VENV)/.requirements-dev
 	$(PY) -m pytest -rs tests/test_cluster.py
