@@ -125,14 +125,14 @@ class Attention(nn.Module):
         """Queries (B, n_head, T, head_dim), keys and values (B, n_kv_head, T, head_dim) of x (B, T, n_embd)."""
         config = self.config
         B, T, _ = x.shape
-        q, k, v = self.qkv(x).split(self.split_sizes, dim=-1)
-        q = q.view(B, T, config.n_head, config.head_dim)
-        k = k.view(B, T, config.n_kv_head, config.head_dim)
-        v = v.view(B, T, config.n_kv_head, config.head_dim)
-        if config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        heads = self.qkv(x).view(B, T, -1, config.head_dim)
+        qk, v = heads.split((config.n_head + config.n_kv_head, config.n_kv_head), dim=2)
+        if config.qk_norm:  # queries and keys together: half the operations, which is what counts at T = 1
+            weights = self.q_norm.weight.expand(config.n_head, -1), self.k_norm.weight.expand(config.n_kv_head, -1)
+            qk = (F.rms_norm(qk, (config.head_dim,), eps=config.norm_eps) * torch.cat(weights)).to(v.dtype)
         if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+            qk = apply_rope(qk, *rope)
+        q, k = qk.split((config.n_head, config.n_kv_head), dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(
