@@ -8,12 +8,13 @@ data.py writes token files; nothing here knows about raw text.
 """
 
 import contextlib
+import functools
 import json
 import math
 import queue
-import shutil
 import tempfile
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -44,17 +45,23 @@ class TokenFileWriter:
         self.n_tokens = self.n_loss_tokens = self.n_unknown = self.n_characters = 0
         self.mask_file = tempfile.TemporaryFile() if has_samples else None  # noqa: SIM115
         self.starts = [0]
+        self.checksum = 0
         file.write(b" " * HEADER_SIZE)
+
+    def _write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.checksum = zlib.crc32(data, self.checksum)
 
     def add(self, ids: np.ndarray, n_characters: int, mask: np.ndarray | None = None) -> None:
         """Append token ids; with a mask (1 where the loss is taken), as one sample."""
-        self.file.write(ids.astype(DTYPES[self.dtype]).tobytes())
+        self._write(ids.astype(DTYPES[self.dtype]).tobytes())
         self.n_tokens += len(ids)
         self.n_characters += n_characters
-        self.n_unknown += int((ids == UNKNOWN).sum())
         counted = ids if mask is None else ids[mask == 1]
+        counts = np.bincount(counted, minlength=len(self.counts))
         self.n_loss_tokens += len(counted)
-        self.counts += np.bincount(counted, minlength=len(self.counts))
+        self.n_unknown += int(counts[UNKNOWN] if mask is None else (ids == UNKNOWN).sum())
+        self.counts += counts
         if mask is not None:
             self.mask_file.write(mask.astype(np.uint8).tobytes())
             self.starts.append(self.n_tokens)
@@ -65,12 +72,13 @@ class TokenFileWriter:
         header = {"tokens": {"dtype": self.dtype, "shape": [self.n_tokens], "data_offsets": [0, size]}}
         if self.mask_file is not None:
             self.mask_file.seek(0)
-            shutil.copyfileobj(self.mask_file, self.file)
+            for chunk in chunks_of(self.mask_file):
+                self._write(chunk)
             self.mask_file.close()
             end = size + self.n_tokens
             header["loss_mask"] = {"dtype": "U8", "shape": [self.n_tokens], "data_offsets": [size, end]}
             starts = np.array(self.starts, dtype=np.int64)
-            self.file.write(starts.tobytes())
+            self._write(starts.tobytes())
             header["starts"] = {"dtype": "I64", "shape": [len(starts)], "data_offsets": [end, end + starts.nbytes]}
         counts = {
             "n_tokens": self.n_tokens,
@@ -80,11 +88,22 @@ class TokenFileWriter:
             "n_samples": len(self.starts) - 1 if self.mask_file is not None else None,
         }
         header["__metadata__"] = {"header": json.dumps({"format": FORMAT, **counts, **metadata}, ensure_ascii=False)}
+        header["__metadata__"]["crc32"] = str(checksum_with(header, self.checksum))
         text = json.dumps(header, ensure_ascii=False).encode("utf-8")
         if len(text) > HEADER_SIZE - 8:
             raise UserError(f"the names of the source files do not fit a header of {HEADER_SIZE} bytes: join the files")
         self.file.seek(0)
         self.file.write((HEADER_SIZE - 8).to_bytes(8, "little") + text)
+
+
+def chunks_of(file: BinaryIO, size: int = 1 << 22) -> Iterator[bytes]:
+    """The rest of a file, in pieces."""
+    return iter(lambda: file.read(size), b"")
+
+
+def checksum_with(layout: dict[str, Any], checksum: int) -> int:
+    """The CRC-32 of a file's data, carried on over its header."""
+    return zlib.crc32(json.dumps(layout, ensure_ascii=False).encode("utf-8", "surrogatepass"), checksum)
 
 
 class TokenFile:
@@ -103,6 +122,8 @@ class TokenFile:
                 if not 2 <= length <= size - 8:
                     raise ValueError("header length")
                 layout = json.loads(file.read(length))
+                file.seek(8 + length)
+                checksum = functools.reduce(lambda crc, chunk: zlib.crc32(chunk, crc), chunks_of(file), 0)
             self.header = json.loads(layout["__metadata__"]["header"])
             if self.header["format"] != FORMAT:
                 raise UserError(
@@ -111,6 +132,9 @@ class TokenFile:
             end = 8 + length + max(entry["data_offsets"][1] for name, entry in layout.items() if name != "__metadata__")
             if end != size:
                 raise UserError(f"{path}: {size} bytes where its header says {end}: damaged; prepare it again")
+            expected = layout["__metadata__"].pop("crc32", None)  # (files of earlier versions have none)
+            if expected is not None and int(expected) != checksum_with(layout, checksum):
+                raise UserError(f"{path}: damaged: its checksum is wrong; prepare it again")
             self.tokens = self._map(layout["tokens"], 8 + length)
             has_samples = "starts" in layout
             self.loss_mask = self._map(layout["loss_mask"], 8 + length) if has_samples else None

@@ -269,6 +269,11 @@ class Parser(argparse.ArgumentParser):
         return args, check_fields(given, self.known, "command line")
 
 
+def silence(stream: typing.TextIO) -> None:
+    """Send what a stream holds, and all that comes after, nowhere: whoever read it has left."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script: a user's mistake ends in one line on standard error and status 1, never in a traceback."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # UTF-8 whatever the platform's default
@@ -282,7 +287,7 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has left
+        silence(sys.stdout)
         sys.exit(1)
     except OSError as error:
         if error.filename is None:

@@ -38,8 +38,8 @@ from tokenizer import (
     CharTokenizer,
     Messages,
     Tokenizer,
-    codepoints,
     load_tokenizer,
+    mark_characters,
     special_pattern,
 )
 
@@ -61,7 +61,7 @@ class Scan:
 
     def see(self, text: str) -> None:
         text = special_pattern.sub("", text) if "<|" in text and self.stage != "sft" else text
-        self.seen[codepoints(text)] = True
+        mark_characters(self.seen, text)
         self.n_characters += len(text)
         if len(self.sample) < COMPRESSED_SAMPLE:
             self.sample += text[: COMPRESSED_SAMPLE - len(self.sample)]

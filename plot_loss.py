@@ -21,14 +21,15 @@ def read_log(path: str) -> dict[str, list[dict]]:
     if not Path(path).is_file():
         sys.exit(f"error: {path}: {'not a file' if Path(path).exists() else 'no such log'}")
     records = {"header": [], "train": [], "val": []}
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-                records.setdefault(record["type"], []).append(record)
-            except (ValueError, KeyError, TypeError):
-                if line.endswith("\n"):
-                    sys.exit(f"error: {path}: line {number} is not a log record; logs are the train_*.log files")
+    for part in [part for part in (f"{path}.1", path) if Path(part).is_file()]:  # a rotated log's first part is NAME.1
+        with open(part, encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    record = json.loads(line)
+                    records.setdefault(record["type"], []).append(record)
+                except (ValueError, KeyError, TypeError):
+                    if line.endswith("\n"):
+                        sys.exit(f"error: {part}: line {number} is not a log record; logs are the train_*.log files")
     if not records["train"]:
         sys.exit(f"error: {path}: no training steps in it yet")
     return records

@@ -2,16 +2,17 @@
 
 import json
 import math
+import os
 import signal
 import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from configuration import UserError
+from configuration import UserError, silence
 
 
 class RunLog:
@@ -25,8 +26,10 @@ class RunLog:
         first_step: int,
         last_step: int | None,
         header: dict[str, Any],
+        max_log_mb: float | None = None,
     ) -> None:
         self.is_main, self.path, self.sinks = is_main, None, []
+        self.max_bytes = 1e6 * max_log_mb if max_log_mb else math.inf
         self.bar = tqdm(
             total=last_step,
             initial=first_step,
@@ -40,7 +43,8 @@ class RunLog:
         if not is_main:
             return
         self.file, self.path = create_log_file()
-        self.write({"type": "header", **header})
+        self.header = {"type": "header", **header}
+        self.write(self.header)
         for sink in log_to:
             self.sinks.append(SINKS[sink](name, header))
 
@@ -51,8 +55,17 @@ class RunLog:
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.file.write(json.dumps(plain, ensure_ascii=False) + "\n")
         self.file.flush()
+        if self.file.tell() > self.max_bytes:
+            self.rotate()
         for sink in self.sinks:
             sink({k: v for k, v in plain.items() if isinstance(v, (int, float))}, record["type"])
+
+    def rotate(self) -> None:
+        """Begin the log anew; what it held until now becomes NAME.1, in place of an older one."""
+        self.file.close()
+        os.replace(self.path, f"{self.path}.1")
+        self.file = open(self.path, "x", encoding="utf-8")  # noqa: SIM115
+        self.file.write(json.dumps(self.header, ensure_ascii=False) + "\n")
 
     def step(self, record: dict[str, Any]) -> None:
         """A training record: into the log, and onto the progress bar."""
@@ -123,19 +136,47 @@ def wandb_sink(name: str, header: dict[str, Any]) -> Any:
 SINKS = {"tensorboard": tensorboard_sink, "wandb": wandb_sink}
 
 
+class Console:
+    """A stream whose reader may leave, a closed terminal or pipe: from then on it is silent, and the run goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            silence(self.stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            silence(self.stream)
+
+
 class StopRequest:
-    """Turns the first Ctrl-C, SIGTERM or SIGUSR1 (Slurm's warning) into a flag: the step in hand ends and is saved.
+    """Turns the first Ctrl-C, SIGTERM, SIGUSR1 (Slurm's warning) or SIGHUP (a closed terminal) into a flag.
+
+    The step in hand then ends and is saved.
 
     A second one acts as it would have without; but launchers pass on what the terminal sent to their processes too, so
     what follows within two seconds is the same request.
     """
 
-    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
     SAME = 2.0
 
     def __enter__(self) -> "StopRequest":
         self.requested_at: float | None = None
-        self.previous = {number: signal.signal(number, self.request) for number in self.SIGNALS}
+        signals = {name: getattr(signal, name) for name in self.NAMES if hasattr(signal, name)}
+        if "SIGHUP" in signals and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            del signals["SIGHUP"]  # nohup: the run outlives its terminal
+        self.previous = {number: signal.signal(number, self.request) for number in signals.values()}
         return self
 
     @property

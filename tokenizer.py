@@ -113,8 +113,19 @@ class Tokenizer(ABC):
 
 
 def codepoints(text: str) -> np.ndarray:
-    """The Unicode code points of a text (uint32), lone surrogates included."""
+    """The Unicode code points of a text, lone surrogates included: uint32, or uint8 where all are ASCII (faster)."""
+    if text.isascii():
+        return np.frombuffer(text.encode("ascii"), dtype=np.uint8)
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
+def mark_characters(seen: np.ndarray, text: str) -> None:
+    """Mark the code points of a text in `seen`, a boolean array over all of Unicode."""
+    if text.isascii():  # what is marked already need not be looked at
+        known = np.flatnonzero(seen[:128]).astype(np.uint8).tobytes()
+        seen[np.frombuffer(text.encode("ascii").translate(None, known), dtype=np.uint8)] = True
+    else:
+        seen[codepoints(text)] = True
 
 
 class CharTokenizer(Tokenizer):
@@ -138,7 +149,7 @@ class CharTokenizer(Tokenizer):
         """A vocabulary of every distinct character of the texts, special tokens aside, in code point order."""
         seen = np.zeros(UNICODE_SIZE, dtype=bool)
         for text in texts:
-            seen[codepoints(special_pattern.sub("", text) if "<|" in text else text)] = True
+            mark_characters(seen, special_pattern.sub("", text) if "<|" in text else text)
         return cls.from_seen(seen)
 
     @classmethod

@@ -34,7 +34,7 @@ from engine import DTYPES, Engine, Loss, dtype_name
 from files import hold_lock
 from model import GPT, SDP_KERNELS, ModelConfig
 from optimizer import OPTIMIZERS, SCHEDULES, schedule
-from run_log import SINKS, RunLog, StopRequest
+from run_log import SINKS, Console, RunLog, StopRequest
 from tokenizer import Tokenizer, load_tokenizer
 
 
@@ -96,6 +96,9 @@ class TrainConfig(Config):
     process_timeout: float = option(10.0, "minutes that processes wait for one another before all give up", above=0.0)
     fsdp: bool = option(False, "train_ddp.py: each process holds a share of the model instead of a copy")
     log_to: list[str] = option([], "also log to these", choices=SINKS)
+    max_log_mb: float | None = option(
+        None, "size at which the log begins anew, keeping one NAME.1; null: any", above=0.0
+    )
 
     def check(self) -> None:
         if self.min_lr > self.learning_rate:
@@ -520,7 +523,8 @@ def train_with_log(run: Run, argv: list[str]) -> Path | None:
         },
     }
     with own_checkpoints(run):
-        log = RunLog(engine.is_main, config.log_to, config.stage, run.state.step, config.max_steps, header)
+        steps = run.state.step, config.max_steps
+        log = RunLog(engine.is_main, config.log_to, config.stage, *steps, header, config.max_log_mb)
         try:
             state = train(run, log)
         except (MemoryError, RuntimeError) as error:
@@ -588,9 +592,10 @@ def train_stage(args: Any, overrides: dict[str, Any], make_engine: Callable[[Tra
     if args.check:
         preflight.check_learning(run, LOSSES[config.loss])
         return
-    if engine.is_main:
-        preflight.report(run)
-    train_with_log(run, sys.argv[1:])
+    with contextlib.redirect_stdout(Console(sys.stdout)), contextlib.redirect_stderr(Console(sys.stderr)):
+        if engine.is_main:
+            preflight.report(run)
+        train_with_log(run, sys.argv[1:])
 
 
 def main() -> None:

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from measuring import ROOT, make_text, show
 
-from configuration import run
+from configuration import UserError, run
 
 MEASURED = """
-import resource, runpy, sys
+import os, resource, runpy, sys
 sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
@@ -31,7 +32,9 @@ finally:
 def prepare(folder: Path, text: Path, options: list[str]) -> tuple[float, float]:
     """(MB/s, peak memory in MB) of data.py on a text file."""
     command = [sys.executable, "-c", MEASURED, str(ROOT / "data.py"), str(text), *options]
-    job = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    job = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if job.returncode:
+        raise UserError(f"data.py: {job.stderr.strip()}")
     size, seconds = re.search(r"([\d.]+) MB prepared in ([\d.]+) s", job.stdout).groups()
     peak = int(re.search(r"peak (\d+)", job.stdout)[1]) / (1e6 if sys.platform == "darwin" else 1e3)
     return float(size) / max(0.05, float(seconds)), peak
