@@ -122,9 +122,11 @@ def read_tensors(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice on pickles, which are refused here anyway
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, UserError):
+    except UserError:
         raise
     except Exception as error:  # a damaged or hostile file can raise anything at all
+        if isinstance(error, OSError) and error.filename:  # it cannot be opened
+            raise
         detail = str(error).strip().split("\n")[0][:120]
         raise UserError(
             f"{path}: not a checkpoint that can be read: truncated, damaged, or it holds something besides "

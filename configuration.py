@@ -10,14 +10,16 @@ import dataclasses
 import difflib
 import io
 import json
-import math
 import os
 import sys
 import types
 import typing
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+LARGEST = 1e300  # of numbers in configs; JSON knows integers that no float can hold
 
 
 class UserError(ValueError):
@@ -102,14 +104,14 @@ class Field:
             return None
         kind = self.plain_type
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if kind is int and is_number and math.isfinite(value) and value == int(value):
+        if kind in (int, float) and is_number and not abs(value) < LARGEST:
+            self.fail("finite", str(value)[:20])
+        if kind is int and is_number and value == int(value):
             value = int(value)
         elif kind is float and is_number:
             value = float(value)
         elif not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
             self.fail(self.type_name, value)
-        if kind is float and not math.isfinite(value):
-            self.fail("finite", str(value))
         if kind is list:
             self._check_list(value)
         rules = self.metadata
@@ -183,7 +185,7 @@ def read_json(path: str | Path) -> Any:
         values = dict(pairs)
         if len(values) < len(pairs):
             names = [name for name, _ in pairs]
-            raise UserError(f'{path}: "{next(n for n in names if names.count(n) > 1)}" is given twice')
+            raise UserError(f"{path}: {json.dumps(next(n for n in names if names.count(n) > 1))} is given twice")
         return values
 
     text = read_text(path)
@@ -226,7 +228,7 @@ def check_fields(values: Any, known: dict[str, Field], where: str) -> dict[str, 
     for name, value in values.items():
         if name not in known:
             shown = json.dumps(value, ensure_ascii=False, default=str)
-            raise UserError(f'{where}: unknown field "{name}" (value {shown}){did_you_mean(name, known)}')
+            raise UserError(f"{where}: unknown field {json.dumps(name)} (value {shown}){did_you_mean(name, known)}")
         try:
             checked[name] = known[name].check(value)
         except UserError as error:
@@ -269,6 +271,15 @@ class Parser(argparse.ArgumentParser):
         return args, check_fields(given, self.known, "command line")
 
 
+def harmless(text: str) -> str:
+    """The text with control characters spelled out, so that no output can take over the terminal."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co") else repr(c)[1:-1] for c in text
+    )
+
+
 def silence(stream: typing.TextIO) -> None:
     """Send what a stream holds, and all that comes after, nowhere: whoever read it has left."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -283,7 +294,7 @@ def run(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {harmless(str(error))}")
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

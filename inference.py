@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import sys
 import time
-import unicodedata
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -21,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
-from configuration import Config, Parser, UserError, did_you_mean, fields_of, option, run
+from configuration import Config, Parser, UserError, did_you_mean, fields_of, harmless, option, run
 from corpus import BadLines, Source, conversations
 from engine import find_device
 from model import GPT
@@ -116,15 +115,6 @@ def until_stop(pieces: Iterator[str], stop: list[str]) -> Iterator[str]:
             yield ready
     if held:
         yield held
-
-
-def harmless(text: str) -> str:
-    """The text with control characters spelled out, so that no output can take over the terminal."""
-    if text.isprintable():
-        return text
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co") else repr(c)[1:-1] for c in text
-    )
 
 
 def converse(speaker: Speaker, settings: Settings, profile: bool) -> None:

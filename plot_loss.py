@@ -5,13 +5,14 @@ python plot_loss.py -n first.log resumed.log -o curves.png      a run and its re
 python plot_loss.py -n train_20260101_120000.log --follow       draws again as the training goes on
 """
 
-import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
+
+import configuration
+from configuration import Parser, UserError
 
 PANELS = (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_s", "tokens/s"))
 
@@ -19,7 +20,7 @@ PANELS = (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_
 def read_log(path: str) -> dict[str, list[dict]]:
     """The records of a log by type; a last line that is still being written is left out."""
     if not Path(path).is_file():
-        sys.exit(f"error: {path}: {'not a file' if Path(path).exists() else 'no such log'}")
+        raise UserError(f"{path}: {'not a file' if Path(path).exists() else 'no such log'}")
     records = {"header": [], "train": [], "val": []}
     for part in [part for part in (f"{path}.1", path) if Path(part).is_file()]:  # a rotated log's first part is NAME.1
         with open(part, encoding="utf-8", errors="replace") as file:
@@ -29,9 +30,11 @@ def read_log(path: str) -> dict[str, list[dict]]:
                     records.setdefault(record["type"], []).append(record)
                 except (ValueError, KeyError, TypeError):
                     if line.endswith("\n"):
-                        sys.exit(f"error: {part}: line {number} is not a log record; logs are the train_*.log files")
+                        raise UserError(
+                            f"{part}: line {number} is not a log record; logs are the train_*.log files"
+                        ) from None
     if not records["train"]:
-        sys.exit(f"error: {path}: no training steps in it yet")
+        raise UserError(f"{path}: no training steps in it yet")
     return records
 
 
@@ -131,18 +134,18 @@ def draw(paths: list[str], output: str, log_x: bool, log_y: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("-n", "--names", nargs="+", required=True, metavar="LOG", help="one or several logs")
     parser.add_argument("-o", "--output", help="picture to write [the first log's name, .png]")
     parser.add_argument("--follow", action="store_true", help="draw again whenever a log grows, until Ctrl-C")
     parser.add_argument("--log_x", action="store_true", help="logarithmic steps")
     parser.add_argument("--log_y", action="store_true", help="logarithmic loss")
-    args = parser.parse_args()
+    args, _ = parser.parse()
     output = args.output or str(Path(args.names[0]).with_suffix(".png"))
     if not output.endswith(".png"):
-        sys.exit(f"error: {output}: the picture's name must end in .png")
+        raise UserError(f"{output}: the picture's name must end in .png")
     if not Path(output).parent.is_dir():
-        sys.exit(f"error: {output}: no such folder")
+        raise UserError(f"{output}: no such folder")
     drawn = None
     try:
         while True:
@@ -159,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    configuration.run(main)

@@ -12,7 +12,7 @@ import torch
 
 from configuration import UserError
 from engine import dtype_name
-from model import GPT
+from model import GPT, ModelConfig
 
 
 def device_name(device: torch.device) -> str:
@@ -68,6 +68,25 @@ def memory_estimate(model: GPT, batch_size: int, optimizer: str, dtype: torch.dt
     return weights + batch_size * config.block_size * per_token
 
 
+def memory_total() -> float:
+    """Bytes of the machine's memory; inf where it does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def check_size(config: ModelConfig) -> None:
+    """Raises UserError for a network whose weights alone are more than the machine's memory."""
+    with torch.device("meta"):
+        n_bytes = 4 * GPT(config).parameter_count()
+    if n_bytes > memory_total():
+        raise UserError(
+            f"the weights alone would take {n_bytes / 1e9:,.0f} GB, this machine has {memory_total() / 1e9:,.0f}: "
+            "lower n_embd, n_hidden or n_layer"
+        )
+
+
 def memory_available(device: torch.device) -> float | None:
     """Free bytes on the device, where they can be asked for."""
     if device.type == "cuda":
@@ -107,6 +126,8 @@ def report(run: Any) -> None:
     run.matmul_flops = matmul_flops(engine.device, engine.dtype)
     tokens_per_step = batches.samples_per_step * model.config.block_size
     needed = memory_estimate(model, config.batch_size, config.optimizer, engine.dtype)
+    if engine.device.type == "cpu" and needed > 2 * memory_total():
+        raise UserError(how_to_fit(run))
     available = memory_available(engine.device)
     print(
         f"{config.stage}: {model.parameter_count() / 1e6:.2f}M parameters, "

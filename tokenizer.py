@@ -27,6 +27,7 @@ PADDING, UNKNOWN, BOS, EOS, INSTRUCT, RESPONSE = range(len(SPECIAL_TOKENS))
 FORMAT = 1
 UNICODE_SIZE = 0x110000
 
+piece_edge = re.compile(r"(?<=\S\n)(?=\S)")
 special_pattern = re.compile("(" + "|".join(re.escape(token) for token in SPECIAL_TOKENS) + ")")
 
 Messages = list[dict[str, str]]
@@ -187,6 +188,15 @@ class CharTokenizer(Tokenizer):
         }
 
 
+def independent_pieces(text: str, size: int = 1 << 14) -> Iterator[str]:
+    """A text cut where no byte-level BPE token can reach across: after a line's end between words."""
+    start = 0
+    while len(text) - start > size and (edge := piece_edge.search(text, start + size)):
+        yield text[start : edge.start()]
+        start = edge.start()
+    yield text[start:]
+
+
 class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding, trained and run by the `tokenizers` library; no text is ever unknown to it."""
 
@@ -233,7 +243,8 @@ class BPETokenizer(Tokenizer):
 
     def _encode_plain(self, text: str) -> np.ndarray:
         valid = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate has no UTF-8
-        return np.array(self._tokenizer.encode(valid, add_special_tokens=False).ids, dtype=np.uint32)
+        encodings = self._tokenizer.encode_batch_fast(list(independent_pieces(valid)), add_special_tokens=False)
+        return np.concatenate([np.array(encoding.ids, dtype=np.uint32) for encoding in encodings])
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(self._checked(ids).tolist(), skip_special_tokens=False)

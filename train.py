@@ -60,8 +60,10 @@ class TrainConfig(Config):
     tokenizer_path: str = option("dataset/tokenizer.json", "tokenizer that the data was prepared with")
     overlong: str = option("drop", "samples longer than block_size + 1 tokens", choices=("drop", "cut"))
     random_seed: int = option(1337, "seed of weights, data order and dropout", minimum=0, maximum=2**31)
-    batch_size: int = option(100, "samples per micro-batch", minimum=1)
-    gradient_accumulation_steps: int = option(4, "micro-batches per step, over all processes", minimum=1)
+    batch_size: int = option(100, "samples per micro-batch", minimum=1, maximum=1 << 20)
+    gradient_accumulation_steps: int = option(
+        4, "micro-batches per step, over all processes", minimum=1, maximum=1 << 20
+    )
     optimizer: str = option("adamw", "optimizer", choices=OPTIMIZERS)
     learning_rate: float = option(6e-4, "peak learning rate", above=0.0)
     min_lr: float = option(6e-5, "learning rate at the end of the decay", minimum=0.0)
@@ -403,7 +405,9 @@ def make_model(config: TrainConfig, shape: dict[str, Any], tokenizer: Tokenizer)
         raise UserError(
             f"vocab_size is {shape['vocab_size']}, the tokenizer has {tokenizer.vocab_size} tokens; leave it out"
         )
-    return GPT(ModelConfig(**{**shape, "vocab_size": tokenizer.vocab_size, **changes}), config.sdp_kernel)
+    model_config = ModelConfig(**{**shape, "vocab_size": tokenizer.vocab_size, **changes})
+    preflight.check_size(model_config)
+    return GPT(model_config, config.sdp_kernel)
 
 
 def restore_model(config: TrainConfig, explicit: dict[str, Any], checkpoint: dict[str, Any]) -> GPT:

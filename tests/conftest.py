@@ -111,3 +111,12 @@ def prepared(work, call):
 def read_log(path: Path, kind: str) -> list[dict]:
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [record for record in records if record["type"] == kind]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="10,000 mutated files, 10,000 training steps")
+
+
+@pytest.fixture
+def long(request) -> bool:
+    return request.config.getoption("--long")

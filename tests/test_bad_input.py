@@ -1,11 +1,14 @@
 """A user's mistakes: one clear line, a non-zero exit, and nothing written or changed."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_samples, make_text, run_script, write_jsonl
+
+from checkpointing import finish_sharded, save_shard
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -123,6 +126,9 @@ def test_bad_data_commands(call, work, argv, words):
     [
         (["--batch_size", "0"], ["batch_size must be at least 1, got 0"]),
         (["--gradient_accumulation_steps", "0"], ["gradient_accumulation_steps"]),
+        (["--batch_size", "1e12"], ["batch_size must be at most"]),
+        (["--batch_size", "1000000", "--n_embd", "4096"], ["out of memory", "halve batch_size to 500000"]),
+        (["--n_embd", "1048576"], ["weights alone would take", "lower n_embd"]),
         (["--max_steps", "0"], ["max_steps"]),
         (["--batch_size", "many"], ["batch_size must be an integer", "many"]),
         (["--learning_rate", "-1"], ["learning_rate must be above 0"]),
@@ -229,7 +235,7 @@ def bad_checkpoint(folder: Path, kind: str) -> str:
     return word
 
 
-@pytest.mark.parametrize("script", ["train.py", "inference.py"])
+@pytest.mark.parametrize("script", ["train.py", "inference.py", "problem.py"])
 @pytest.mark.parametrize(
     "kind",
     ["truncated", "empty", "text", "pickle", "malicious", "shape", "layers", "huge", "tensor", "format", "missing"],
@@ -239,9 +245,27 @@ def test_bad_checkpoints(call, trained, script, kind):
     before = snapshot(trained)
     if script == "train.py":
         result = call(script, "-t", "t.json", "--from_checkpoint", "bad.pt")
-    else:
+    elif script == "inference.py":
         result = call(script, "-m", "bad.pt", "-p", "the ")
+    else:
+        result = call(script, "sort", "--checkpoint", "bad.pt")
+        word = ""  # (it would not be one of problem.py either)
     refused(result, "bad.pt", word)
+    assert snapshot(trained) == before and not (trained / "owned.txt").exists()
+
+
+@pytest.mark.parametrize("part", ["values.pt", "rank_0.pt"])
+@pytest.mark.parametrize("script", ["train.py", "inference.py"])
+def test_shards_of_strangers_run_no_code(call, trained, script, part):
+    """A folder as train_deepspeed.py leaves it; every script puts it together the same way."""
+    folder = trained / "stranger"
+    shares = {"w": {"shape": (1,), "start": 0, **{name: torch.ones(1) for name in ("weight", "exp_avg", "exp_avg_sq")}}}
+    save_shard(folder, 3, 0, 1, shares)
+    finish_sharded(folder, 1, {"step": 3, "names": {"w": "w"}, "groups": [["w"]], "optimizer_step": 3.0})
+    torch.save(Malice(), folder / "step_3_of_1" / part)
+    before = snapshot(trained)
+    argv = ("-t", "t.json", "--from_checkpoint", "stranger") if script == "train.py" else ("-m", "stranger", "-p", "a")
+    refused(call(script, *argv), part, "tensors and plain values")
     assert snapshot(trained) == before and not (trained / "owned.txt").exists()
 
 
@@ -265,6 +289,92 @@ def test_bad_inference_commands(call, trained, argv, words):
     base = [] if "-m" in argv else ["-m", "checkpoint/pretrain.pt"]
     base += [] if "-p" in argv else ["-p", "the "]
     refused(call("inference.py", *base, *argv), *words)
+
+
+HOSTILE_PROMPTS = {
+    "control characters": "a\x01\x02\x1b[2J\x07b",
+    "NUL": "a\0b",
+    "look-alikes": "<|eos|><|Padding|><|InstructMark|> <|endoftext|>",
+    "lone surrogate": "a\ud800b",
+    "right to left": "\u202eabc\u202c\u200f",
+    "1 MB": "the cat " * 130_000,
+}
+
+
+@pytest.mark.parametrize("mode", [[], ["-i"]], ids=["text", "chat"])
+@pytest.mark.parametrize("prompt", HOSTILE_PROMPTS.values(), ids=HOSTILE_PROMPTS.keys())
+def test_hostile_prompts_do_no_harm(call, trained, prompt, mode):
+    """An answer or one line, and nothing on the terminal that could take it over."""
+    result = call("inference.py", "-m", "checkpoint/pretrain.pt", "-p", prompt, "-l", "2000000", *mode, "--stop", "e")
+    assert result.status == 0 or result.err.startswith("error: "), result.err
+    assert "Traceback" not in result.err
+    assert all(c in "\n\t" or c.isprintable() for c in result.out + result.err)
+
+
+def strange_file(folder: Path, kind: str) -> str:
+    """Something under a corpus's name that is no file to read, or a place to write that cannot be."""
+    if kind == "FIFO":
+        os.mkfifo(folder / "x.txt")
+    elif kind == "directory":
+        (folder / "x.txt").mkdir()
+    elif kind == "loop":
+        (folder / "x.txt").symlink_to("x.txt")
+    elif kind == "dangling":
+        (folder / "x.txt").symlink_to("nowhere.txt")
+    elif kind == "device":
+        (folder / "x.txt").symlink_to("/dev/zero")
+    else:
+        (folder / "x.txt").write_text(make_text(), encoding="utf-8")
+        if kind == "forbidden":
+            (folder / "x.txt").chmod(0)
+        elif kind == "output is a file":
+            (folder / "dataset").write_text("", encoding="utf-8")
+        elif kind == "output is read-only":
+            return "/proc/nowhere"
+    return "dataset"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["FIFO", "directory", "loop", "dangling", "device", "forbidden", "output is a file", "output is read-only"],
+)
+def test_strange_files(call, work, kind):
+    if kind == "forbidden" and os.geteuid() == 0:
+        pytest.skip("nothing is forbidden to root")
+    output = strange_file(work, kind)
+    before = snapshot(work) if kind not in ("FIFO", "device") else {}
+    result = call("data.py", "x.txt", "--output", output)
+    refused(result, "x.txt" if not kind.startswith("output") else output)
+    assert kind in ("FIFO", "device") or snapshot(work) == before
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "words"),
+    [
+        ("problem.py", ["srot"], ["srot", 'did you mean "sort"']),
+        ("problem.py", ["sort", "--length", "0"], ["length"]),
+        ("problem.py", ["sort", "--length", "9-3"], ["length"]),
+        ("problem.py", ["sort", "--max_steps", "-3"], ["max_steps"]),
+        ("problem.py", ["sort", "--lenght", "3"], ["--lenght", 'did you mean "--length"']),
+        ("problem.py", ["sort", "--checkpoint", "none.pt"], ["none.pt", "no such checkpoint"]),
+        ("problem.py", ["sort", "--checkpoint", "checkpoint/pretrain.pt"], ["pretrain.pt"]),
+        ("problem.py", ["sort", "--train_fraction", "2"], ["train_fraction"]),
+        ("plot_loss.py", [], ["-n"]),
+        ("plot_loss.py", ["-n", "t.json"], ["t.json", "no training steps"]),
+        ("plot_loss.py", ["-n", "checkpoint"], ["checkpoint", "not a file"]),
+        ("plot_loss.py", ["-n", "x.log", "-o", "checkpoint/pretrain.pt/x.png"], ["x.png", "no such folder"]),
+        ("train_ddp.py", ["--batchsize", "4"], ["--batchsize"]),
+        ("train_ddp.py", ["-t", "t.json", "--fsdp", "perhaps"], ["fsdp must be true or false"]),
+        ("train_deepspeed.py", ["--deepspeed_config", "none"], ["none"]),
+        ("train_deepspeed.py", ["--hostfile", "none.txt"], ["none.txt"]),
+    ],
+)
+def test_bad_commands_of_the_other_scripts(call, trained, script, argv, words):
+    if script == "train_deepspeed.py":
+        pytest.importorskip("deepspeed")
+    before = snapshot(trained)
+    refused(call(script, *argv), *words)
+    assert snapshot(trained) == before
 
 
 def test_mistakes_end_real_processes_with_one_line(tmp_path):

@@ -266,3 +266,23 @@ def test_a_killed_runs_leftovers_are_no_checkpoints(prepared, call):
     (folder / ".other.pt.123.tmp").write_bytes(b"of another run")
     trained(call, "--max_steps", "1")
     assert not (folder / ".run_last.pt.123.tmp").exists() and (folder / ".other.pt.123.tmp").exists()
+
+
+def test_float16_goes_on_with_its_scale(prepared, call):
+    """Small enough a scale that it grows on the way; the weights are those of an undisturbed run."""
+    half = ["--dtype", "float16", "--eval_interval", "100"]
+    trained(call, *half, "--max_steps", "8", "--stage", "whole")
+    trained(call, *half, "--max_steps", "4")
+    scaler = load_checkpoint("checkpoint/run_last.pt")["scaler"]
+    assert scaler["scale"] > 0 and scaler["_growth_tracker"] > 0
+    trained(call, *half, "--max_steps", "8", *ON)
+    whole, parts = load_checkpoint("checkpoint/whole_last.pt"), load_checkpoint("checkpoint/run_last.pt")
+    assert same_weights(whole, parts) and whole["scaler"] == parts["scaler"]
+    assert whole["scaler"]["_growth_tracker"] > scaler["_growth_tracker"]
+
+
+def test_another_precision_goes_on_and_says_so(prepared, call):
+    trained(call, "--max_steps", "2", "--lr_decay_iters", "4")
+    result = trained(call, "--max_steps", "4", "--lr_decay_iters", "4", "--dtype", "bfloat16", *ON)
+    assert "dtype auto -> bfloat16" in result.out
+    assert load_checkpoint("checkpoint/run_last.pt")["step"] == 4

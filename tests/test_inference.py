@@ -6,7 +6,8 @@ from conftest import write_jsonl
 
 import inference
 from checkpointing import save_checkpoint
-from inference import Settings, Speaker, harmless, until_stop
+from configuration import harmless
+from inference import Settings, Speaker, until_stop
 from model import GPT, ModelConfig
 from tokenizer import CharTokenizer
 

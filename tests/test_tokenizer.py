@@ -15,6 +15,7 @@ from tokenizer import (
     UNKNOWN,
     BPETokenizer,
     CharTokenizer,
+    independent_pieces,
     load_tokenizer,
 )
 
@@ -137,6 +138,14 @@ def test_bpe_equals_the_library_itself(bpe, tmp_path):
         assert bpe.encode(text).tolist() == reference.encode(text, add_special_tokens=False).ids
     assert len(bpe.encode("the cat sat on the mat ")) < 12
     assert bpe.vocab_size <= 400
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="ab'st \n\r\t\x1c\x85\u00a0\u30003。", max_size=40), st.integers(0, 5))
+def test_pieces_of_a_text_are_encoded_as_the_whole(bpe, text, size):
+    pieces = list(independent_pieces(text, size))
+    assert "".join(pieces) == text
+    assert [i for piece in pieces for i in bpe.encode(piece)] == bpe.encode(text).tolist()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,183 @@
+"""Input that nobody meant to write: every field of every config, and the readers and files under random changes."""
+
+import dataclasses
+import json
+import random
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_samples, make_text, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import corpus
+import problem
+import train
+from batches import TokenFile
+from checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
+from configuration import Config, UserError, fields_of
+from model import ModelConfig
+from train import TrainConfig
+
+CLASSES = (TrainConfig, ModelConfig, problem.ProblemConfig)
+FIELDS = [(cls, name) for cls in CLASSES for name in fields_of(cls)]
+STRANGE = [None, {}, [], [1], [["a"]], "", "x", "1", True, -1, 0, 0.5, 1e30, 10**400, float("nan"), float("inf")]
+
+
+@pytest.mark.parametrize(("cls", "name"), FIELDS, ids=[f"{cls.__name__}-{name}" for cls, name in FIELDS])
+def test_a_field_takes_a_value_or_names_itself(cls: type[Config], name: str):
+    field, refused = fields_of(cls)[name], 0
+    for value in STRANGE:
+        try:
+            taken = field.check(value)
+        except UserError as error:
+            assert str(error).startswith(f"{name} must be ") and "\n" not in str(error)
+            refused += 1
+            continue
+        assert taken == value and isinstance(taken, field.plain_type | None)
+        assert not isinstance(taken, float) or abs(taken) < float("inf")
+        try:
+            config = cls(**{name: value})
+        except UserError as error:  # a rule between fields
+            assert "\n" not in str(error)
+        else:
+            assert dataclasses.is_dataclass(config)
+    assert refused >= len(STRANGE) / 2  # a field that takes everything checks nothing
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+field_names = st.sampled_from([name for cls in CLASSES[:2] for name in fields_of(cls)]) | st.text()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(field_names, json_values, max_size=4) | json_values, st.integers(0, 200))
+def test_any_config_file_is_read_or_refused_by_name(values, cut):
+    """JSON of all kinds, and parts of it."""
+    parser = train.make_parser()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "c.json")
+        path.write_text(json.dumps(values)[: cut or None], encoding="utf-8")
+        try:
+            config, explicit, _ = train.read_configs(*parser.parse(["-t", str(path)]))
+        except UserError as error:
+            assert "\n" not in str(error) and str(error).startswith(str(path))
+        else:
+            assert isinstance(config, TrainConfig) and explicit.keys() <= fields_of(ModelConfig).keys()
+
+
+messages = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "x"]), "content": json_values}),
+    max_size=4,
+)
+rows = st.fixed_dictionaries({"question": json_values, "answer": json_values})
+json_lines = (json_values | messages.map(lambda m: {"messages": m}) | rows).map(json.dumps)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(json_lines | st.text(), max_size=6), st.sampled_from(["\n", "\r\n", "\n\n"]))
+def test_any_jsonl_gives_whole_conversations_or_bad_lines(lines, end):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.jsonl")
+        path.write_text(end.join(lines), encoding="utf-8", errors="replace", newline="")
+        bad = corpus.BadLines(1000)
+        try:
+            found = list(corpus.conversations(corpus.Source(path, is_jsonl=True), bad))
+        except UserError as error:  # nothing in it, or NUL bytes
+            assert "x.jsonl" in str(error)
+            return
+    for _, conversation in found:
+        roles = [message["role"] for message in conversation if message["role"] != "system"]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) and roles
+        assert all(message["content"].strip() for message in conversation)
+
+
+def mutate(contents: bytes, rng: random.Random) -> bytes:
+    """A copy with bytes flipped, lost, doubled, zeroed or exchanged."""
+    changed = bytearray(contents)
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        at = rng.randrange(len(changed))
+        length = min(len(changed) - at, rng.choice([1, 4, 64, 4096]))
+        kind = rng.randrange(6)
+        if kind == 0:
+            changed[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            changed[at] = rng.randrange(256)
+        elif kind == 2:
+            del changed[at : at + length]
+        elif kind == 3:
+            changed[at:at] = changed[at : at + length]
+        elif kind == 4:
+            changed[at : at + length] = bytes(length)
+        else:
+            del changed[at:]
+        if not changed:
+            return b""
+    return bytes(changed)
+
+
+def test_mutated_files_are_refused_or_read_right(prepared, call, long):
+    """A checkpoint and two token files. Checksums make the difference: whatever is read is what was written."""
+    tiny = ["--n_layer", "1", "--n_head", "1", "--n_embd", "8", "--block_size", "16", "--batch_size", "2"]
+    assert call("train.py", "-t", "pretrain", *tiny, "--max_steps", "1", "--warmup_iters", "1").status == 0
+    checkpoint = Path("checkpoint/pretrain_last.pt")
+    sound = load_model(load_checkpoint(checkpoint), checkpoint).state_dict()
+    token_files = [Path("dataset/pretrain_val.bin"), Path("dataset/sft_val.bin")]
+    originals = {path: path.read_bytes() for path in [checkpoint, *token_files]}
+    tokens = {path: TokenFile(path).tokens.copy() for path in token_files}
+    rng, mutant, refused = random.Random(0), Path("mutant"), 0
+    n = 10_000 if long else 300
+    for _ in range(n):
+        path = rng.choice(list(originals))
+        contents = mutate(originals[path], rng)
+        mutant.write_bytes(contents)
+        try:
+            if path == checkpoint:
+                read = load_checkpoint(mutant)
+                load_checkpoint_tokenizer(read, mutant)
+                state = load_model(read, mutant).state_dict()
+                assert all(torch.equal(state[name], sound[name]) for name in sound)
+            else:
+                assert (TokenFile(mutant).tokens == tokens[path]).all()
+        except UserError as error:
+            assert "mutant" in str(error)
+            refused += 1
+    assert n * 0.5 < refused < n  # some change nothing that matters: a date in an archive, a blank in a header
+
+
+def test_only_what_matters_of_a_token_file_is_covered(prepared):
+    """Every single byte of a small file, changed: the blanks that fill the header may, nothing else."""
+    path = Path("dataset/sft_val.bin")
+    contents = path.read_bytes()
+    sound = TokenFile(path)
+    blank = contents.rindex(b"}", 0, 1 << 16) + 1
+    for at in [*range(0, blank, 7), *range(1 << 16, len(contents))]:
+        path.write_bytes(contents[:at] + bytes([contents[at] ^ 2]) + contents[at + 1 :])
+        with pytest.raises(UserError, match=r"sft_val\.bin"):
+            TokenFile(path)
+    path.write_bytes(contents)
+    assert (TokenFile(path).tokens == sound.tokens).all()
+
+
+def test_a_corpus_of_one_enormous_line(work, call):
+    """Without a line's end: running text is read in pieces; a sample longer than any window is counted."""
+    (work / "line.txt").write_bytes(b"abcdefghi " * 1_000_000)
+    assert call("data.py", "line.txt").status == 0
+    write_jsonl(work / "s.jsonl", [*make_samples(5), {"question": "q" * 2_000_000, "answer": "a"}])
+    result = call("data.py", "s.jsonl", "--block_size", "64")
+    assert result.status == 0 and "longer than" in result.out + result.err
+
+
+def test_texts_of_other_systems_are_read_alike(work, call):
+    """A byte-order mark and CRLF line ends leave no trace."""
+    text = make_text()
+    for name, contents in {"a": text.encode(), "b": b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()}.items():
+        (work / f"{name}.txt").write_bytes(contents)
+        assert call("data.py", f"{name}.txt", "--output", name).status == 0
+    ours, theirs = (TokenFile(work / name / "pretrain_train.bin").tokens for name in "ab")
+    assert (ours == theirs).all()

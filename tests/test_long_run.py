@@ -1,0 +1,109 @@
+"""What hours of training meet: memory and steps that must not grow, logs that fill disks, terminals that close."""
+
+import os
+import pty
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from conftest import DATA, FAST, ROOT, TINY, read_log, start_script
+from processes import fork, newest_log
+
+import plot_loss
+from checkpointing import load_checkpoint
+
+ARGUMENTS = ["-t", "pretrain", *TINY, *FAST, *DATA, "--gradient_accumulation_steps", "1", "--stage", "run"]
+ENDLESS = [*ARGUMENTS, "--max_steps", "1000000", "--save_interval", "5"]
+
+
+def test_memory_and_step_time_stay_flat(prepared, long):
+    n = 10_000 if long else 2_000
+    options = ["--max_steps", str(n), "--eval_interval", "200", "--save_interval", "500", "--eval_iters", "1"]
+    job = fork("train.py", *ARGUMENTS, *options, cwd=prepared)
+    process, sizes, log = psutil.Process(job.pid), {}, None
+    while job.is_alive():
+        time.sleep(0.05)
+        log = log or next(iter(prepared.glob("train_*.log")), None)
+        if log is None:
+            continue
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - 2000))
+            steps = re.findall(rb'"step": (\d+)', file.read())
+        try:
+            sizes[int(steps[-1]) if steps else 0] = process.memory_info().rss
+        except psutil.Error:
+            break
+    assert job.exitcode == 0, (prepared / "output.txt").read_text()
+    early = [size for step, size in sizes.items() if n / 10 <= step < n / 5]
+    late = [size for step, size in sizes.items() if step >= n * 0.9]
+    assert statistics.median(late) < 1.02 * statistics.median(early)
+    times = [record["ms_per_step"] for record in read_log(log, "train")]
+    assert statistics.median(times[-n // 4 :]) < 1.5 * statistics.median(times[n // 10 : n // 4])  # (a noisy machine)
+
+
+def test_a_log_can_be_bounded(prepared, call):
+    options = ["--max_steps", "200", "--max_log_mb", "0.02", "--eval_interval", "50"]
+    assert call("train.py", *ARGUMENTS, *options).status == 0
+    log = newest_log(prepared)
+    parts = [log, log.with_name(log.name + ".1")]
+    assert all(part.stat().st_size < 21_000 for part in parts)
+    assert all(len(read_log(part, "header")) == 1 for part in parts)
+    steps = [record["step"] for record in plot_loss.read_log(str(log))["train"]]
+    assert steps == list(range(steps[0], 201)) and 40 < len(steps) < 200  # the older ones are gone
+
+
+def leave_when_trained(job, prepared, leave, steps=10):
+    """Take away what a run writes to, once it trains; returns the step at which that was."""
+    deadline = time.monotonic() + 60
+    last = prepared / "checkpoint" / "run_last.pt"
+    while not last.exists():
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.05)
+    leave()
+    step = load_checkpoint(last)["step"]
+    while load_checkpoint(last)["step"] < step + steps:
+        assert time.monotonic() < deadline and job.poll() is None, job.poll()
+        time.sleep(0.05)
+    return step
+
+
+@pytest.mark.parametrize("eval_interval", ["2", "1000"])  # with and without much to say
+def test_a_pipe_that_closes_does_not_end_the_run(prepared, eval_interval):
+    job = start_script("train.py", *ENDLESS, "--eval_interval", eval_interval, "--eval_iters", "1", cwd=prepared)
+
+    def leave():
+        job.stdout.close()
+        job.stderr.close()
+
+    leave_when_trained(job, prepared, leave)
+    job.send_signal(signal.SIGINT)
+    assert job.wait(30) == 0
+    assert load_checkpoint("checkpoint/run_last.pt")["step"] == read_log(newest_log(prepared), "train")[-1]["step"]
+
+
+@pytest.mark.parametrize("launcher", [[], ["nohup"]])
+def test_a_terminal_that_closes_ends_the_run_with_a_save_or_under_nohup_not_at_all(prepared, launcher):
+    ours, theirs = pty.openpty()
+    job = subprocess.Popen(
+        [*launcher, sys.executable, ROOT / "train.py", *ENDLESS, "--eval_interval", "3", "--eval_iters", "1"],
+        cwd=prepared,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    if launcher:
+        leave_when_trained(job, prepared, lambda: os.close(ours))
+        job.send_signal(signal.SIGTERM)
+    else:
+        leave_when_trained(job, prepared, lambda: None)
+        os.close(ours)  # the kernel sends SIGHUP to those whose terminal this was
+    assert job.wait(30) == 0
+    assert load_checkpoint("checkpoint/run_last.pt")["step"] == read_log(newest_log(prepared), "train")[-1]["step"]
