@@ -15,7 +15,7 @@ import queue
 import tempfile
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from configuration import UserError
-from tokenizer import PADDING, UNKNOWN
+from tokenizer import BOS, EOS, PADDING, UNKNOWN
 
 # ---------------------------------------------------------------------------------------------------- token files
 
@@ -166,20 +166,26 @@ class TokenFile:
 
 
 class Batch(NamedTuple):
-    """A micro-batch: idx and targets (B, T), loss_mask (B, T) or None where all targets count, and how many count."""
+    """A micro-batch: idx and targets (B, T), loss_mask (B, T) or None where all targets count, and how many count.
+
+    documents (B, T): a number for every token's document, where attention is to stay inside; else None.
+    """
 
     idx: torch.Tensor
     targets: torch.Tensor
     loss_mask: torch.Tensor | None
     count: int
+    documents: torch.Tensor | None = None
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """A batch with all tensors changed."""
+        return Batch(*(change(part) if isinstance(part, torch.Tensor) else part for part in self))
 
     def to(self, device: torch.device) -> "Batch":
-        move = lambda x: None if x is None else x.to(device, non_blocking=True)  # noqa: E731
-        return Batch(move(self.idx), move(self.targets), move(self.loss_mask), self.count)
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        pin = lambda x: None if x is None else x.pin_memory()  # noqa: E731
-        return Batch(pin(self.idx), pin(self.targets), pin(self.loss_mask), self.count)
+        return self.each(torch.Tensor.pin_memory)
 
 
 class Windows:
@@ -250,26 +256,66 @@ class Samples:
         return self.get_sample(self.kept[index])
 
 
-def collate(rows: list[tuple[np.ndarray, np.ndarray | None]], block_size: int, vocab_size: int, pad_to: int) -> Batch:
-    """Rows of (tokens, loss mask) as one batch, padded to a common length: a multiple of pad_to, at most block_size."""
-    longest = max(len(tokens) for tokens, _ in rows) - 1
+Sample = tuple[np.ndarray, np.ndarray | None]  # tokens, and 1 where the loss is taken (None: everywhere)
+
+
+def pack(samples: list[Sample], block_size: int) -> list[list[Sample]]:
+    """Samples laid into as few rows of block_size as first-fit-decreasing finds: no compute is spent on padding."""
+    rows: list[list[Sample]] = []
+    room: list[int] = []
+    for sample in sorted(samples, key=lambda sample: -len(sample[0])):
+        length = len(sample[0]) - 1
+        i = next((i for i, free in enumerate(room) if free >= length), len(rows))
+        if i == len(rows):
+            rows.append([])
+            room.append(block_size)
+        rows[i].append(sample)
+        room[i] -= length
+    return rows
+
+
+def document_numbers(idx: np.ndarray) -> np.ndarray:
+    """A number for every token's document, of tokens (B, T): one begins at <|bos|>, and after <|eos|>."""
+    begins = idx == BOS
+    begins[:, 1:] |= idx[:, :-1] == EOS
+    return begins.cumsum(axis=1)
+
+
+def collate(
+    rows: list[list[Sample]], block_size: int, vocab_size: int, pad_to: int, mask_documents: bool = False
+) -> Batch:
+    """Rows of samples as one batch, padded to a common length: a multiple of pad_to, at most block_size.
+
+    Samples that share a row do not see each other; with mask_documents, neither do the documents of a sample.
+    """
+    longest = max(sum(len(tokens) - 1 for tokens, _ in row) for row in rows)
     T = min(block_size, math.ceil(longest / pad_to) * pad_to)
-    ids = np.full((len(rows), T + 1), PADDING, dtype=np.int64)
-    mask = np.zeros((len(rows), T + 1), dtype=np.float32)
-    for i, (tokens, loss_mask) in enumerate(rows):
-        ids[i, : len(tokens)] = tokens
-        mask[i, : len(tokens)] = 1 if loss_mask is None else loss_mask
-    if ids.max() >= vocab_size:
+    idx, targets = (np.full((len(rows), T), PADDING, dtype=np.int64) for _ in range(2))
+    mask = np.zeros((len(rows), T), dtype=np.float32)
+    documents = np.zeros((len(rows), T), dtype=np.int64)  # (0: padding)
+    for i, row in enumerate(rows):
+        start = 0
+        for number, (tokens, loss_mask) in enumerate(row, 1):
+            end = start + len(tokens) - 1
+            idx[i, start:end], targets[i, start:end] = tokens[:-1], tokens[1:]
+            mask[i, start:end] = 1 if loss_mask is None else loss_mask[1:]
+            documents[i, start:end] = number
+            start = end
+    if max(idx.max(), targets.max()) >= vocab_size:
         raise UserError(
-            f"token id {ids.max()} in the data is outside the vocabulary of {vocab_size}: another tokenizer?"
+            f"token id {max(idx.max(), targets.max())} in the data is outside the vocabulary of {vocab_size}: "
+            "another tokenizer?"
         )
-    mask = mask[:, 1:]
-    ids, count = torch.from_numpy(ids), int(mask.sum())
+    if mask_documents:
+        documents = document_numbers(idx)
+    count = int(mask.sum())
+    is_masked = mask_documents or any(len(row) > 1 for row in rows)
     return Batch(
-        ids[:, :-1].contiguous(),
-        ids[:, 1:].contiguous(),
-        None if count == mask.size else torch.from_numpy(mask).contiguous(),
+        torch.from_numpy(idx),
+        torch.from_numpy(targets),
+        None if count == mask.size else torch.from_numpy(mask),
         count,
+        torch.from_numpy(documents) if is_masked else None,
     )
 
 
@@ -287,12 +333,14 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
         pad_to: int = 16,
+        mask_documents: bool = False,
     ) -> None:
         self.block_size, self.vocab_size, self.batch_size, self.seed = block_size, vocab_size, batch_size, seed
         self.overlong, self.rank, self.world_size, self.pad_to = overlong, rank, world_size, pad_to
+        self.mask_documents = mask_documents
 
-    def collate(self, rows: list[tuple[np.ndarray, np.ndarray | None]]) -> Batch:
-        return collate(rows, self.block_size, self.vocab_size, self.pad_to)
+    def collate(self, rows: list[list[Sample]]) -> Batch:
+        return collate(rows, self.block_size, self.vocab_size, self.pad_to, self.mask_documents)
 
 
 class TrainBatches(Batches):
@@ -303,8 +351,11 @@ class TrainBatches(Batches):
     are dealt to the processes in turn.
     """
 
-    def __init__(self, files: list[TokenFile], *, accumulation_steps: int, **shared: Any) -> None:
+    def __init__(
+        self, files: list[TokenFile], *, accumulation_steps: int, pack_samples: bool = False, **shared: Any
+    ) -> None:
         super().__init__(**shared)
+        self.pack_samples = pack_samples and all(file.starts is not None for file in files)
         self.datasets = [
             Windows(file, self.block_size, self.seed)
             if file.starts is None
@@ -337,7 +388,8 @@ class TrainBatches(Batches):
         batches = []
         for micro_step in range(self.rank, self.accumulation_steps, self.world_size):
             start = position + micro_step * self.batch_size
-            rows = [self.sample(p) for p in range(start, start + self.batch_size)]
+            samples = [self.sample(p) for p in range(start, start + self.batch_size)]
+            rows = pack(samples, self.block_size) if self.pack_samples else [[sample] for sample in samples]
             batches.append(self.collate(rows))
         return batches
 
@@ -366,12 +418,12 @@ class ValidationBatches(Batches):
         n_batches = math.ceil(len(self.samples) / self.batch_size)
         for i in range(math.ceil(n_batches / self.world_size)):
             start = (i * self.world_size + self.rank) * self.batch_size
-            rows = [dataset.get(i, 0) for dataset, i in self.samples[start : start + self.batch_size]]
+            rows = [[dataset.get(i, 0)] for dataset, i in self.samples[start : start + self.batch_size]]
             if rows:
                 yield self.collate(rows)
             else:  # every process gets as many, since they may have to work together on each: this one counts nothing
                 dataset, i = self.samples[0]
-                spare = self.collate([dataset.get(i, 0)])
+                spare = self.collate([[dataset.get(i, 0)]])
                 yield spare._replace(loss_mask=torch.zeros(spare.targets.shape), count=0)
 
 

@@ -133,6 +133,8 @@ class Field:
         (item_type,) = typing.get_args(self.type)
         if item_type is str and not all(isinstance(item, str) for item in value):
             self.fail("a list of texts", value)
+        if item_type is int and not all(type(item) is int and 0 <= item < 1 << 31 for item in value):
+            self.fail("a list of integers of at least 0", value)
         if item_type == list[str]:
             for item in value:
                 if not isinstance(item, list) or len(item) != 2 or not all(isinstance(path, str) for path in item):
@@ -146,7 +148,10 @@ class Field:
         if kind is str:
             return text
         if kind is list and not text.lstrip().startswith("["):
-            return [item for item in text.split(",") if item]
+            if self.type == list[int]:
+                text = f"[{text}]"
+            else:
+                return [item for item in text.split(",") if item]
         try:
             return json.loads(text.lower() if kind is bool else text)
         except json.JSONDecodeError:

@@ -16,6 +16,7 @@ import torch
 from batches import Batch
 from checkpointing import save_checkpoint
 from configuration import UserError
+from lora import adapter_weights
 from model import GPT
 from optimizer import make_optimizer, scale_learning_rates
 
@@ -111,8 +112,9 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimizer and random states, whole, for the checkpoint."""
+        weights = self.model.state_dict()
         return {
-            "model": self.model.state_dict(),
+            "model": adapter_weights(weights) if self.config.use_lora else weights,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": self.random_states(),

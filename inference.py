@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
+import lora
+from checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model, save_checkpoint
 from configuration import Config, Parser, UserError, did_you_mean, fields_of, harmless, option, run
 from corpus import BadLines, Source, conversations
 from engine import find_device
@@ -27,6 +28,7 @@ from model import GPT
 from tokenizer import EOS, Messages, Tokenizer
 
 HELP = """\
+/lora FILE          answer with this adapter; /lora alone: without any
 /reset              forget the conversation so far
 /set NAME VALUE     change a setting; /set alone shows them
 /help               this list
@@ -135,6 +137,8 @@ def converse(speaker: Speaker, settings: Settings, profile: bool) -> None:
                 return
             if command == "/reset":
                 history.clear()
+            elif command == "/lora":
+                change_adapter(speaker, arguments[0] if arguments else "")
             elif command == "/set":
                 change_setting(settings, arguments)
             else:
@@ -152,6 +156,22 @@ def converse(speaker: Speaker, settings: Settings, profile: bool) -> None:
             continue
         if speaker.instruct:
             history += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
+
+
+def change_adapter(speaker: Speaker, path: str) -> None:
+    try:
+        use_adapter(speaker.model, path)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+
+
+def use_adapter(model: GPT, path: str) -> None:
+    """Let the model answer with the LoRA adapter of a checkpoint instead of the one it has; empty: with none."""
+    adapter = load_checkpoint(path) if path else None
+    lora.detach(model)
+    if adapter:
+        lora.load_adapter(adapter, model, path)
+    model.eval()
 
 
 def change_setting(settings: Settings, arguments: list[str]) -> None:
@@ -210,9 +230,21 @@ def evaluate(speaker: Speaker, path: str, show: int) -> None:
     print(f"held-out exact match: {100 * n_right / len(asked):.1f}% ({n_right}/{len(asked)})")
 
 
+def merge(model: str, adapter: str, output: str) -> None:
+    """Write the checkpoint of a model and its adapter together."""
+    if not adapter:
+        raise UserError("command line: --merge needs the adapter: --lora FILE")
+    if Path(output).exists():
+        raise UserError(f"{output}: exists already")
+    save_checkpoint(output, lora.merged_checkpoint(load_checkpoint(adapter), load_checkpoint(model), adapter))
+    print(f"{output}: {model} with {adapter} merged into it")
+
+
 def load_speaker(path: str, device_name: str, instruct: bool, stop: list[str]) -> Speaker:
     """Model and tokenizer of a checkpoint, on a device."""
     checkpoint = load_checkpoint(path)
+    if "lora" in checkpoint:
+        raise UserError(f"{path}: an adapter; -m names its model ({checkpoint['lora'].get('base')}), --lora this file")
     tokenizer = load_checkpoint_tokenizer(checkpoint, path)
     device = find_device(device_name)
     model = load_model(checkpoint, path).to(device).eval()
@@ -231,6 +263,8 @@ def make_parser() -> Parser:
         flags = [short[name]] if name in short else []
         text = f"{field.metadata['help']} [{'off' if field.default is None else field.default}]"
         parser.add_argument(*flags, f"--{name}", metavar="X", help=text)
+    parser.add_argument("--lora", metavar="FILE", default="", help="answer with this adapter on the model")
+    parser.add_argument("--merge", metavar="OUT.pt", help="write model and adapter together as one checkpoint")
     parser.add_argument("--num_samples", type=int, default=1, help="answers to draw for -p [1]")
     parser.add_argument("--stop", action="append", default=[], help="also end at this text; may be given again")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
@@ -253,7 +287,12 @@ def main() -> None:
     if args.num_samples < 1:
         raise UserError(f"command line: --num_samples must be at least 1, got {args.num_samples}")
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    if args.merge:
+        merge(args.model, args.lora, args.merge)
+        return
     speaker = load_speaker(args.model, args.device, args.instruct or bool(args.evaluate), [s for s in args.stop if s])
+    if args.lora:
+        use_adapter(speaker.model, args.lora)
     if "max_length" not in given:
         settings.max_length = speaker.model.config.block_size
     if args.evaluate:

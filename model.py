@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configuration import Config, UserError, option
+from experts import MixtureOfExperts, mixtures
 
 SDP_KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -27,6 +28,7 @@ SDP_KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
+ROPE_SCALING = ("none", "linear", "ntk", "yarn")
 MLP_HIDDEN = {"swiglu": 8 / 3, "gelu": 4, "relu2": 4}  # width over n_embd: equal parameter counts
 
 
@@ -48,6 +50,19 @@ class ModelConfig(Config):
     bias: bool = option(False, "biases in the linear layers")
     use_rope: bool = option(True, "rotary positions (RoPE); false: learned positions")
     rope_theta: float = option(10000.0, "base of the RoPE wavelengths", above=0.0)
+    rope_scaling: str = option("none", "reading further than trained: rope_factor x as far", choices=ROPE_SCALING)
+    rope_factor: float = option(
+        1.0, "block_size over that of the training, for rope_scaling", minimum=1.0, maximum=1024
+    )
+    attention_window: list[int] = option(
+        [], "newest tokens that a token looks at, itself included, layer by layer, again from the start; 0: all"
+    )
+    n_expert: int = option(0, "experts in each MLP (mixture of experts); 0: a dense MLP", minimum=0, maximum=1024)
+    n_expert_per_token: int = option(2, "experts that work on a token", minimum=1)
+    n_shared_expert: int = option(0, "experts that work on all tokens, beside those", minimum=0, maximum=64)
+    expert_balance: str = option("loss", "what keeps experts equally busy", choices=("loss", "bias", "none"))
+    router_loss_weight: float = option(0.01, "weight of the balancing loss", minimum=0.0)
+    expert_bias_rate: float = option(0.001, "step of the balancing biases", above=0.0)
     norm_eps: float = option(1e-5, "epsilon of RMSNorm", above=0.0)
     qk_norm: bool = option(True, "RMSNorm on queries and keys, per head")
     is_causal: bool = option(True, "causal attention; false: full attention")
@@ -67,26 +82,55 @@ class ModelConfig(Config):
                 f"RoPE needs an even head size: n_embd / n_head is {self.head_dim}; or set use_rope to false"
             )
 
+        if self.rope_scaling != "none" and not self.use_rope:
+            raise UserError(f"rope_scaling {self.rope_scaling} needs use_rope: learned positions end where they end")
+        if self.n_expert and self.n_expert_per_token > self.n_expert:
+            raise UserError(
+                f"n_expert_per_token ({self.n_expert_per_token}) must not be above n_expert ({self.n_expert})"
+            )
+        if self.n_expert and (self.mlp != "swiglu" or self.bias):
+            raise UserError("experts are swiglu MLPs without biases: mlp must be swiglu, bias false")
+
     @property
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
 
+    @property
+    def windows(self) -> list[int]:
+        """Every layer's attention window; 0: none."""
+        pattern = self.attention_window or [0]
+        return [pattern[layer % len(pattern)] for layer in range(self.n_layer)]
+
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for every layer, allocated once for a whole window."""
+    """Keys and values of the tokens seen so far, for every layer; of one with an attention window, the newest only."""
 
     def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.n_layer, batch_size, config.n_kv_head, config.block_size, config.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0  # tokens held; the model advances it after its last layer
+        self.windows = config.windows
+        heads, room, size = config.n_kv_head, config.block_size, config.head_dim
+        new = lambda length: torch.empty(batch_size, heads, length, size, device=device, dtype=dtype)  # noqa: E731
+        self.keys = [new(0 if window else room) for window in self.windows]
+        self.values = [new(0 if window else room) for window in self.windows]
+        self.length = 0  # tokens seen; the model advances it after its last layer
+
+    def held(self, window: int) -> int:
+        """Tokens seen that a layer with this window still holds."""
+        return min(self.length, window - 1) if window else self.length
 
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append k, v of shape (B, n_kv_head, T, head_dim) to a layer; returns all its keys and values."""
+        """Append k, v of shape (B, n_kv_head, T, head_dim) to a layer; returns all that it holds, and them."""
+        window = self.windows[layer]
+        if window:
+            held = self.held(window)
+            k = torch.cat((self.keys[layer][:, :, :held], k), dim=2)
+            v = torch.cat((self.values[layer][:, :, :held], v), dim=2)
+            first = max(0, k.size(2) - (window - 1))
+            self.keys[layer], self.values[layer] = k[:, :, first:], v[:, :, first:]
+            return k, v
         end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
 def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,13 +138,53 @@ def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
 
     The half-rotation convention of Llama and Qwen: dimension i turns together with dimension i + head_dim / 2.
     """
-    frequency = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    frequency, scale = rope_frequencies(config)
     angle = torch.outer(torch.arange(config.block_size).float(), frequency)[:, None, :]
-    return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
+    """Angles per position (head_dim / 2,), and the factor on queries and keys, by rope_scaling.
+
+    linear: positions in between (Chen et al. 2023, arXiv:2306.15595). ntk: a larger base, which stretches the slow
+    dimensions and spares the fast ones. yarn: those that turn often in the trained window stay, those that never turn
+    once are interpolated, with a ramp between (Peng et al. 2023, arXiv:2309.00071, which describes all three).
+    """
+    D, factor, theta = config.head_dim, config.rope_factor, config.rope_theta
+    if config.rope_scaling == "ntk" and D > 2:
+        theta = theta * factor ** (D / (D - 2))
+    frequency = 1.0 / theta ** (torch.arange(0, D, 2).float() / D)
+    if config.rope_scaling == "linear":
+        return frequency / factor, 1.0
+    if config.rope_scaling != "yarn":
+        return frequency, 1.0
+    trained = config.block_size / factor
+    dimension = lambda turns: D * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))  # noqa: E731
+    low, high = max(0, math.floor(dimension(32))), min(D - 1, math.ceil(dimension(1)))
+    ramp = ((torch.arange(D // 2) - low) / max(0.001, high - low)).clamp(0, 1)  # 0: stays, 1: is interpolated
+    return frequency * (1 - ramp) + frequency / factor * ramp, 0.1 * math.log(factor) + 1
+
+
+def attention_mask(
+    T: int, seen: int, window: int, is_causal: bool, documents: torch.Tensor | None, device: torch.device
+) -> torch.Tensor | None:
+    """Which keys, `seen` cached ones and then T new ones, the T queries may look at: (T, seen + T) or (B, 1, T, T).
+
+    None where SDPA's own causal flag says it all. documents (B, T): tokens of different ones do not see each other.
+    """
+    if documents is None and not (window and window < seen + T) and not (is_causal and seen and T > 1):
+        return None
+    queries, keys = torch.arange(seen, seen + T, device=device)[:, None], torch.arange(seen + T, device=device)
+    distance = queries - keys
+    mask = distance >= 0 if is_causal else torch.ones_like(distance, dtype=torch.bool)
+    if window:
+        mask = mask & (distance.abs() < window)
+    return mask if documents is None else mask & (documents[:, None, :, None] == documents[:, None, None, :])
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x (B, T, n_head, head_dim) by the angles of its positions, cos and signed sin (T, 1, head_dim)."""
+    """Rotate x (B, T, n_head, head_dim) by its positions' angles, cos and signed sin ([B,] T, 1, head_dim)."""
     return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).to(x.dtype)
 
 
@@ -136,19 +220,18 @@ class Attention(nn.Module):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, cache: KVCache | None
+        self,
+        x: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        mask: torch.Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> torch.Tensor:
         config = self.config
         B, T, C = x.shape
         q, k, v = self.project(x, rope)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-
-        seen = k.size(2) - T  # tokens that were in the cache before these
-        is_causal, mask = config.is_causal and T > 1, None
-        if is_causal and seen > 0:  # query i may look at keys 0..seen+i, which SDPA's own causal flag cannot say
-            mask = torch.ones(T, seen + T, dtype=torch.bool, device=x.device).tril(seen)
-            is_causal = False
+        is_causal = config.is_causal and mask is None and T > 1
         if config.n_kv_head < config.n_head:
             k, v = (t.repeat_interleave(config.n_head // config.n_kv_head, dim=1) for t in (k, v))
         dropout = config.dropout if self.training else 0.0
@@ -156,25 +239,29 @@ class Attention(nn.Module):
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.residual_dropout(self.out(y))
 
-    def weights(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    def weights(
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         """The attention weights (B, n_head, T, T) that forward() applies without ever forming them; row: query."""
         q, k, _ = self.project(x, rope)
         k = k.repeat_interleave(self.config.n_head // self.config.n_kv_head, dim=1)
         scores = q @ k.mT / math.sqrt(self.config.head_dim)
-        if self.config.is_causal:
-            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+        if mask is None and self.config.is_causal:
+            mask = torch.ones_like(scores, dtype=torch.bool).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
         return scores.softmax(-1)
 
 
 class MLP(nn.Module):
     """swiglu (Shazeer 2020, arXiv:2002.05202), gelu, or relu2 (So et al. 2021, arXiv:2109.08668)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, n_hidden: int) -> None:
         super().__init__()
         self.kind = config.mlp
         # swiglu: gate and up projections in one matrix, gate first
-        self.up = nn.Linear(config.n_embd, config.n_hidden * (2 if self.kind == "swiglu" else 1), bias=config.bias)
-        self.down = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
+        self.up = nn.Linear(config.n_embd, n_hidden * (2 if self.kind == "swiglu" else 1), bias=config.bias)
+        self.down = nn.Linear(n_hidden, config.n_embd, bias=config.bias)
         self.residual_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -197,12 +284,20 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.attention = Attention(config, layer)
         self.mlp_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.mlp = MLP(config)
+        if config.n_expert:
+            n_shared = config.n_shared_expert
+            self.mlp = MixtureOfExperts(config, MLP(config, n_shared * config.n_hidden) if n_shared else None)
+        else:
+            self.mlp = MLP(config, config.n_hidden)
 
     def forward(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, cache: KVCache | None
+        self,
+        x: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        mask: torch.Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, cache)
+        x = x + self.attention(self.attention_norm(x), rope, mask, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -231,8 +326,11 @@ class GPT(nn.Module):
         self._initialise()
         # counted here, because sharding (DeepSpeed's ZeRO-3) empties parameters later
         self._n_weights = sum(p.numel() for p in self.parameters())
-        matrices = [p for p in self.blocks.parameters() if p.dim() >= 2]
-        self._n_matrix_weights = sum(p.numel() for p in matrices) + self.lm_head.weight.numel()
+        matrices = {name: p.numel() for name, p in self.blocks.named_parameters() if p.dim() >= 2}
+        for name in matrices if config.n_expert else ():
+            if name.endswith(("mlp.up", "mlp.down")):  # of a token's experts
+                matrices[name] = matrices[name] * config.n_expert_per_token // config.n_expert
+        self._n_matrix_weights = sum(matrices.values()) + self.lm_head.weight.numel()
 
     def _initialise(self) -> None:
         """Normal weights of std 0.02; projections onto the residual stream scaled by 1/sqrt(2 n_layer) (GPT-2)."""
@@ -240,27 +338,39 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() >= 2:
-                onto_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+                onto_residual = name.endswith(("attention.out.weight", "down.weight", "mlp.down"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if onto_residual else 0.02)
 
-    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """Final hidden states (B, T, n_embd) of token ids (B, T); with a cache, idx follows the tokens in it."""
+    def hidden(
+        self, idx: torch.Tensor, cache: KVCache | None = None, documents: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Final hidden states (B, T, n_embd) of token ids (B, T); with a cache, idx follows the tokens in it.
+
+        documents (B, T): a number for every token's document; attention stays inside, positions begin anew in each.
+        """
         start = cache.length if cache is not None else 0
-        end = start + idx.size(1)
+        T = idx.size(1)
+        end = start + T
         if end > self.config.block_size:
             raise UserError(f"{end} tokens do not fit the context window of {self.config.block_size} (block_size)")
         if idx.device.type == "cpu" and not torch.compiler.is_compiling():
             check_token_ids(idx, self.config.vocab_size)  # on a GPU this would be an assert that ends the process
         x = self.token_embedding(idx)  # (B, T, n_embd)
-        rope = None
+        rope, positions = None, slice(start, end) if documents is None else positions_inside(documents)
         if self.config.use_rope:
-            rope = (self.rope_cos[start:end], self.rope_sin[start:end])
+            rope = (self.rope_cos[positions], self.rope_sin[positions])
         else:
-            x = x + self.position_embedding.weight[start:end]
+            x = x + self.position_embedding.weight[positions]
         x = self.embedding_dropout(x)
+        masks = {
+            window: attention_mask(
+                T, cache.held(window) if cache else 0, window, self.config.is_causal, documents, idx.device
+            )
+            for window in set(self.config.windows)
+        }
         with sdpa_kernel(SDP_KERNELS[self.sdp_kernel]) if self.sdp_kernel != "auto" else contextlib.nullcontext():
-            for block in self.blocks:
-                x = block(x, rope, cache)
+            for block, window in zip(self.blocks, self.config.windows, strict=True):
+                x = block(x, rope, masks[window], cache)
         if cache is not None:
             cache.length = end
         return self.norm(x)
@@ -271,24 +381,35 @@ class GPT(nn.Module):
         targets: torch.Tensor | None = None,
         loss_mask: torch.Tensor | None = None,
         reduction: str = "mean",
+        documents: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits (B, T, vocab_size) and, given targets (B, T), the cross-entropy loss in nats.
 
         loss_mask (B, T): 1 where a target counts, 0 where not; the mean is taken over those that count.
-        reduction: "mean" or "sum" (scalars), or "none": (B, T), 0 where the mask is 0.
+        reduction: "mean" or "sum" (scalars), or "none": (B, T), 0 where the mask is 0. documents: as in hidden().
+        In training, "mean" and "sum" hold the routers' balancing loss too, as often as targets count.
         """
-        logits = self.lm_head(self.hidden(idx))
+        logits = self.lm_head(self.hidden(idx, documents=documents))
         if targets is None:
             return logits, None
         if loss_mask is None and reduction != "none":
-            return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+            return logits, loss + self.router_loss() * (targets.numel() if reduction == "sum" else 1)
         losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
         if loss_mask is not None:
             losses = losses * loss_mask
         if reduction == "none":
             return logits, losses
-        total = losses.sum()
-        return logits, total if reduction == "sum" else total / loss_mask.sum().clamp(min=1)
+        count = loss_mask.sum().clamp(min=1)
+        total = losses.sum() + self.router_loss() * count
+        return logits, total if reduction == "sum" else total / count
+
+    def router_loss(self) -> torch.Tensor | float:
+        """The weighted balancing loss of the last forward pass, the mean over layers; 0 where there is none."""
+        if not (self.training and self.config.n_expert and self.config.expert_balance == "loss"):
+            return 0.0
+        losses = [mixture.router_loss for mixture in mixtures(self)]
+        return self.config.router_loss_weight * sum(losses) / len(losses)
 
     def parameter_count(self) -> int:
         """Number of weights; tied ones count once."""
@@ -297,12 +418,16 @@ class GPT(nn.Module):
     def flops_per_token(self, sequence_length: int | None = None) -> int:
         """Floating-point operations to train on one token, forward and backward.
 
-        6 per weight of a matrix product (the embedding look-up is none), and 12 per layer, width and key attended to:
-        Chowdhery et al. 2022, arXiv:2204.02311, appendix B; with causal attention only half of the keys count.
+        6 per weight of a matrix product (the embedding look-up is none; of experts, those at work), and 12 per layer,
+        width and key attended to: Chowdhery et al. 2022, arXiv:2204.02311, appendix B; with causal attention only half
+        of the keys count.
         """
-        config = self.config
-        keys = (sequence_length or config.block_size) / (2 if config.is_causal else 1)
-        return int(6 * self._n_matrix_weights + 12 * config.n_layer * config.n_embd * keys)
+        config, T = self.config, sequence_length or self.config.block_size
+        keys = 0.0  # that a token looks at in the mean, over all layers
+        for window in config.windows:
+            w = min(window, T) if window else T
+            keys += w - w * w / (2 * T) if config.is_causal else min(T, 2 * w - 1 if window else T)
+        return int(6 * self._n_matrix_weights + 12 * config.n_embd * keys)
 
     @torch.inference_mode()
     def predict(self, idx: torch.Tensor) -> torch.Tensor:
@@ -321,7 +446,7 @@ class GPT(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        return torch.stack([b.attention.weights(*args[:2]) for b, args in zip(self.blocks, inputs, strict=True)])
+        return torch.stack([b.attention.weights(*args[:3]) for b, args in zip(self.blocks, inputs, strict=True)])
 
     def generate(
         self,
@@ -390,6 +515,14 @@ class GPT(nn.Module):
                 window = unread = window[:, -max(1, block_size - block_size // 4) :]
                 if use_cache:
                     cache.length = 0
+
+
+def positions_inside(documents: torch.Tensor) -> torch.Tensor:
+    """Every token's distance (B, T) from the start of its document, of their numbers (B, T)."""
+    place = torch.arange(documents.size(1), device=documents.device).expand_as(documents)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return place - torch.where(begins, place, 0).cummax(1).values
 
 
 def check_token_ids(idx: torch.Tensor, vocab_size: int) -> None:

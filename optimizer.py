@@ -75,7 +75,7 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): a matrix moves by its orthogonalised Nesterov momentum.
 
     The step is scaled by sqrt(max(1, rows / columns)). Matrices of one shape are orthogonalised together: one batched
-    product instead of many small ones.
+    product instead of many small ones; a parameter (experts, rows, columns) is so many matrices.
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor], lr: float, momentum: float, weight_decay: float) -> None:
@@ -88,12 +88,13 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
-            for (rows, columns), ps in by_shape.items():
+            for (*_, rows, columns), ps in by_shape.items():
                 gradients = [p.grad for p in ps]
                 momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in ps]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 directions = torch._foreach_lerp(gradients, momenta, group["momentum"])
-                updates = orthogonalise(torch.stack([whole(d) for d in directions])).unbind()
+                stack = torch.stack([whole(d) for d in directions])
+                updates = orthogonalise(stack.view(-1, rows, columns)).view_as(stack).unbind()
                 updates = [like(p, update) for p, update in zip(ps, updates, strict=True)]
                 torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(ps, updates, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
@@ -156,8 +157,8 @@ def make_sgd(named: dict[str, torch.Tensor], config: Any, device: torch.device) 
 
 
 def make_muon(named: dict[str, torch.Tensor], config: Any, device: torch.device) -> torch.optim.Optimizer:
-    """Muon for the matrices inside the blocks; AdamW, at learning_rate, for embeddings, output layer and norms."""
-    matrices = [p for name, p in named.items() if p.dim() == 2 and "blocks." in name]
+    """Muon for the matrices inside the blocks; AdamW, at learning_rate, for embeddings, output layer, norms, router."""
+    matrices = [p for name, p in named.items() if p.dim() >= 2 and "blocks." in name and "router" not in name]
     chosen = {id(p) for p in matrices}
     others = [p for p in named.values() if id(p) not in chosen]
     muon = Muon(matrices, config.muon_learning_rate, config.muon_momentum, config.weight_decay)

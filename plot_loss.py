@@ -77,9 +77,13 @@ def draw(paths: list[str], output: str, log_x: bool, log_y: bool) -> None:
     matplotlib.use("Agg")  # works without a display
     import matplotlib.pyplot as plt
 
+    runs = join_runs(paths)
+    panels = [field for field, _ in PANELS]
+    if any("expert_load" in record for run in runs.values() for record in run["val"]):
+        panels.append("expert_load")
     figure = plt.figure(figsize=(11, 8), layout="constrained")
-    axes = figure.subplot_mosaic([["loss"] * 3, [field for field, _ in PANELS]], height_ratios=[2.2, 1])
-    for i, (name, run) in enumerate(join_runs(paths).items()):
+    axes = figure.subplot_mosaic([["loss"] * len(panels), panels], height_ratios=[2.2, 1])
+    for i, (name, run) in enumerate(runs.items()):
         colour, name = f"C{i}", f"{run['stage']} {name}" if run["stage"] else name
         steps, losses = series(run["train"], "loss")
         axes["loss"].plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
@@ -116,6 +120,13 @@ def draw(paths: list[str], output: str, log_x: bool, log_y: bool) -> None:
             axes[field].plot(steps, values, color=colour, alpha=0.3 if field == "tokens_per_s" else 0.9, linewidth=0.9)
             if field == "tokens_per_s":
                 axes[field].plot(steps, smooth(values, max(1, len(values) // 50)), color=colour, linewidth=1.5)
+        loads = [(record["step"], record["expert_load"]) for record in run["val"] if "expert_load" in record]
+        for layer in range(len(loads[0][1]) if loads else 0):
+            shares = np.array([load[layer] for _, load in loads]) * len(loads[0][1][layer])
+            for expert in shares.T:
+                axes["expert_load"].plot([step for step, _ in loads], expert, color=colour, alpha=0.4, linewidth=0.8)
+    if "expert_load" in axes:
+        axes["expert_load"].set(xlabel="step", title="expert's tokens over the mean", ylim=(0, None))
     axes["loss"].set(xlabel="step", ylabel="loss (nats per token)")
     axes["loss"].legend()
     for field, title in PANELS:

@@ -129,9 +129,11 @@ def report(run: Any) -> None:
     if engine.device.type == "cpu" and needed > 2 * memory_total():
         raise UserError(how_to_fit(run))
     available = memory_available(engine.device)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(
         f"{config.stage}: {model.parameter_count() / 1e6:.2f}M parameters, "
-        f"{model.flops_per_token() / 1e6:.1f} MFLOP per token, vocabulary {model.config.vocab_size:,}"
+        + (f"{trained:,} of an adapter trained, " if config.use_lora else "")
+        + f"{model.flops_per_token() / 1e6:.1f} MFLOP per token, vocabulary {model.config.vocab_size:,}"
     )
     epoch = "samples without end"
     if batches.samples_per_epoch is not None:

@@ -239,16 +239,16 @@ def set_up(config: ProblemConfig, explicit: dict[str, Any]) -> train.Run:
         checkpoint = load_newest(config.from_checkpoint)
         if load_checkpoint_tokenizer(checkpoint, config.from_checkpoint).to_dict() != tokenizer.to_dict():
             raise UserError(f"{config.from_checkpoint}: its alphabet is not that of {config.problem}")
-        model = train.restore_model(config, explicit, checkpoint)
+        model, adapter = train.restore_model(config, explicit, checkpoint)
     else:
-        checkpoint = None
+        checkpoint = adapter = None
         shape = {**SHAPE, **problem.shape, "is_causal": problem.is_causal, "block_size": needed, **explicit}
         model = train.make_model(config, shape, tokenizer)
     check_window(needed, model.config, config)
     validation = HeldOut(
         source, "val", parse_length(config.train_length), (config.eval_iters or 40) * config.batch_size
     )
-    result = train.Run(config, model, tokenizer, TrainInstances(source), validation, engine)
+    result = train.Run(config, model, tokenizer, TrainInstances(source), validation, engine, adapter)
     result.measure = lambda: {"accuracy": total(exact_match(model, validation, engine)).share}
     train.start(result, checkpoint)
     return result

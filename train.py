@@ -26,11 +26,13 @@ from typing import Any
 
 import torch
 
+import lora
 import preflight
 from batches import Batch, TokenFile, TrainBatches, ValidationBatches, prefetch
 from checkpointing import SaveError, keep_previous, load_checkpoint_tokenizer, load_model, load_newest
 from configuration import Config, Parser, UserError, check_fields, fields_of, find_config, option, read_json, run
 from engine import DTYPES, Engine, Loss, dtype_name
+from experts import count_tokens
 from files import hold_lock
 from model import GPT, SDP_KERNELS, ModelConfig
 from optimizer import OPTIMIZERS, SCHEDULES, schedule
@@ -40,7 +42,7 @@ from tokenizer import Tokenizer, load_tokenizer
 
 def next_token_loss(model: torch.nn.Module, batch: Batch, reduction: str) -> torch.Tensor:
     """Cross-entropy of the targets that count: summed ("sum") or per position ("none")."""
-    return model(batch.idx, batch.targets, batch.loss_mask, reduction)[1]
+    return model(batch.idx, batch.targets, batch.loss_mask, reduction, batch.documents)[1]
 
 
 LOSSES: dict[str, Loss] = {"next_token": next_token_loss}
@@ -59,12 +61,21 @@ class TrainConfig(Config):
     )
     tokenizer_path: str = option("dataset/tokenizer.json", "tokenizer that the data was prepared with")
     overlong: str = option("drop", "samples longer than block_size + 1 tokens", choices=("drop", "cut"))
+    mask_documents: bool = option(False, "attention stays inside a document (<|bos|> ... <|eos|>) of running text")
+    pack_samples: bool = option(False, "fine-tuning: several samples in a row, blind to each other, instead of padding")
     random_seed: int = option(1337, "seed of weights, data order and dropout", minimum=0, maximum=2**31)
     batch_size: int = option(100, "samples per micro-batch", minimum=1, maximum=1 << 20)
     gradient_accumulation_steps: int = option(
         4, "micro-batches per step, over all processes", minimum=1, maximum=1 << 20
     )
     optimizer: str = option("adamw", "optimizer", choices=OPTIMIZERS)
+    use_lora: bool = option(
+        False, "train a low-rank adapter (LoRA) instead of the weights; from_checkpoint is its base"
+    )
+    lora_rank: int = option(8, "rank of the adapter's matrices", minimum=1)
+    lora_alpha: float = option(16.0, "the adapter counts alpha / rank times", above=0.0)
+    lora_dropout: float = option(0.0, "dropout rate of the adapter's inputs", minimum=0.0, maximum=0.99)
+    lora_targets: list[str] = option([*lora.TARGETS], "layers that get an adapter", choices=lora.TARGETS)
     learning_rate: float = option(6e-4, "peak learning rate", above=0.0)
     min_lr: float = option(6e-5, "learning rate at the end of the decay", minimum=0.0)
     muon_learning_rate: float = option(0.02, "peak learning rate of muon's matrices", above=0.0)
@@ -107,6 +118,8 @@ class TrainConfig(Config):
             raise UserError(f"min_lr ({self.min_lr:g}) must not be above learning_rate ({self.learning_rate:g})")
         if any(sign in self.stage for sign in "/\\"):
             raise UserError(f"stage must be a plain name, got {self.stage!r}")
+        if self.use_lora and not self.from_checkpoint:
+            raise UserError("use_lora: an adapter needs a trained model: --from_checkpoint names it")
         if self.lr_decay_iters is None:
             self.lr_decay_iters = self.max_steps or 100_000
 
@@ -142,11 +155,13 @@ class Run:
     batches: Any  # TrainBatches, or whatever else has at(position) and samples_per_step
     validation: Any  # an iterable of Batch, the same ones every time
     engine: Engine
+    adapter: dict[str, Any] | None = None  # settings and base of the LoRA adapter that is trained
     state: State = field(default_factory=State)
     continues: bool = False  # an earlier run of the same stage
     changes: list[str] = field(default_factory=list)  # fields that are not as they were in that one
     data_sizes: list[int] | None = None  # tokens of every training file
     tokens_per_character: float | None = None  # of the validation data, for bits per character
+    expert_counts: torch.Tensor | None = None  # tokens of each layer's experts since the last evaluation
     matmul_flops: float | None = None  # the device's measured rate, for mfu
     measure: Callable[[], dict[str, float]] | None = None  # further figures for the records of evaluations
     stopped: bool = False  # by a signal
@@ -154,14 +169,19 @@ class Run:
     written: set[Path] = field(default_factory=set)
 
     @property
+    def name(self) -> str:
+        """What its checkpoints are called."""
+        return self.config.stage + ("_lora" if self.config.use_lora else "")
+
+    @property
     def best_path(self) -> Path:
         """The checkpoint of the lowest validation loss."""
-        return Path(self.config.save_checkpoint_to) / f"{self.config.stage}.pt"
+        return Path(self.config.save_checkpoint_to) / f"{self.name}.pt"
 
     @property
     def last_path(self) -> Path:
         """The checkpoint to go on from."""
-        name = f"{self.config.stage}_last" + ("" if self.engine.writes_shards else ".pt")
+        name = f"{self.name}_last" + ("" if self.engine.writes_shards else ".pt")
         return Path(self.config.save_checkpoint_to) / name
 
 
@@ -191,6 +211,7 @@ def train(run: Run, log: RunLog) -> State:
                 loss += engine.forward_backward(loss_function, batch, count, is_last=i == len(micro_batches))
             (loss,) = engine.sum_over_ranks(loss.item())
             grad_norm = engine.step(lr_scale)  # which moves nothing where the norm is not finite
+            count_experts(run)
             skipped_in_a_row = 0 if math.isfinite(loss) and math.isfinite(grad_norm) else skipped_in_a_row + 1
             state.skipped_steps += skipped_in_a_row > 0
             if skipped_in_a_row == 1 and engine.dtype != torch.float16:  # float16's scaler tries how far it can go
@@ -220,6 +241,13 @@ def train(run: Run, log: RunLog) -> State:
             save_or_warn(run, run.last_path, log, must=True)
         run.stopped = stop.requested
     return state
+
+
+def count_experts(run: Run) -> None:
+    """Add up the tokens of every expert; a mixture that is balanced by biases adjusts them."""
+    counts = count_tokens(run.model, run.engine.sum_over_ranks)
+    if counts is not None:
+        run.expert_counts = counts if run.expert_counts is None else run.expert_counts + counts
 
 
 def has_reached_its_end(config: TrainConfig, state: State) -> bool:
@@ -299,6 +327,10 @@ def evaluate_and_save(run: Run, log: RunLog) -> None:
     if run.tokens_per_character:
         record["bits_per_character"] = val_loss * run.tokens_per_character / math.log(2)
         line += f", {record['bits_per_character']:.3f} bits/character"
+    if run.expert_counts is not None:
+        shares = run.expert_counts / run.expert_counts.sum(1, keepdim=True)
+        record["expert_load"], run.expert_counts = shares.tolist(), None
+        line += f", busiest expert {shares.max() * shares.size(1):.2f}x the mean"
     if run.measure:
         figures = run.measure()
         record.update(figures)
@@ -356,6 +388,7 @@ def save(run: Run, path: Path) -> None:
         {
             "step": state.step,
             "model_config": run.model.config.to_dict(),
+            **({"lora": run.adapter} if run.adapter else {}),
             "train_config": run.config.to_dict(),
             "tokenizer": run.tokenizer.to_dict(),
             "data": {
@@ -410,17 +443,39 @@ def make_model(config: TrainConfig, shape: dict[str, Any], tokenizer: Tokenizer)
     return GPT(model_config, config.sdp_kernel)
 
 
-def restore_model(config: TrainConfig, explicit: dict[str, Any], checkpoint: dict[str, Any]) -> GPT:
-    """The network of a checkpoint; raises UserError where a model field was asked to be another."""
+def restore_model(
+    config: TrainConfig, explicit: dict[str, Any], checkpoint: dict[str, Any]
+) -> tuple[GPT, dict[str, Any] | None]:
+    """The network of a checkpoint, and what is to be said of its adapter, if it gets one.
+
+    Raises UserError where a model field was asked to be another.
+    """
     where = config.from_checkpoint
     changes = {} if config.dropout is None else {"dropout": config.dropout}
     for name, value in explicit.items():
-        trained = checkpoint["model_config"].get(name)
+        trained = checkpoint["model_config"].get(name, fields_of(ModelConfig)[name].default)
         if value is not None and value != trained:
             raise UserError(
                 f"{name} is {value} here, {trained} in {where}: a trained model keeps its shape; leave {name} out"
             )
-    return load_model(checkpoint, where, config.sdp_kernel, **changes)
+    is_adapter = "lora" in checkpoint
+    if is_adapter and not config.use_lora:
+        raise UserError(
+            f"{where}: an adapter; --use_lora true goes on with it, inference.py --merge makes a model of it"
+        )
+    base, base_path = lora.load_base(checkpoint, where) if is_adapter else (checkpoint, where)
+    model = load_model(base, base_path, config.sdp_kernel, **changes)
+    if not config.use_lora:
+        return model, None
+    settings = lora.settings_of(config)
+    adapter = {"settings": settings, "base": base_path, "fingerprint": lora.fingerprint(model)}
+    if not is_adapter:
+        lora.attach(model, settings)
+        return model, adapter
+    if settings != checkpoint["lora"]["settings"]:
+        raise UserError(f"{where}: an adapter with {checkpoint['lora']['settings']}; a run keeps them")
+    lora.load_adapter(checkpoint, model, where)
+    return model, adapter
 
 
 def open_data(
@@ -439,12 +494,13 @@ def open_data(
 
 def set_up(config: TrainConfig, explicit: dict[str, Any], defaults: dict[str, Any], engine: Engine) -> Run:
     """Model, data and engine for a stage, new or from a checkpoint."""
+    checkpoint = adapter = None
     if config.from_checkpoint:
         checkpoint = load_newest(config.from_checkpoint)
         tokenizer = load_checkpoint_tokenizer(checkpoint, config.from_checkpoint)
-        model = restore_model(config, explicit, checkpoint)
+        model, adapter = restore_model(config, explicit, checkpoint)
     else:
-        checkpoint, tokenizer = None, load_tokenizer(config.tokenizer_path)
+        tokenizer = load_tokenizer(config.tokenizer_path)
         model = make_model(config, {**defaults, **explicit}, tokenizer)
     if not model.config.is_causal:
         raise UserError("is_causal is false: with full attention a model sees the very token it is to predict")
@@ -458,11 +514,13 @@ def set_up(config: TrainConfig, explicit: dict[str, Any], defaults: dict[str, An
         "rank": engine.rank,
         "world_size": engine.world_size,
         "pad_to": model.config.block_size if engine.use_compile else 16,
+        "mask_documents": config.mask_documents and train_files[0].starts is None,
     }
-    batches = TrainBatches(train_files, accumulation_steps=config.gradient_accumulation_steps, **shared)
+    steps, pack_samples = config.gradient_accumulation_steps, config.pack_samples
+    batches = TrainBatches(train_files, accumulation_steps=steps, pack_samples=pack_samples, **shared)
     validation = ValidationBatches(val_files, eval_iters=config.eval_iters, **shared)
     n_characters = sum(file.header["n_characters"] for file in val_files)
-    run = Run(config, model, tokenizer, batches, validation, engine)
+    run = Run(config, model, tokenizer, batches, validation, engine, adapter)
     run.tokens_per_character = sum(file.header["n_loss_tokens"] for file in val_files) / max(1, n_characters)
     run.data_sizes = [file.header["n_tokens"] for file in train_files]
     start(run, checkpoint)
@@ -472,7 +530,8 @@ def set_up(config: TrainConfig, explicit: dict[str, Any], defaults: dict[str, An
 def start(run: Run, checkpoint: dict[str, Any] | None) -> None:
     """Hand the model to the engine, and take over where a checkpoint of the same stage stood."""
     run.engine.prepare(run.model)
-    if checkpoint and checkpoint["train_config"].get("stage") == run.config.stage:
+    is_same_kind = checkpoint is not None and ("lora" in checkpoint) == run.config.use_lora
+    if is_same_kind and checkpoint["train_config"].get("stage") == run.config.stage:
         run.continues = True
         trained_with = checkpoint["train_config"].get("optimizer")
         if trained_with != run.config.optimizer:
@@ -554,7 +613,7 @@ def own_checkpoints(run: Run) -> Iterator[None]:
     if not run.engine.is_main:
         yield
         return
-    folder, stage = Path(run.config.save_checkpoint_to), run.config.stage
+    folder, stage = Path(run.config.save_checkpoint_to), run.name
     try:
         with hold_lock(folder / f".{stage}.lock"):
             for leftover in folder.glob(f".{glob.escape(stage)}*.tmp"):

@@ -27,6 +27,7 @@ from batches import Batch
 from configuration import UserError, run
 from distributed import GroupEngine, launch
 from engine import Engine, Loss
+from lora import attach, settings_of
 from model import GPT
 
 
@@ -101,6 +102,8 @@ class FSDPEngine(DDPEngine):
         if not self.is_main:
             return None
         model = GPT(self.model.config, self.model.sdp_kernel)
+        if self.config.use_lora:
+            attach(model, settings_of(self.config))
         model.load_state_dict(weights)
         return model.to(self.device)
 

@@ -57,6 +57,10 @@ class DeepSpeedEngine(GroupEngine):
         self.settings = merge_settings(read_json(path), path, config, self.dtype, self.world_size)
         self.zero = self.settings["zero_optimization"].get("stage", 0)
         self.writes_shards = self.zero > 0
+        if self.zero and config.use_lora:
+            raise UserError(
+                f"use_lora: an adapter is too small to be cut up by ZeRO stage {self.zero} of {path}: use train_ddp.py"
+            )
         if self.zero and config.optimizer != "adamw":
             raise UserError(
                 f"optimizer {config.optimizer} needs whole matrices, ZeRO stage {self.zero} of {path} cuts them up: "

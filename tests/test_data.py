@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_samples, make_text, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from batches import TokenFile, TrainBatches, ValidationBatches, prefetch
+from batches import TokenFile, TrainBatches, ValidationBatches, document_numbers, pack, prefetch
 from configuration import UserError
+from model import GPT, ModelConfig
 from tokenizer import BOS, EOS, PADDING, RESPONSE, UNKNOWN, load_tokenizer
 
 
@@ -336,3 +339,42 @@ def test_memory_does_not_follow_the_size_of_the_corpus(work):
 
     small, large = peak(20), peak(60)
     assert large < small + 30
+
+
+def test_packed_samples_give_the_gradient_of_padded_ones(prepared):
+    """The same samples in fewer rows: the same sum of losses, the same gradient."""
+    file = TokenFile("dataset/sft_train.bin")
+    torch.manual_seed(0)
+    shape = {"block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    model = GPT(ModelConfig(**shape, vocab_size=file.header["vocab_size"]))
+    found = []
+    for pack_samples in (False, True):
+        options = {"block_size": 64, "batch_size": 24, "seed": 1, "vocab_size": file.header["vocab_size"]}
+        batches = TrainBatches([file], accumulation_steps=1, pack_samples=pack_samples, **options)
+        (batch,) = batches.at(0)
+        loss = model(batch.idx, batch.targets, batch.loss_mask, "sum", batch.documents)[1]
+        model.zero_grad()
+        loss.backward()
+        found.append((batch, loss, [p.grad.clone() for p in model.parameters()]))
+    (padded, loss, gradients), (packed, packed_loss, packed_gradients) = found
+    assert packed.count == padded.count and packed.idx.numel() < padded.idx.numel()
+    torch.testing.assert_close(packed_loss, loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed_gradients, gradients, rtol=1e-3, atol=1e-4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 17), min_size=1, max_size=40))
+def test_packing_loses_nothing_and_overfills_nothing(lengths):
+    samples = [(np.full(length, i), None) for i, length in enumerate(lengths)]
+    rows = pack(samples, 16)
+    assert sorted(tokens[0] for row in rows for tokens, _ in row) == list(range(len(lengths)))
+    used = [sum(len(tokens) - 1 for tokens, _ in row) for row in rows]
+    assert max(used) <= 16
+    assert len(rows) == 1 or sum(sorted(used)[:2]) > 16  # else two rows would fit into one
+
+
+def test_documents_are_numbered_by_their_delimiters():
+    a, bos, eos = 9, 2, 3
+    idx = np.array([[a, a, eos, bos, a, eos, a, bos, a], [bos, a, bos, eos, eos, bos, a, a, a]])
+    expected = [[0, 0, 0, 1, 1, 1, 2, 3, 3], [1, 1, 2, 2, 3, 4, 4, 4, 4]]
+    assert document_numbers(idx).tolist() == expected

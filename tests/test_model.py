@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from configuration import UserError
-from model import GPT, SDP_KERNELS, ModelConfig, filter_logits, penalise_repetition
+from experts import count_tokens, mixtures
+from model import GPT, SDP_KERNELS, KVCache, ModelConfig, filter_logits, penalise_repetition
 
 SMALL = {"vocab_size": 50, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 
@@ -27,22 +28,27 @@ def to_transformers(model: GPT, reference: torch.nn.Module) -> None:
     ours = model.state_dict()
     config = model.config
     kv_dim = config.n_kv_head * config.head_dim
+    n_expert = config.n_expert
     theirs = {"model.embed_tokens.weight": ours["token_embedding.weight"], "model.norm.weight": ours["norm.weight"]}
     theirs["lm_head.weight"] = ours["lm_head.weight"]
     for i in range(config.n_layer):
         a, b = f"blocks.{i}.", f"model.layers.{i}."
         for suffix in ("weight", "bias") if config.bias else ("weight",):
             q, k, v = ours[f"{a}attention.qkv.{suffix}"].split([config.n_embd, kv_dim, kv_dim])
-            gate, up = ours[f"{a}mlp.up.{suffix}"].chunk(2)
             theirs |= {
                 f"{b}self_attn.q_proj.{suffix}": q,
                 f"{b}self_attn.k_proj.{suffix}": k,
                 f"{b}self_attn.v_proj.{suffix}": v,
                 f"{b}self_attn.o_proj.{suffix}": ours[f"{a}attention.out.{suffix}"],
-                f"{b}mlp.gate_proj.{suffix}": gate,
-                f"{b}mlp.up_proj.{suffix}": up,
-                f"{b}mlp.down_proj.{suffix}": ours[f"{a}mlp.down.{suffix}"],
             }
+            if not n_expert:
+                gate, up = ours[f"{a}mlp.up.{suffix}"].chunk(2)
+                theirs[f"{b}mlp.gate_proj.{suffix}"], theirs[f"{b}mlp.up_proj.{suffix}"] = gate, up
+                theirs[f"{b}mlp.down_proj.{suffix}"] = ours[f"{a}mlp.down.{suffix}"]
+        if n_expert:
+            theirs[f"{b}mlp.gate.weight"] = ours[f"{a}mlp.router.weight"]
+            theirs[f"{b}mlp.experts.gate_up_proj"] = ours[f"{a}mlp.up"]
+            theirs[f"{b}mlp.experts.down_proj"] = ours[f"{a}mlp.down"]
         theirs[f"{b}input_layernorm.weight"] = ours[f"{a}attention_norm.weight"]
         theirs[f"{b}post_attention_layernorm.weight"] = ours[f"{a}mlp_norm.weight"]
         if config.qk_norm:
@@ -51,15 +57,10 @@ def to_transformers(model: GPT, reference: torch.nn.Module) -> None:
     reference.load_state_dict(theirs)
 
 
-@pytest.mark.parametrize("qk_norm", [True, False], ids=["qwen3", "llama"])
-@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
-@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
-def test_logits_equal_transformers(qk_norm, n_kv_head, tie):
-    transformers = pytest.importorskip("transformers")
-    bias = not qk_norm  # Llama has the option, Qwen3 has it for attention only
-    model = make(qk_norm=qk_norm, n_kv_head=n_kv_head, tie_embeddings=tie, rope_theta=5000.0, bias=bias)
+def settings_of(model: GPT) -> dict:
+    """What a config of the transformers library needs to describe our model."""
     config = model.config
-    shared = {
+    return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.n_embd,
         "intermediate_size": config.n_hidden,
@@ -71,18 +72,63 @@ def test_logits_equal_transformers(qk_norm, n_kv_head, tie):
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": tie,
-        "attention_bias": bias,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": config.bias,
         "attn_implementation": "eager",
     }
-    if qk_norm:
-        reference = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shared)).eval()
-    else:
-        reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shared, mlp_bias=bias)).eval()
-    to_transformers(model, reference)
-    idx = tokens(3, 16)
+
+
+def assert_same_logits(model: GPT, reference: torch.nn.Module, idx: torch.Tensor) -> None:
+    to_transformers(model, reference.eval())
     with torch.no_grad():
         torch.testing.assert_close(model(idx)[0], reference(idx).logits, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False], ids=["qwen3", "llama"])
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_logits_equal_transformers(qk_norm, n_kv_head, tie):
+    transformers = pytest.importorskip("transformers")
+    bias = not qk_norm  # Llama has the option, Qwen3 has it for attention only
+    model = make(qk_norm=qk_norm, n_kv_head=n_kv_head, tie_embeddings=tie, rope_theta=5000.0, bias=bias)
+    shared = settings_of(model)
+    if qk_norm:
+        reference = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shared))
+    else:
+        reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shared, mlp_bias=bias))
+    assert_same_logits(model, reference, tokens(3, 16))
+
+
+@pytest.mark.parametrize("n_expert_per_token", [1, 2, 8])
+def test_experts_equal_transformers(n_expert_per_token):
+    transformers = pytest.importorskip("transformers")
+    model = make(n_expert=8, n_expert_per_token=n_expert_per_token, n_hidden=24)
+    experts = {"num_experts": 8, "num_experts_per_tok": n_expert_per_token, "moe_intermediate_size": 24}
+    config = transformers.Qwen3MoeConfig(**settings_of(model), **experts, norm_topk_prob=True, mlp_only_layers=[])
+    assert_same_logits(model, transformers.Qwen3MoeForCausalLM(config), tokens(3, 16))
+
+
+@pytest.mark.parametrize("window", [1, 3, 15, 16])
+def test_windows_equal_transformers(window):
+    transformers = pytest.importorskip("transformers")
+    model = make(qk_norm=False, attention_window=[window])
+    config = transformers.MistralConfig(**settings_of(model), sliding_window=window)
+    assert_same_logits(model, transformers.MistralForCausalLM(config), tokens(3, 16))
+
+
+@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn"])
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_scaled_rope_equals_transformers(kind, factor):
+    """theirs is "dynamic" for ntk: its base follows the length read, ours is that of the full length."""
+    transformers = pytest.importorskip("transformers")
+    model = make(rope_scaling=kind, rope_factor=factor, block_size=64, rope_theta=5000.0)
+    trained = int(64 / factor)
+    rope = {"linear": {"factor": factor}, "ntk": {"rope_type": "dynamic", "factor": 1.0}, "yarn": {"factor": factor}}
+    rope = {"rope_type": kind, "rope_theta": 5000.0, "original_max_position_embeddings": trained, **rope[kind]}
+    settings = settings_of(model) | {"rope_parameters": rope}
+    settings["max_position_embeddings"] = trained if kind == "ntk" else 64
+    reference = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**settings))
+    assert_same_logits(model, reference, tokens(2, 64))
 
 
 def naive_attention(q, k, v, is_causal):
@@ -177,14 +223,82 @@ def test_loss_is_the_mean_over_the_masked_in_targets():
 @pytest.mark.parametrize("use_rope", [True, False])
 @pytest.mark.parametrize("n_kv_head", [4, 2])
 def test_cached_logits_equal_uncached_ones(use_rope, n_kv_head):
-    from model import KVCache
-
     model, idx = make(use_rope=use_rope, n_kv_head=n_kv_head), tokens(2, 16)
     with torch.no_grad():
         expected = model(idx)[0]
         cache = KVCache(model.config, 2, idx.device, torch.float32)
         parts = [model.lm_head(model.hidden(part, cache)) for part in idx.split([5, 1, 1, 6, 1, 2], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", [[4], [4, 0], [1], [0, 7, 3]])
+def test_a_windowed_cache_holds_no_more_than_its_window(pattern):
+    model, idx = make(n_layer=3, attention_window=pattern), tokens(2, 16)
+    with torch.no_grad():
+        expected = model(idx)[0]
+        cache = KVCache(model.config, 2, idx.device, torch.float32)
+        parts = [model.lm_head(model.hidden(part, cache)) for part in idx.split([6, 1, 1, 5, 1, 2], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-4)
+    for window, keys in zip(model.config.windows, cache.keys, strict=True):
+        assert keys.size(2) == (window - 1 if window else 16)
+    options = {"max_new_tokens": 40, "seed": 3}
+    cached = torch.stack(list(model.generate(idx[:, :3], **options)))
+    assert torch.equal(cached, torch.stack(list(model.generate(idx[:, :3], **options, use_cache=False))))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rope": False}, {"attention_window": [3]}, {"is_causal": False}])
+def test_documents_in_one_window_are_as_if_alone(options):
+    model, idx = make(**options), tokens(1, 16)
+    lengths = [5, 1, 7, 3]
+    documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
+    packed = model.lm_head(model.hidden(idx, documents=documents))
+    alone = [model(part)[0] for part in idx.split(lengths, dim=1)]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-4)
+    assert (packed - model(idx)[0]).abs().max() > 0.1  # it makes a difference
+
+
+def test_experts_are_balanced_by_either_means():
+    """A router that begins with a favourite: with balance it ends near equal shares, without it does not."""
+    shares = {}
+    for balance in ("loss", "bias", "none"):
+        torch.manual_seed(0)
+        options = {"n_expert": 4, "n_expert_per_token": 1, "expert_balance": balance, "n_hidden": 32}
+        model = GPT(ModelConfig(**SMALL, **options, router_loss_weight=1.0, expert_bias_rate=0.01))
+        with torch.no_grad():
+            model.token_embedding.weight[:, 0] += 0.2  # something that all tokens have in common
+            for mixture in mixtures(model):
+                mixture.router.weight[0, 0] += 1.0
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for step in range(60):
+            idx = tokens(8, 16) if step == 0 else torch.randint(0, 50, (8, 16))
+            model(idx, idx)[1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            counts = count_tokens(model, lambda *values: list(values))
+        assert counts.sum() == 2 * 8 * 16
+        shares[balance] = (counts / counts.sum(1, keepdim=True)).max().item()
+    assert max(shares["loss"], shares["bias"]) < 0.45 < 0.7 < shares["none"], shares
+
+
+def test_shared_experts_and_idle_ones():
+    """All experts at work with equal gates and the shared one: a plain sum."""
+    model = make(n_expert=2, n_expert_per_token=2, n_shared_expert=1, n_layer=1)
+    mixture = model.blocks[0].mlp
+    torch.nn.init.zeros_(mixture.router.weight)
+    x = torch.randn(1, 5, 32)
+    swiglu = lambda up, down: (F.silu((x @ up.mT).chunk(2, -1)[0]) * (x @ up.mT).chunk(2, -1)[1]) @ down.mT  # noqa: E731
+    halves = [swiglu(up, down) / 2 for up, down in zip(mixture.up, mixture.down, strict=True)]
+    torch.testing.assert_close(mixture(x), sum(halves) + mixture.shared(x), rtol=1e-4, atol=1e-5)
+
+
+def test_flops_count_what_is_at_work():
+    dense, sparse = make(n_hidden=64), make(n_hidden=32, n_expert=8, n_expert_per_token=2)
+    router = 2 * 6 * 8 * 32
+    assert sparse.flops_per_token() == dense.flops_per_token() + router
+    assert sparse.parameter_count() > 1.5 * dense.parameter_count()
+    full, windowed = make(), make(attention_window=[4])
+    saved = sum(t + 1 - min(t + 1, 4) for t in range(16)) / 16  # keys a token
+    assert full.flops_per_token() - windowed.flops_per_token() == pytest.approx(12 * 2 * 32 * saved, rel=0.1)
 
 
 @pytest.mark.parametrize("length", [1, 10, 16, 40])

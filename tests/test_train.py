@@ -196,7 +196,7 @@ def test_checkpoints_hold_what_the_format_says(call, prepared):
     assert not any("_orig_mod" in name or name.startswith("module.") for name in checkpoint["model"])
 
 
-@pytest.mark.parametrize("number", StopRequest.SIGNALS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(prepared, number):
     path = config(prepared, max_steps=100000, eval_interval=100000)
     process = start_script("train.py", "-t", path, cwd=prepared)

@@ -1,0 +1,186 @@
+"""LoRA: what is trained, what is saved, and that merged, attached and resumed all mean the same."""
+
+import pytest
+import torch
+from conftest import DATA, FAST, TINY
+from processes import train_on
+
+import lora
+from checkpointing import load_checkpoint, load_model
+from configuration import UserError
+from model import GPT, ModelConfig
+
+SFT = ["--dataset_path", '[["dataset/sft_train.bin", "dataset/sft_val.bin"]]']
+LORA = [
+    "-t",
+    "sft",
+    *SFT,
+    *FAST,
+    "--use_lora",
+    "true",
+    "--lora_rank",
+    "4",
+    "--eval_interval",
+    "5",
+    "--optimizer",
+    "adamw",
+]
+ON_BASE = ["--from_checkpoint", "checkpoint/base.pt"]
+SETTINGS = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": list(lora.TARGETS)}
+
+
+@pytest.fixture
+def base(prepared, call):
+    """A little trained model to adapt."""
+    args = ["-t", "pretrain", *TINY, *FAST, *DATA, "--max_steps", "10", "--stage", "base"]
+    assert call("train.py", *args).status == 0
+    return prepared
+
+
+def trained(call, *options):
+    result = call("train.py", *LORA, *options)
+    assert result.status == 0, result.err
+    return result
+
+
+def random_adapter(model: GPT, settings=SETTINGS) -> None:
+    lora.attach(model, settings)
+    for _, _, layer in lora.adapters(model):
+        torch.nn.init.normal_(layer.B, std=0.1)
+
+
+def test_it_begins_as_the_base_and_merges_into_an_ordinary_model():
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(vocab_size=20, block_size=16, n_layer=2, n_head=2, n_embd=16)).eval()
+    idx = torch.randint(0, 20, (2, 16))
+    names, before = list(model.state_dict()), model(idx)[0]
+    lora.attach(model, SETTINGS)
+    assert torch.equal(model(idx)[0], before)
+    lora.detach(model)
+    random_adapter(model)
+    adapted = model(idx)[0]
+    assert (adapted - before).abs().max() > 0.01
+    layer = model.blocks[0].mlp.down
+    x = torch.randn(3, layer.base.in_features)
+    torch.testing.assert_close(layer(x), x @ (layer.base.weight + 2.0 * layer.B @ layer.A).mT, rtol=1e-4, atol=1e-5)
+    lora.merge(model)
+    torch.testing.assert_close(model(idx)[0], adapted, rtol=1e-5, atol=1e-5)
+    assert list(model.state_dict()) == names and all(p.requires_grad for p in model.parameters())
+
+
+def test_only_the_adapter_is_trained_and_saved(base, call):
+    result = trained(call, "--max_steps", "10", *ON_BASE)
+    assert "of an adapter trained" in result.out
+    whole, adapter = load_checkpoint("checkpoint/base.pt"), load_checkpoint("checkpoint/sft_lora.pt")
+    assert (
+        adapter["model"].keys() == lora.adapter_weights(adapter["model"]).keys() and len(adapter["model"]) == 2 * 4 * 2
+    )
+    sizes = [sum(weight.numel() for weight in checkpoint["model"].values()) for checkpoint in (adapter, whole)]
+    assert sizes[0] < sizes[1]
+    model = load_model(whole, "base")
+    lora.load_adapter(adapter, model, "adapter")
+    state = model.state_dict()
+    assert all(
+        torch.equal(state[name.replace(".weight", ".base.weight")], weight)
+        for name, weight in whole["model"].items()
+        if name.replace(".weight", ".base.weight") in state
+    )
+    assert any(weight.abs().max() > 0 for name, weight in adapter["model"].items() if name.endswith(".B"))
+
+
+def test_it_goes_on_as_if_it_had_not_stopped(base, call):
+    options = ["--lora_dropout", "0.2", "--lr_decay_iters", "8"]
+    trained(call, *options, "--max_steps", "8", "--stage", "whole", *ON_BASE)
+    trained(call, *options, "--max_steps", "4", "--stage", "parts", *ON_BASE)
+    trained(
+        call, *options, "--max_steps", "8", "--stage", "parts", "--from_checkpoint", "checkpoint/parts_lora_last.pt"
+    )
+    whole, parts = (load_checkpoint(f"checkpoint/{name}_lora_last.pt")["model"] for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize("options", [[], ["--fsdp", "true"]])
+def test_on_several_processes_it_is_the_same_adapter(base, call, options):
+    trained(call, "--max_steps", "6", "--stage", "one", *ON_BASE)
+    train_on(2, base, *LORA, *ON_BASE, "--max_steps", "6", "--stage", "two", *options)
+    one, two = (load_checkpoint(f"checkpoint/{name}_lora_last.pt")["model"] for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+
+
+def test_answers_with_adapters_switched_and_merged(base, call):
+    for seed in ("1", "2"):
+        options = ["--max_steps", "20", "--learning_rate", "0.05", "--random_seed", seed, "--stage", f"s{seed}"]
+        trained(call, *options, *ON_BASE)
+    ask = ["-i", "-p", "q1 aaa", "-t", "0", "-l", "16"]
+    plain = call("inference.py", "-m", "checkpoint/base.pt", *ask).out
+    answers = [
+        call("inference.py", "-m", "checkpoint/base.pt", "--lora", f"checkpoint/s{i}_lora_last.pt", *ask).out
+        for i in (1, 2)
+    ]
+    assert len({plain, *answers}) >= 2
+    merge = ["-m", "checkpoint/base.pt", "--lora", "checkpoint/s1_lora_last.pt", "--merge", "merged.pt"]
+    assert call("inference.py", *merge).status == 0
+    assert call("inference.py", "-m", "merged.pt", *ask).out == answers[0]
+    assert "exists already" in call("inference.py", *merge).err
+
+    import inference
+
+    speaker = inference.load_speaker("checkpoint/base.pt", "cpu", True, [])
+    for path, expected in (
+        ("checkpoint/s1_lora_last.pt", answers[0]),
+        ("checkpoint/s2_lora_last.pt", answers[1]),
+        ("", plain),
+    ):
+        inference.use_adapter(speaker.model, path)
+        settings = inference.Settings(max_length=16, temperature=0.0)
+        assert "".join(speaker.answer("q1 aaa", settings)) + "\n" == expected
+
+
+def test_what_does_not_belong_together_is_refused(base, call):
+    trained(call, "--max_steps", "2", *ON_BASE)
+    adapter = "checkpoint/sft_lora.pt"
+    refusals = {
+        (
+            "train.py",
+            *LORA,
+            "--max_steps",
+            "2",
+            *ON_BASE,
+            "--lora_rank",
+            "17",
+        ): "lora_rank (17) must be between 1 and n_embd (16)",
+        ("train.py", *LORA, "--max_steps", "2", "--from_checkpoint", ""): "needs a trained model",
+        ("train.py", "-t", "sft", *SFT, *FAST, "--from_checkpoint", adapter): "an adapter; --use_lora true goes on",
+        ("train.py", *LORA, "--from_checkpoint", adapter, "--lora_rank", "2"): "a run keeps them",
+        ("inference.py", "-m", adapter, "-p", "a"): "an adapter; -m names its model (checkpoint/base.pt)",
+        ("inference.py", "-m", "checkpoint/base.pt", "--lora", "checkpoint/base.pt", "-p", "a"): "a whole model",
+        ("inference.py", "-m", "checkpoint/base.pt", "--merge", "x.pt"): "--merge needs the adapter",
+    }
+    for command, words in refusals.items():
+        result = call(*command)
+        assert result.status == 1 and words in result.err, result.err
+    args = ["-t", "pretrain", *TINY, *FAST, *DATA, "--max_steps", "11", "--stage", "other"]
+    assert call("train.py", *args).status == 0
+    result = call("inference.py", "-m", "checkpoint/other.pt", "--lora", adapter, "-p", "a")
+    assert result.status == 1 and "an adapter of another model (checkpoint/base.pt), or of other weights" in result.err
+
+
+def test_a_hostile_adapter_is_refused(base, call):
+    trained(call, "--max_steps", "2", *ON_BASE)
+    adapter, model = (
+        load_checkpoint("checkpoint/sft_lora.pt"),
+        load_model(load_checkpoint("checkpoint/base.pt"), "base"),
+    )
+    for changes in (
+        {"rank": 10**9},
+        {"rank": 0},
+        {"rank": "x"},
+        {"alpha": None},
+        {"targets": ["nothing"]},
+        {"targets": 3},
+    ):
+        settings = {**adapter["lora"]["settings"], **changes}
+        with pytest.raises(UserError):
+            lora.load_adapter({**adapter, "lora": {**adapter["lora"], "settings": settings}}, model, "x.pt")
+        lora.detach(model)
