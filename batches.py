@@ -169,6 +169,7 @@ class Batch(NamedTuple):
     """A micro-batch: idx and targets (B, T), loss_mask (B, T) or None where all targets count, and how many count.
 
     documents (B, T): a number for every token's document, where attention is to stay inside; else None.
+    reference (B / 2,): of pairs, whose first halves are the chosen answers and second halves the rejected ones.
     """
 
     idx: torch.Tensor
@@ -176,6 +177,7 @@ class Batch(NamedTuple):
     loss_mask: torch.Tensor | None
     count: int
     documents: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """A batch with all tensors changed."""
@@ -256,6 +258,44 @@ class Samples:
         return self.get_sample(self.kept[index])
 
 
+class Pairs:
+    """Preferences: a chosen and a rejected answer to the same prompt, samples 2 i and 2 i + 1 of the file.
+
+    reference: what the reference model thinks of each pair, log p(chosen) / p(rejected); see losses.py.
+    """
+
+    def __init__(self, file: TokenFile, block_size: int) -> None:
+        self.file = file
+        lengths = np.diff(file.starts)
+        self.kept = np.flatnonzero(np.maximum(lengths[0::2], lengths[1::2]) <= block_size + 1)
+        self.n_overlong = len(lengths) // 2 - len(self.kept)
+        if not len(self.kept):
+            raise UserError(f"{file.path}: no pair fits block_size {block_size}")
+        self.reference = np.zeros(len(self.kept), dtype=np.float32)
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def get(self, index: int, epoch: int) -> "Pair":
+        starts, first = self.file.starts, 2 * self.kept[index]
+        chosen, rejected = (slice(starts[i], starts[i + 1]) for i in (first, first + 1))
+        tokens, mask = self.file.tokens, self.file.loss_mask
+        return Pair((tokens[chosen], mask[chosen]), (tokens[rejected], mask[rejected]), float(self.reference[index]))
+
+
+class Pair(NamedTuple):
+    chosen: "Sample"
+    rejected: "Sample"
+    reference: float
+
+
+def dataset_of(file: TokenFile, block_size: int, overlong: str, windows: type) -> Any:
+    """The samples of a file, by what it holds; windows: the class for running text."""
+    if file.starts is None:
+        return windows(file, block_size)
+    return Pairs(file, block_size) if file.header.get("has_pairs") else Samples(file, block_size, overlong)
+
+
 Sample = tuple[np.ndarray, np.ndarray | None]  # tokens, and 1 where the loss is taken (None: everywhere)
 
 
@@ -319,6 +359,14 @@ def collate(
     )
 
 
+def collate_pairs(pairs: list[Pair], block_size: int, vocab_size: int, pad_to: int) -> Batch:
+    """Pairs as one batch: all chosen answers, then all rejected ones; what counts is pairs."""
+    rows = [[pair.chosen] for pair in pairs] + [[pair.rejected] for pair in pairs]
+    batch = collate(rows, block_size, vocab_size, pad_to)
+    reference = torch.tensor([pair.reference for pair in pairs])
+    return batch._replace(count=len(pairs), reference=reference)
+
+
 class Batches:
     """What training and validation batches share: the shape of a batch, and this process's place among others."""
 
@@ -339,7 +387,11 @@ class Batches:
         self.overlong, self.rank, self.world_size, self.pad_to = overlong, rank, world_size, pad_to
         self.mask_documents = mask_documents
 
-    def collate(self, rows: list[list[Sample]]) -> Batch:
+    def collate(self, samples: list[Any], rows: list[list[Sample]] | None = None) -> Batch:
+        """Samples or pairs as a batch; rows: how samples share rows, where not each has its own."""
+        if isinstance(samples[0], Pair):
+            return collate_pairs(samples, self.block_size, self.vocab_size, self.pad_to)
+        rows = rows or [[sample] for sample in samples]
         return collate(rows, self.block_size, self.vocab_size, self.pad_to, self.mask_documents)
 
 
@@ -355,13 +407,9 @@ class TrainBatches(Batches):
         self, files: list[TokenFile], *, accumulation_steps: int, pack_samples: bool = False, **shared: Any
     ) -> None:
         super().__init__(**shared)
-        self.pack_samples = pack_samples and all(file.starts is not None for file in files)
-        self.datasets = [
-            Windows(file, self.block_size, self.seed)
-            if file.starts is None
-            else Samples(file, self.block_size, self.overlong)
-            for file in files
-        ]
+        windows = functools.partial(Windows, seed=self.seed)
+        self.datasets = [dataset_of(file, self.block_size, self.overlong, windows) for file in files]
+        self.pack_samples = pack_samples and all(isinstance(dataset, Samples) for dataset in self.datasets)
         self.accumulation_steps = accumulation_steps
         self.samples_per_step = self.batch_size * accumulation_steps
         self.samples_per_epoch = sum(map(len, self.datasets))
@@ -389,8 +437,7 @@ class TrainBatches(Batches):
         for micro_step in range(self.rank, self.accumulation_steps, self.world_size):
             start = position + micro_step * self.batch_size
             samples = [self.sample(p) for p in range(start, start + self.batch_size)]
-            rows = pack(samples, self.block_size) if self.pack_samples else [[sample] for sample in samples]
-            batches.append(self.collate(rows))
+            batches.append(self.collate(samples, pack(samples, self.block_size) if self.pack_samples else None))
         return batches
 
 
@@ -401,12 +448,7 @@ class ValidationBatches(Batches):
         """eval_iters: how many batches, drawn once by the seed; 0: all, in order."""
         super().__init__(**shared)
         self.header = files[0].header
-        self.datasets = [
-            ValidationWindows(file, self.block_size)
-            if file.starts is None
-            else Samples(file, self.block_size, self.overlong)
-            for file in files
-        ]
+        self.datasets = [dataset_of(file, self.block_size, self.overlong, ValidationWindows) for file in files]
         self.samples = [(dataset, i) for dataset in self.datasets for i in range(len(dataset))]
         if 0 < eval_iters * self.batch_size < len(self.samples):
             chosen = np.random.default_rng([self.seed, 2]).permutation(len(self.samples))[
@@ -418,12 +460,12 @@ class ValidationBatches(Batches):
         n_batches = math.ceil(len(self.samples) / self.batch_size)
         for i in range(math.ceil(n_batches / self.world_size)):
             start = (i * self.world_size + self.rank) * self.batch_size
-            rows = [[dataset.get(i, 0)] for dataset, i in self.samples[start : start + self.batch_size]]
+            rows = [dataset.get(i, 0) for dataset, i in self.samples[start : start + self.batch_size]]
             if rows:
                 yield self.collate(rows)
             else:  # every process gets as many, since they may have to work together on each: this one counts nothing
                 dataset, i = self.samples[0]
-                spare = self.collate([[dataset.get(i, 0)]])
+                spare = self.collate([dataset.get(i, 0)])
                 yield spare._replace(loss_mask=torch.zeros(spare.targets.shape), count=0)
 
 

@@ -78,20 +78,25 @@ def raw_suffix(path: Path) -> str:
 
 
 def stage_of(source: Source) -> str:
-    """The stage that a raw file is for, by its contents: "sft" for jsonl of questions or messages, else "pretrain"."""
+    """The stage that a raw file is for, by its contents.
+
+    jsonl with "chosen": "dpo"; with "question" or "messages": "sft"; with "text", and everything else: "pretrain".
+    """
     if source.is_jsonl:
         for number, line in lines(Source(source.path, True)):
             try:
                 first = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(first, dict) and "chosen" in first:
+                return "dpo"
             if isinstance(first, dict) and ("messages" in first or "question" in first):
                 return "sft"
             if isinstance(first, dict) and "text" in first:
                 return "pretrain"
             if number > 100:
                 break
-        raise UserError(f'{source.path}: no line with "text", "question" or "messages": what is it for?')
+        raise UserError(f'{source.path}: no line with "text", "question", "messages" or "chosen": what is it for?')
     return "pretrain"
 
 
@@ -197,6 +202,21 @@ def conversations(
             bad_lines.report(source.path, number, str(error))
 
 
+def samples(
+    source: Source, stage: str, bad_lines: BadLines, progress: Callable[[int], None] = lambda n: None
+) -> Iterator[list[Messages]]:
+    """Units of a jsonl file for sft: [conversation]; for dpo: [with the chosen answer, with the rejected one]."""
+    if stage == "sft":
+        for _, messages in conversations(source, bad_lines, progress):
+            yield [messages]
+        return
+    for number, line in lines(source, progress):
+        try:
+            yield parse_preference(line)
+        except UserError as error:
+            bad_lines.report(source.path, number, str(error))
+
+
 def parse_object(line: str) -> dict[str, Any]:
     try:
         values = json.loads(line)
@@ -252,3 +272,20 @@ def parse_conversation(line: str) -> Messages:
     if conversation[-1]["role"] != "assistant":
         raise UserError("the last message must be an answer (role assistant)")
     return conversation
+
+
+def parse_preference(line: str) -> list[Messages]:
+    """The two conversations of a preference line; raises UserError.
+
+    {"prompt": ..., "chosen": ..., "rejected": ...}, or "messages" that end with a question instead of "prompt".
+    """
+    values = parse_object(line)
+    answers = [{"role": "assistant", "content": text_field(values, name)} for name in ("chosen", "rejected")]
+    if answers[0] == answers[1]:
+        raise UserError('"chosen" and "rejected" are the same')
+    if "messages" not in values:
+        prompt = [{"role": "user", "content": text_field(values, "prompt")}]
+        return [[*prompt, answer] for answer in answers]
+    if not isinstance(values["messages"], list):
+        raise UserError('"messages" must be a list that ends with a question')
+    return [parse_conversation(json.dumps({"messages": [*values["messages"], answer]})) for answer in answers]

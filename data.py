@@ -11,6 +11,7 @@ Writes dataset/tokenizer.json and, per stage, dataset/STAGE_train.bin and datase
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import lzma
 import math
@@ -45,7 +46,15 @@ from tokenizer import (
 
 COMPRESSED_SAMPLE = 1_000_000  # characters of the corpus that zlib and lzma are tried on
 BPE_SAMPLE = 50_000_000  # characters that BPE merges are learned from
-DEFAULT_FILES = ("pretrain.txt", "pretrain.txt.gz", "pretrain.jsonl", "pretrain.jsonl.gz", "sft.jsonl", "sft.jsonl.gz")
+DEFAULT_FILES = (
+    "pretrain.txt",
+    "pretrain.txt.gz",
+    "pretrain.jsonl",
+    "pretrain.jsonl.gz",
+    "sft.jsonl",
+    "sft.jsonl.gz",
+    "dpo.jsonl",
+)
 
 
 class Scan:
@@ -60,7 +69,7 @@ class Scan:
         self.sample = ""
 
     def see(self, text: str) -> None:
-        text = special_pattern.sub("", text) if "<|" in text and self.stage != "sft" else text
+        text = special_pattern.sub("", text) if "<|" in text and self.stage == "pretrain" else text
         mark_characters(self.seen, text)
         self.n_characters += len(text)
         if len(self.sample) < COMPRESSED_SAMPLE:
@@ -88,10 +97,10 @@ def scan(stage: str, sources: list[Source], bad_lines: BadLines) -> Scan:
     result = Scan(stage, sources)
     with progress_bar(sources, f"reading {stage}") as progress:
         for source in sources:
-            if stage == "sft":
-                for _, messages in corpus.conversations(source, bad_lines, progress):
-                    result.hashes.append(unit_hash(conversation_text(messages)))
-                    for message in messages:
+            if stage != "pretrain":
+                for unit in corpus.samples(source, stage, bad_lines, progress):
+                    result.hashes.append(unit_hash("".join(map(conversation_text, unit))))
+                    for message in itertools.chain.from_iterable(unit):
                         result.see(message["content"])
                         result.seen[ord("\n")] |= message["role"] == "system"  # the template puts one after it
             else:
@@ -122,10 +131,10 @@ def write_split_files(
     scanned: Scan, tokenizer: Tokenizer, output: Path, val_fraction: float, block_size: int, bad_lines: BadLines
 ) -> list[str]:
     """The second pass over one stage's files: encode every unit into its split's file; returns lines to report."""
-    stage, is_sft = scanned.stage, scanned.stage == "sft"
+    stage, has_samples = scanned.stage, scanned.stage != "pretrain"
     hashes = np.array(scanned.hashes, dtype=np.uint64)
     keep, is_val = split_units(hashes, val_fraction)
-    if is_sft and not is_val.any():
+    if has_samples and not is_val.any():
         raise UserError(
             f"{scanned.sources[0].path}: {keep.sum()} distinct sample(s); at least 2 are needed, one to validate on"
         )
@@ -133,15 +142,15 @@ def write_split_files(
     paths = {split: output / f"{stage}_{split}.bin" for split in ("train", "val")}
     with contextlib.ExitStack() as stack:
         writers = {
-            split: TokenFileWriter(stack.enter_context(atomic_write(path)), tokenizer.vocab_size, is_sft)
+            split: TokenFileWriter(stack.enter_context(atomic_write(path)), tokenizer.vocab_size, has_samples)
             for split, path in paths.items()
         }
         progress = stack.enter_context(progress_bar(scanned.sources, f"encoding {stage}"))
         number = position = 0
         for source in scanned.sources:
-            if is_sft:
-                for _, messages in corpus.conversations(source, bad_lines, progress):
-                    if keep[number]:
+            if has_samples:
+                for unit in corpus.samples(source, stage, bad_lines, progress):
+                    for messages in unit if keep[number] else ():
                         ids, mask = tokenizer.encode_chat(messages)
                         answers = sum(len(m["content"]) for m in messages if m["role"] == "assistant")
                         writers["val" if is_val[number] else "train"].add(ids, answers, mask)
@@ -165,6 +174,7 @@ def write_split_files(
         check_lengths(writers, scanned, block_size)
         shared = {
             "stage": stage,
+            "has_pairs": stage == "dpo",
             "tokenizer": tokenizer.fingerprint(),
             "vocab_size": tokenizer.vocab_size,
             "val_fraction": val_fraction,
@@ -179,7 +189,7 @@ def write_split_files(
 
 def check_lengths(writers: dict[str, TokenFileWriter], scanned: Scan, block_size: int) -> None:
     train, val = writers["train"], writers["val"]
-    if scanned.stage != "sft" and train.n_tokens < block_size + 1:
+    if scanned.stage == "pretrain" and train.n_tokens < block_size + 1:
         raise UserError(
             f"{scanned.sources[0].path}: {train.n_tokens} tokens for training are fewer than one window of "
             f"{block_size} + 1; bring more text, or a smaller --block_size here and in training"
@@ -195,7 +205,7 @@ def baselines(writers: dict[str, TokenFileWriter], scanned: Scan) -> dict[str, f
     train, val = writers["train"].counts, writers["val"].counts
     probability = (train + 1) / (train.sum() + len(train))  # add-one smoothing: no token is impossible
     result = {"uniform": math.log(len(train)), "unigram": float(-(val * np.log(probability)).sum() / max(1, val.sum()))}
-    if scanned.stage != "sft":
+    if scanned.stage == "pretrain":
         sample = scanned.sample.encode("utf-8")
         result["zlib_bits_per_character"] = 8 * len(zlib.compress(sample, 9)) / len(scanned.sample)
         result["lzma_bits_per_character"] = 8 * len(lzma.compress(sample)) / len(scanned.sample)
@@ -252,8 +262,9 @@ def sample_texts(scans: list[Scan], bar: tqdm) -> Iterator[str]:
     for result in scans:
         budget = BPE_SAMPLE // len(scans)
         for source in result.sources:
-            if result.stage == "sft":
-                texts = (m["content"] for _, messages in corpus.conversations(source, ignored) for m in messages)
+            if result.stage != "pretrain":
+                units = corpus.samples(source, result.stage, ignored)
+                texts = (message["content"] for unit in units for messages in unit for message in messages)
             else:
                 texts = (text for text, _ in corpus.documents(source, ignored))
             for text in texts:

@@ -248,7 +248,7 @@ def set_up(config: ProblemConfig, explicit: dict[str, Any]) -> train.Run:
     validation = HeldOut(
         source, "val", parse_length(config.train_length), (config.eval_iters or 40) * config.batch_size
     )
-    result = train.Run(config, model, tokenizer, TrainInstances(source), validation, engine, adapter)
+    result = train.Run(config, model, tokenizer, TrainInstances(source), validation, engine, adapter=adapter)
     result.measure = lambda: {"accuracy": total(exact_match(model, validation, engine)).share}
     train.start(result, checkpoint)
     return result

@@ -34,18 +34,11 @@ from configuration import Config, Parser, UserError, check_fields, fields_of, fi
 from engine import DTYPES, Engine, Loss, dtype_name
 from experts import count_tokens
 from files import hold_lock
+from losses import LOSSES, PREFERENCES, make_loss, next_token
 from model import GPT, SDP_KERNELS, ModelConfig
 from optimizer import OPTIMIZERS, SCHEDULES, schedule
 from run_log import SINKS, Console, RunLog, StopRequest
 from tokenizer import Tokenizer, load_tokenizer
-
-
-def next_token_loss(model: torch.nn.Module, batch: Batch, reduction: str) -> torch.Tensor:
-    """Cross-entropy of the targets that count: summed ("sum") or per position ("none")."""
-    return model(batch.idx, batch.targets, batch.loss_mask, reduction, batch.documents)[1]
-
-
-LOSSES: dict[str, Loss] = {"next_token": next_token_loss}
 
 
 @dataclass
@@ -54,6 +47,12 @@ class TrainConfig(Config):
 
     stage: str = option("", "name of the checkpoints this run writes; empty: the config file's name")
     loss: str = option("next_token", "what is minimised", choices=LOSSES)
+    teacher: str = option("", "distill: checkpoint of the model to learn from")
+    distill_temperature: float = option(2.0, "distill: softens the probabilities of both", above=0.0)
+    distill_weight: float = option(0.5, "distill: share of the teacher in the loss", minimum=0.0, maximum=1.0)
+    reference: str = option("", "dpo, ipo: checkpoint to measure from; empty: from_checkpoint")
+    dpo_chosen_weight: float = option(0.2, "dpo, ipo: weight of the chosen answer's own cross-entropy", minimum=0.0)
+    dpo_beta: float = option(0.1, "dpo, ipo: how dear it is to leave the reference", above=0.0)
     from_checkpoint: str = option("", "checkpoint to start from; of the same stage: continues that run")
     save_checkpoint_to: str = option("checkpoint", "folder of the checkpoints")
     dataset_path: list[list[str]] = option(
@@ -155,6 +154,7 @@ class Run:
     batches: Any  # TrainBatches, or whatever else has at(position) and samples_per_step
     validation: Any  # an iterable of Batch, the same ones every time
     engine: Engine
+    loss: Loss = next_token
     adapter: dict[str, Any] | None = None  # settings and base of the LoRA adapter that is trained
     state: State = field(default_factory=State)
     continues: bool = False  # an earlier run of the same stage
@@ -188,7 +188,6 @@ class Run:
 def train(run: Run, log: RunLog) -> State:
     """THE training loop: batch, loss, backward, step; sometimes evaluate, sometimes save."""
     config, engine, state = run.config, run.engine, run.state
-    loss_function = LOSSES[config.loss]
     deadline = run.began + 60 * config.max_minutes if config.max_minutes else math.inf
     steps = prefetch(run.batches, state.samples, pin_memory=engine.device.type == "cuda")
     evaluated = saved = -1
@@ -208,7 +207,7 @@ def train(run: Run, log: RunLog) -> State:
             lr_scale = config.lr_scale(state.step)
             loss = torch.zeros((), device=engine.device)
             for i, batch in enumerate(micro_batches, 1):
-                loss += engine.forward_backward(loss_function, batch, count, is_last=i == len(micro_batches))
+                loss += engine.forward_backward(run.loss, batch, count, is_last=i == len(micro_batches))
             (loss,) = engine.sum_over_ranks(loss.item())
             grad_norm = engine.step(lr_scale)  # which moves nothing where the norm is not finite
             count_experts(run)
@@ -293,18 +292,21 @@ def evaluate(run: Run) -> tuple[float, float]:
     for batch in run.validation:
         batch = batch.to(engine.device)
         with engine.autocast():
-            losses = LOSSES[run.config.loss](network, batch, "none")
+            losses = run.loss(network, batch, "none")
         s = losses.double().sum(1).cpu()
-        c = (
-            torch.full_like(s, batch.targets.size(1))
-            if batch.loss_mask is None
-            else batch.loss_mask.double().sum(1).cpu()
-        )
+        c = what_counts(batch, losses).double().sum(1).cpu()
         sums += torch.stack([s.sum(), c.sum(), (s * s).sum(), (s * c).sum(), (c * c).sum()])
     network.train()
     s, c, ss, sc, cc = engine.sum_over_ranks(*sums.tolist())
     mean = s / c
     return mean, math.sqrt(max(0.0, ss - 2 * mean * sc + mean * mean * cc)) / c
+
+
+def what_counts(batch: Batch, losses: torch.Tensor) -> torch.Tensor:
+    """1 where a loss counts: (B, T) per target, or (pairs, 1)."""
+    if losses.shape != batch.targets.shape:
+        return torch.full_like(losses, batch.count > 0)
+    return torch.ones_like(losses) if batch.loss_mask is None else batch.loss_mask
 
 
 def evaluate_and_save(run: Run, log: RunLog) -> None:
@@ -334,7 +336,7 @@ def evaluate_and_save(run: Run, log: RunLog) -> None:
     if run.measure:
         figures = run.measure()
         record.update(figures)
-        line += "".join(f", {name} {value:.2%}" for name, value in figures.items())
+        line += "".join(f", {n} {v:.2%}" if "accuracy" in n else f", {n} {v:.3f}" for n, v in figures.items())
     if improved and not save_or_warn(run, run.best_path, log):
         improved, state.best_val_loss = False, before  # so that the next good one is saved
     log.write(record)
@@ -520,7 +522,13 @@ def set_up(config: TrainConfig, explicit: dict[str, Any], defaults: dict[str, An
     batches = TrainBatches(train_files, accumulation_steps=steps, pack_samples=pack_samples, **shared)
     validation = ValidationBatches(val_files, eval_iters=config.eval_iters, **shared)
     n_characters = sum(file.header["n_characters"] for file in val_files)
-    run = Run(config, model, tokenizer, batches, validation, engine, adapter)
+    if not config.reference and config.loss in PREFERENCES:  # a run that goes on measures from where it began
+        is_same = checkpoint is not None and checkpoint["train_config"].get("stage") == config.stage
+        before = checkpoint["train_config"].get("reference") if is_same else None
+        config.reference = before or config.from_checkpoint
+    loss = make_loss(config, engine, tokenizer, [*batches.datasets, *validation.datasets])
+    run = Run(config, model, tokenizer, batches, validation, engine, loss, adapter)
+    run.measure = getattr(loss, "figures", None)
     run.tokens_per_character = sum(file.header["n_loss_tokens"] for file in val_files) / max(1, n_characters)
     run.data_sizes = [file.header["n_tokens"] for file in train_files]
     start(run, checkpoint)
@@ -653,7 +661,7 @@ def train_stage(args: Any, overrides: dict[str, Any], make_engine: Callable[[Tra
     engine = make_engine(config)
     run = set_up(config, explicit, defaults, engine)
     if args.check:
-        preflight.check_learning(run, LOSSES[config.loss])
+        preflight.check_learning(run, run.loss)
         return
     with contextlib.redirect_stdout(Console(sys.stdout)), contextlib.redirect_stderr(Console(sys.stderr)):
         if engine.is_main:

@@ -10,7 +10,6 @@ import time
 from measuring import show
 
 import problem
-import train
 from tasks import PROBLEMS
 
 N_STEPS = 10
@@ -22,7 +21,6 @@ def main() -> None:
         config, _ = problem.make_config(name, {}, {})
         run = problem.set_up(config, {})
 
-        loss = train.LOSSES[config.loss]
         steps = [run.batches.at(i * run.batches.samples_per_step) for i in range(N_STEPS)]
         began = time.perf_counter()
         for i in range(N_STEPS):
@@ -30,7 +28,7 @@ def main() -> None:
         making = (time.perf_counter() - began) / N_STEPS
         began = time.perf_counter()
         for batch in (batch for step in steps for batch in step):
-            run.engine.forward_backward(loss, batch, batch.count, is_last=True)
+            run.engine.forward_backward(run.loss, batch, batch.count, is_last=True)
             run.engine.step(0.01)
         learning = (time.perf_counter() - began) / N_STEPS
         shares[name] = making / learning

@@ -63,7 +63,7 @@ def parts_seconds(arguments: list[str], steps: int) -> tuple[dict[str, float], f
         began = time.perf_counter()
 
     def timed_loss(*arguments):
-        loss = train.LOSSES[config.loss](*arguments)
+        loss = training.loss(*arguments)
         lap("forward")
         return loss
 

@@ -12,6 +12,7 @@ import torch
 from conftest import DATA, FAST, TINY, make_text, read_log
 from processes import break_loss, end_of, fork, newest_log, train_on
 
+import losses
 import preflight
 import train
 from checkpointing import load_checkpoint, load_model, load_newest
@@ -148,7 +149,7 @@ def test_resuming_falls_back_to_the_predecessor(prepared, call, capsys):
 
 @pytest.fixture
 def break_the_loss(monkeypatch):
-    monkeypatch.setattr(train, "LOSSES", dict(train.LOSSES))
+    monkeypatch.setattr(losses, "LOSSES", dict(losses.LOSSES))
     return break_loss
 
 

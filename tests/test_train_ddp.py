@@ -15,6 +15,7 @@ from batches import TokenFile, ValidationBatches
 from checkpointing import load_checkpoint
 from configuration import UserError
 from distributed import check_accumulation, has_lost_contact
+from losses import next_token
 from train_ddp import DDPEngine
 
 ARGUMENTS = [*TINY, *FAST, "--optimizer", "adamw", "--eval_interval", "10", "--gradient_accumulation_steps", "4"]
@@ -172,7 +173,7 @@ def test_gradients_are_exchanged_with_the_last_micro_batch_only(prepared, monkey
         engine.network.register_comm_hook(None, hook)
         for batch in run.batches.at(0):
             taken.append(batch)
-            engine.forward_backward(train.LOSSES["next_token"], batch, 100, is_last=len(taken) == 4)
+            engine.forward_backward(next_token, batch, 100, is_last=len(taken) == 4)
         assert set(exchanged) == {4}
     finally:
         torch.distributed.destroy_process_group()

@@ -1,0 +1,157 @@
+"""What training minimises. A loss takes (model, batch, reduction) and gives
+
+"sum"     a scalar, to be divided by what counts in a whole step
+"none"    what validation averages: (B, T) per target, or (pairs, 1) for preferences
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from batches import Batch, Pairs, collate_pairs
+from checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
+from configuration import UserError
+from engine import Engine, Loss
+from model import GPT
+from tokenizer import Tokenizer
+
+
+def next_token(model: torch.nn.Module, batch: Batch, reduction: str) -> torch.Tensor:
+    """Cross-entropy of the targets that count."""
+    return model(batch.idx, batch.targets, batch.loss_mask, reduction, batch.documents)[1]
+
+
+def load_frozen(field: str, path: str, tokenizer: Tokenizer, device: torch.device) -> GPT:
+    """Another model to learn from, of a checkpoint that a config field names."""
+    if not path:
+        raise UserError(f"{field}: which checkpoint? --{field} names it")
+    checkpoint = load_checkpoint(path)
+    if load_checkpoint_tokenizer(checkpoint, path).fingerprint() != tokenizer.fingerprint():
+        raise UserError(f"{field}: {path} has another tokenizer")
+    return load_model(checkpoint, path).to(device).eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------- distillation
+
+
+class Distillation:
+    """Learn a teacher's probabilities beside the text itself (Hinton et al. 2015, arXiv:1503.02531).
+
+    (1 - weight) cross-entropy + weight T^2 KL(teacher || student), both softened by the temperature T. Validation
+    measures the cross-entropy alone, so that its loss compares with that of any other training.
+    """
+
+    def __init__(self, teacher: GPT, temperature: float, weight: float) -> None:
+        self.teacher, self.temperature, self.weight = teacher, temperature, weight
+
+    def __call__(self, model: torch.nn.Module, batch: Batch, reduction: str) -> torch.Tensor:
+        if reduction == "none":
+            return next_token(model, batch, reduction)
+        logits, hard = model(batch.idx, batch.targets, batch.loss_mask, "sum", batch.documents)
+        with torch.no_grad():
+            expected = self.teacher.lm_head(self.teacher.hidden(batch.idx, documents=batch.documents))
+        T = self.temperature
+        divergence = F.kl_div(
+            (logits.float() / T).log_softmax(-1),
+            (expected.float() / T).log_softmax(-1),
+            reduction="none",
+            log_target=True,
+        ).sum(-1)
+        if batch.loss_mask is not None:
+            divergence = divergence * batch.loss_mask
+        return (1 - self.weight) * hard + self.weight * T * T * divergence.sum()
+
+
+def distillation(config: Any, engine: Engine, tokenizer: Tokenizer, data: Iterable[Any]) -> Distillation:
+    teacher = load_frozen("teacher", config.teacher, tokenizer, engine.device)
+    return Distillation(teacher, config.distill_temperature, config.distill_weight)
+
+
+# ---------------------------------------------------------------------------------------------------- preferences
+
+
+def dpo(ratio: torch.Tensor, beta: float) -> torch.Tensor:
+    """Rafailov et al. 2023 (arXiv:2305.18290): -log sigmoid(beta ratio)."""
+    return -F.logsigmoid(beta * ratio)
+
+
+def ipo(ratio: torch.Tensor, beta: float) -> torch.Tensor:
+    """Azar et al. 2023 (arXiv:2310.12036): the ratio is to be 1 / (2 beta), no more."""
+    return (ratio - 1 / (2 * beta)).square()
+
+
+PREFERENCES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {"dpo": dpo, "ipo": ipo}
+
+
+def answer_log_probabilities(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """log p of every row's answer (B,): the sum over its tokens."""
+    return -model(batch.idx, batch.targets, batch.loss_mask, "none")[1].sum(1)
+
+
+class Preference:
+    """Make chosen answers likelier than rejected ones, measured from a reference model.
+
+    ratio = log p(chosen) / p(rejected) of the model, less that of the reference, which is computed once for all pairs.
+    The implicit reward of an answer is beta log p / p_reference, its margin beta times the ratio. The ratio alone may
+    also grow while both answers become unlikely; chosen_weight adds the chosen answer's cross-entropy per token, which
+    keeps it likely (Pang et al. 2024, arXiv:2404.19733).
+    """
+
+    def __init__(
+        self, kind: str, beta: float, chosen_weight: float, sum_over_ranks: Callable[..., list[float]]
+    ) -> None:
+        self.kind, self.beta, self.chosen_weight, self.sum_over_ranks = kind, beta, chosen_weight, sum_over_ranks
+        self.evaluated: list[torch.Tensor] = []
+
+    def __call__(self, model: torch.nn.Module, batch: Batch, reduction: str) -> torch.Tensor:
+        chosen, rejected = answer_log_probabilities(model, batch).chunk(2)
+        ratio = chosen - rejected - batch.reference
+        losses = PREFERENCES[self.kind](ratio, self.beta)
+        if reduction == "sum":
+            lengths = batch.loss_mask.sum(1).chunk(2)[0]
+            return losses.sum() - self.chosen_weight * (chosen / lengths).sum()
+        if batch.count:  # (else it only keeps the processes in step)
+            self.evaluated.append(ratio.detach())
+        return losses[:, None] * (batch.count > 0)
+
+    def figures(self) -> dict[str, float]:
+        """Over the last evaluation: the share of pairs that the model ranks right, and the mean reward margin."""
+        ratios = torch.cat(self.evaluated) if self.evaluated else torch.zeros(0)
+        self.evaluated = []
+        right, total, n = self.sum_over_ranks((ratios > 0).sum().item(), ratios.sum().item(), float(len(ratios)))
+        return {"preference_accuracy": right / max(1, n), "reward_margin": self.beta * total / max(1, n)}
+
+
+@torch.no_grad()
+def remember_reference(reference: GPT, pairs: Pairs, batch_size: int, device: torch.device) -> None:
+    """Compute the reference's log p(chosen) / p(rejected) of all pairs, once."""
+    for start in range(0, len(pairs), batch_size):
+        rows = [pairs.get(i, 0) for i in range(start, min(len(pairs), start + batch_size))]
+        batch = collate_pairs(rows, reference.config.block_size, reference.config.vocab_size, 16).to(device)
+        chosen, rejected = answer_log_probabilities(reference, batch).chunk(2)
+        pairs.reference[start : start + len(rows)] = (chosen - rejected).cpu().numpy()
+
+
+def preference(config: Any, engine: Engine, tokenizer: Tokenizer, data: Iterable[Any]) -> Preference:
+    reference = load_frozen("reference", config.reference, tokenizer, engine.device)
+    for dataset in data:
+        if not isinstance(dataset, Pairs):
+            raise UserError(f"loss {config.loss} needs pairs: jsonl lines with prompt, chosen and rejected")
+        remember_reference(reference, dataset, config.batch_size, engine.device)
+    return Preference(config.loss, config.dpo_beta, config.dpo_chosen_weight, engine.sum_over_ranks)
+
+
+def plain(config: Any, engine: Engine, tokenizer: Tokenizer, data: Iterable[Any]) -> Loss:
+    if any(isinstance(dataset, Pairs) for dataset in data):
+        raise UserError(f"loss {config.loss} cannot use pairs of answers: --loss dpo does")
+    return next_token
+
+
+LOSSES = {"next_token": plain, "distill": distillation, **dict.fromkeys(PREFERENCES, preference)}
+
+
+def make_loss(config: Any, engine: Engine, tokenizer: Tokenizer, data: Iterable[Any]) -> Loss:
+    """The loss that config.loss names; data: the datasets that it will see."""
+    return LOSSES[config.loss](config, engine, tokenizer, list(data))

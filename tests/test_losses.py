@@ -1,0 +1,189 @@
+"""Distillation and preferences: against formulas written out, and by what is learnt."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from conftest import FAST, TINY, make_text, read_log, write_jsonl
+from processes import newest_log, train_on
+
+import inference
+import losses
+from batches import TokenFile, TrainBatches, ValidationBatches
+from checkpointing import load_checkpoint
+from losses import Distillation, Preference
+from model import GPT, ModelConfig
+
+FAST_PAIRS = [*FAST, "--gradient_accumulation_steps", "1", "--optimizer", "adamw", "--eval_iters", "0"]
+
+
+def make_pairs(n: int = 60, seed: int = 0) -> list[dict]:
+    """A polite answer is to be chosen; which of two ways of asking comes first says nothing."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(n):
+        word = "".join(rng.choice("abcdef") for _ in range(4))
+        rows.append({"prompt": f"say {word} {i % 10}", "chosen": f"yes {word}", "rejected": f"no {word}"})
+    return rows
+
+
+@pytest.fixture
+def pairs(work, call):
+    """Prepared pairs, and a model fine-tuned on both kinds of answers alike."""
+    (work / "dataset").mkdir()
+    rows = make_pairs()
+    write_jsonl(work / "dataset" / "dpo.jsonl", rows)
+    both = [{"question": row["prompt"], "answer": row[kind]} for row in rows for kind in ("chosen", "rejected")]
+    write_jsonl(work / "dataset" / "sft.jsonl", both)
+    (work / "dataset" / "pretrain.txt").write_text(make_text(3000), encoding="utf-8")
+    assert call("data.py", "--block_size", "32").status == 0
+    shape = [*TINY, "--block_size", "32", "--n_embd", "32"]
+    args = ["-t", "sft", "--from_checkpoint", "", *shape, *FAST, "--max_steps", "60", "--learning_rate", "0.01"]
+    assert call("train.py", *args, "--optimizer", "adamw").status == 0
+    return work
+
+
+def share_of_polite_answers(checkpoint: str) -> float:
+    """Of drawn answers to new prompts."""
+    speaker = inference.load_speaker(checkpoint, "cpu", True, [])
+    prompts = [row["prompt"] for row in make_pairs(40, seed=1)]
+    settings = [inference.Settings(max_length=32, temperature=1.0, seed=i) for i in range(40)]
+    answers = ["".join(itertools.islice(speaker.answer(*asked), 3)) for asked in zip(prompts, settings, strict=True)]
+    return sum(answer.startswith("yes") for answer in answers) / len(answers)
+
+
+def small_model(vocab_size: int, seed: int = 0) -> GPT:
+    torch.manual_seed(seed)
+    model = GPT(ModelConfig(vocab_size=vocab_size, block_size=32, n_layer=1, n_head=2, n_embd=16))
+    return model.eval()
+
+
+def by_hand(model: GPT, tokens: list[int], mask: list[int]) -> float:
+    """log p of the tokens that count, one at a time, in float64."""
+    probabilities = model(torch.tensor([tokens]))[0][0].double().softmax(-1)
+    return sum(math.log(probabilities[t - 1, tokens[t]].item()) for t in range(1, len(tokens)) if mask[t])
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ipo"])
+def test_preference_loss_is_the_formula(pairs, kind):
+    file = TokenFile("dataset/dpo_train.bin")
+    options = {"block_size": 32, "vocab_size": file.header["vocab_size"], "batch_size": 5, "seed": 1}
+    batches = TrainBatches([file], accumulation_steps=1, **options)
+    model, reference = (small_model(file.header["vocab_size"], seed) for seed in (0, 1))
+    losses.remember_reference(reference, batches.datasets[0], 7, torch.device("cpu"))
+    (batch,) = batches.at(0)
+    total = 0.0
+    for chosen, rejected, _ in (batches.sample(i) for i in range(5)):
+        w, l = ([by_hand(m, t.tolist(), k.tolist()) for m in (model, reference)] for t, k in (chosen, rejected))  # noqa: E741
+        ratio = (w[0] - w[1]) - (l[0] - l[1])  # as in TRL: policy minus reference, chosen minus rejected
+        total += math.log(1 + math.exp(-0.3 * ratio)) if kind == "dpo" else (ratio - 1 / 0.6) ** 2
+    loss = Preference(kind, 0.3, 0.5, lambda *values: list(values))
+    rows = [batches.sample(i).chosen for i in range(5)]
+    likely = sum(by_hand(model, tokens.tolist(), mask.tolist()) / mask.sum() for tokens, mask in rows)
+    assert loss(model, batch, "sum").item() == pytest.approx(total - 0.5 * likely, rel=1e-4)
+    assert loss(model, batch, "none").sum().item() == pytest.approx(total, rel=1e-4) and batch.count == 5
+    assert loss.figures()["preference_accuracy"] in [i / 5 for i in range(6)]
+
+
+def test_preferences_are_learnt_on_pairs_never_seen(pairs, call):
+    args = ["-t", "dpo", *FAST_PAIRS, "--batch_size", "16", "--max_steps", "60", "--eval_interval", "20"]
+    result = call("train.py", *args, "--learning_rate", "0.003", "--dpo_beta", "0.3")
+    assert result.status == 0, result.err
+    records = read_log(newest_log(pairs), "val")
+    assert records[-1]["preference_accuracy"] >= 0.9 and records[-1]["reward_margin"] > 0.1
+    assert records[-1]["val_loss"] < math.log(2)  # that of no preference
+    before, after = (share_of_polite_answers(f"checkpoint/{name}.pt") for name in ("sft", "dpo"))
+    assert after >= 0.9 > 0.8 > before, (before, after)
+
+
+def test_a_preference_run_goes_on_from_the_same_reference(pairs, call):
+    data = ["--dataset_path", '[["dataset/dpo_train.bin", "dataset/dpo_val.bin"]]']
+    args = ["-t", "dpo", *FAST_PAIRS, *data, "--lr_decay_iters", "6", "--eval_interval", "3"]
+    assert call("train.py", *args, "--max_steps", "6", "--stage", "whole").status == 0
+    assert call("train.py", *args, "--max_steps", "3", "--stage", "parts").status == 0
+    resume = ["--stage", "parts", "--from_checkpoint", "checkpoint/parts_last.pt"]
+    assert call("train.py", *args, "--max_steps", "6", *resume).status == 0
+    whole, parts = (load_checkpoint(f"checkpoint/{name}_last.pt") for name in ("whole", "parts"))
+    assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+    assert whole["train_config"]["reference"] == parts["train_config"]["reference"] == "checkpoint/sft.pt"
+
+
+def test_preferences_on_two_processes_are_those_of_one(pairs, call):
+    args = ["-t", "dpo", *FAST_PAIRS, "--gradient_accumulation_steps", "2", "--max_steps", "4", "--eval_interval", "2"]
+    assert call("train.py", *args).status == 0
+    one = read_log(newest_log(pairs), "val")
+    train_on(2, pairs, *args)
+    for record, other in zip(one, read_log(newest_log(pairs), "val"), strict=True):
+        for field in ("val_loss", "preference_accuracy", "reward_margin"):
+            assert other[field] == pytest.approx(record[field], rel=1e-4, abs=1e-5)
+
+
+def test_every_pair_is_evaluated_once(pairs):
+    file = TokenFile("dataset/dpo_val.bin")
+    options = {"block_size": 32, "vocab_size": file.header["vocab_size"], "batch_size": 4, "seed": 1, "world_size": 3}
+    counted = sum(
+        batch.count for rank in range(3) for batch in ValidationBatches([file], eval_iters=0, rank=rank, **options)
+    )
+    assert counted == (len(file.starts) - 1) // 2
+
+
+def test_distillation_is_the_formula():
+    student, teacher = small_model(20, 0), small_model(20, 1)
+    idx, targets = torch.randint(0, 20, (2, 2, 8))
+    mask = torch.tensor([[1.0] * 8, [0.0] * 5 + [1.0] * 3])
+    batch = losses.Batch(idx, targets, mask, 11)
+    expected = 0.0
+    for b in range(2):
+        p, q = (m(idx)[0][b].double() for m in (student, teacher))
+        for t in range(8):
+            if mask[b, t]:
+                soft_p, soft_q = (p[t] / 3).softmax(-1), (q[t] / 3).softmax(-1)
+                divergence = sum(soft_q[i] * (soft_q[i] / soft_p[i]).log() for i in range(20))
+                expected += 0.25 * -p[t].log_softmax(-1)[targets[b, t]] + 0.75 * 9 * divergence
+    loss = Distillation(teacher, 3.0, 0.75)
+    torch.testing.assert_close(loss(student, batch, "sum").double(), expected, rtol=1e-4, atol=1e-5)
+    plain = losses.next_token(student, batch, "none")
+    assert torch.equal(loss(student, batch, "none"), plain)
+
+
+def test_a_student_comes_nearer_to_its_teacher(pairs, call):
+    """The teacher's probabilities alone (weight 1): the student ends near it where the data alone would not lead."""
+    data = ["--dataset_path", '[["dataset/pretrain_train.bin", "dataset/pretrain_val.bin"]]']
+    base = [*FAST, *TINY, *data, "--eval_iters", "0", "--learning_rate", "0.01", "--optimizer", "adamw"]
+    assert call("train.py", "-t", "pretrain", *base, "--max_steps", "60", "--stage", "teacher").status == 0
+    args = ["-t", "distill", *base, "--teacher", "checkpoint/teacher.pt", "--max_steps", "60", "--warmup_iters", "2"]
+    assert call("train.py", *args, "--distill_weight", "1").status == 0
+    assert read_log(newest_log(pairs), "val")[-1]["val_loss"] < 0.8 * math.log(30)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["-t", "distill", "--teacher", ""], "teacher: which checkpoint?"),
+        (["-t", "distill", "--teacher", "checkpoint/none.pt"], "no such checkpoint"),
+        (["-t", "dpo", "--loss", "next_token"], "cannot use pairs of answers"),
+        (["-t", "sft", "--loss", "dpo", "--from_checkpoint", "checkpoint/sft.pt"], "needs pairs"),
+        (["-t", "dpo", "--dpo_beta", "0"], "dpo_beta must be above 0"),
+    ],
+)
+def test_mistakes_are_told(pairs, call, argv, words):
+    result = call("train.py", *argv, *FAST, "--max_steps", "1")
+    assert result.status == 1 and words in result.err and "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"prompt": "a", "chosen": "b"}, '"rejected" is missing'),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
+        ({"chosen": "b", "rejected": "c"}, '"prompt" is missing'),
+        ({"messages": [{"role": "assistant", "content": "x"}], "chosen": "b", "rejected": "c"}, "is due"),
+        ({"messages": "x", "chosen": "b", "rejected": "c"}, "must be a list"),
+    ],
+)
+def test_bad_preference_lines_are_named(work, call, line, words):
+    write_jsonl(work / "p.jsonl", [*make_pairs(20), line])
+    result = call("data.py", "p.jsonl", "--max_bad_lines", "0")
+    assert result.status == 1 and "line 21" in result.err and words in result.err
