@@ -9,6 +9,7 @@ data.py writes token files; nothing here knows about raw text.
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import queue
@@ -27,7 +28,7 @@ from tokenizer import BOS, EOS, PADDING, UNKNOWN
 
 # ---------------------------------------------------------------------------------------------------- token files
 
-FORMAT = 1
+FORMAT = 2
 HEADER_SIZE = 1 << 16
 DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64}
 
@@ -132,8 +133,7 @@ class TokenFile:
             end = 8 + length + max(entry["data_offsets"][1] for name, entry in layout.items() if name != "__metadata__")
             if end != size:
                 raise UserError(f"{path}: {size} bytes where its header says {end}: damaged; prepare it again")
-            expected = layout["__metadata__"].pop("crc32", None)  # (files of earlier versions have none)
-            if expected is not None and int(expected) != checksum_with(layout, checksum):
+            if int(layout["__metadata__"].pop("crc32")) != checksum_with(layout, checksum):
                 raise UserError(f"{path}: damaged: its checksum is wrong; prepare it again")
             self.tokens = self._map(layout["tokens"], 8 + length)
             has_samples = "starts" in layout
@@ -169,7 +169,8 @@ class Batch(NamedTuple):
     """A micro-batch: idx and targets (B, T), loss_mask (B, T) or None where all targets count, and how many count.
 
     documents (B, T): a number for every token's document, where attention is to stay inside; else None.
-    reference (B / 2,): of pairs, whose first halves are the chosen answers and second halves the rejected ones.
+    reference (B / 2,): of pairs, whose first halves are the chosen answers and second halves the rejected ones; or
+    (B, T), with old (B, T) and advantage (B,), of answers that the model drew itself: see losses.py and grpo.py.
     """
 
     idx: torch.Tensor
@@ -178,6 +179,8 @@ class Batch(NamedTuple):
     count: int
     documents: torch.Tensor | None = None
     reference: torch.Tensor | None = None
+    old: torch.Tensor | None = None
+    advantage: torch.Tensor | None = None
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """A batch with all tensors changed."""
@@ -470,7 +473,12 @@ class ValidationBatches(Batches):
 
 
 def prefetch(batches: Any, position: int, pin_memory: bool = False, depth: int = 2) -> Iterator[list[Batch]]:
-    """batches.at(position) and what follows, made by a background thread while the caller computes."""
+    """batches.at(position) and what follows, made by a background thread while the caller computes.
+
+    Batches that are made of the model as it is (is_live) cannot be made ahead.
+    """
+    if getattr(batches, "is_live", False):
+        yield from map(batches.at, itertools.count(position, batches.samples_per_step))
     made: queue.Queue = queue.Queue(depth)
     stopping = threading.Event()
 

@@ -14,6 +14,7 @@ from batches import Batch, Pairs, collate_pairs
 from checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
 from configuration import UserError
 from engine import Engine, Loss
+from grpo import PolicyLoss
 from model import GPT
 from tokenizer import Tokenizer
 
@@ -149,7 +150,18 @@ def plain(config: Any, engine: Engine, tokenizer: Tokenizer, data: Iterable[Any]
     return next_token
 
 
-LOSSES = {"next_token": plain, "distill": distillation, **dict.fromkeys(PREFERENCES, preference)}
+def policy(config: Any, engine: Engine, tokenizer: Tokenizer, data: Iterable[Any]) -> PolicyLoss:
+    if any(True for _ in data):
+        raise UserError("loss grpo learns from answers that can be checked: python problem.py NAME --loss grpo")
+    return PolicyLoss(config.grpo_clip, config.grpo_beta)
+
+
+LOSSES = {
+    "next_token": plain,
+    "distill": distillation,
+    **dict.fromkeys(PREFERENCES, preference),
+    "grpo": policy,
+}
 
 
 def make_loss(config: Any, engine: Engine, tokenizer: Tokenizer, data: Iterable[Any]) -> Loss:

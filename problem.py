@@ -28,7 +28,9 @@ import train
 from checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model, load_newest
 from configuration import Parser, UserError, check_fields, fields_of, option, run
 from engine import Engine
+from grpo import Rollouts
 from instances import HeldOut, Source, TrainInstances, find_problem, parse_length
+from losses import load_frozen, make_loss
 from model import GPT, ModelConfig
 from plot_problem import draw_attention, draw_results
 from run_log import print_table
@@ -49,9 +51,22 @@ DEFAULTS = {
     "eval_interval": 100,
     "eval_iters": 4,
 }
+BY_REWARD = {  # with --loss grpo
+    "batch_size": 512,
+    "optimizer": "adamw",
+    "learning_rate": 6e-4,
+    "weight_decay": 0.0,
+    "warmup_iters": 5,
+    "max_steps": 350,
+    "eval_interval": 25,
+}
 SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 64}
 # fields of files and texts, which mean nothing here
-NO_FIELDS = ("dataset_path", "tokenizer_path", "overlong", "loss", "sample_tokens", "sample_prompt")
+NO_FIELDS = (
+    *("dataset_path", "tokenizer_path", "overlong", "mask_documents", "pack_samples", "sample_tokens", "sample_prompt"),
+    *("teacher", "distill_temperature", "distill_weight", "dpo_beta", "dpo_chosen_weight"),
+)
+LOSSES = ("next_token", "grpo")
 
 
 @dataclass
@@ -215,6 +230,10 @@ def make_config(name: str, overrides: dict[str, Any], stored: dict[str, Any]) ->
     if stored and "length" in given:
         stored = {key: value for key, value in stored.items() if key != "test_length"}
     base = stored or {"stage": f"problem_{name}", **DEFAULTS, **problem.training}
+    if given.get("loss") not in (None, *LOSSES):
+        raise UserError(f"command line: --loss {given['loss']} means nothing here: it is one of {', '.join(LOSSES)}")
+    if given.get("loss") == "grpo" and not stored:
+        base |= {"stage": f"problem_{name}_grpo", **BY_REWARD}
     try:
         return ProblemConfig(**{**base, **given, "problem": name}), explicit
     except UserError as error:
@@ -248,8 +267,20 @@ def set_up(config: ProblemConfig, explicit: dict[str, Any]) -> train.Run:
     validation = HeldOut(
         source, "val", parse_length(config.train_length), (config.eval_iters or 40) * config.batch_size
     )
-    result = train.Run(config, model, tokenizer, TrainInstances(source), validation, engine, adapter=adapter)
-    result.measure = lambda: {"accuracy": total(exact_match(model, validation, engine)).share}
+    train.set_reference(config, checkpoint)
+    loss = make_loss(config, engine, tokenizer, [])
+    if config.loss == "grpo":
+        reference = load_frozen("from_checkpoint", config.reference, tokenizer, engine.device)
+        batches = Rollouts(source, model, reference, engine)
+    else:
+        batches = TrainInstances(source)
+    result = train.Run(config, model, tokenizer, batches, validation, engine, loss, adapter)
+
+    def measure() -> dict[str, float]:
+        accuracy = {"accuracy": total(exact_match(model, validation, engine)).share}
+        return accuracy | (batches.figures() if config.loss == "grpo" else {})
+
+    result.measure = measure
     train.start(result, checkpoint)
     return result
 
@@ -326,6 +357,14 @@ def solve(name: str, overrides: dict[str, Any], plot: bool, example: str | None)
     score = test(training.best_path, config, plot, example, log)
     minutes = (time.perf_counter() - training.began) / 60
     return Outcome(config, score, training.model.parameter_count(), minutes)
+
+
+def train_on(values: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """python train.py -t NAME, of a config that names a problem: as python problem.py with its fields as options."""
+    values = check_fields(values, {**fields_of(ModelConfig), **fields_of(ProblemConfig)}, "config")
+    outcome = solve(values.pop("problem"), {**values, **overrides}, False, None)
+    if outcome:
+        print(f"accuracy: {outcome.score}")
 
 
 def list_problems() -> None:

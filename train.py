@@ -50,8 +50,12 @@ class TrainConfig(Config):
     teacher: str = option("", "distill: checkpoint of the model to learn from")
     distill_temperature: float = option(2.0, "distill: softens the probabilities of both", above=0.0)
     distill_weight: float = option(0.5, "distill: share of the teacher in the loss", minimum=0.0, maximum=1.0)
-    reference: str = option("", "dpo, ipo: checkpoint to measure from; empty: from_checkpoint")
+    reference: str = option("", "dpo, ipo, grpo: checkpoint to measure from; empty: from_checkpoint")
     dpo_chosen_weight: float = option(0.2, "dpo, ipo: weight of the chosen answer's own cross-entropy", minimum=0.0)
+    grpo_group: int = option(16, "grpo: answers drawn to each prompt", minimum=2, maximum=4096)
+    grpo_updates: int = option(1, "grpo: steps on the same answers (above 1, going on may draw others)", minimum=1)
+    grpo_clip: float = option(0.2, "grpo: how far a step may change a probability", above=0.0, maximum=1.0)
+    grpo_beta: float = option(0.01, "grpo: how dear it is to leave the reference", minimum=0.0)
     dpo_beta: float = option(0.1, "dpo, ipo: how dear it is to leave the reference", above=0.0)
     from_checkpoint: str = option("", "checkpoint to start from; of the same stage: continues that run")
     save_checkpoint_to: str = option("checkpoint", "folder of the checkpoints")
@@ -494,6 +498,15 @@ def open_data(
     return [train for train, _ in pairs], [val for _, val in pairs]
 
 
+def set_reference(config: TrainConfig, checkpoint: dict[str, Any] | None) -> None:
+    """What a loss measures from, if not named: where the run began, also when it goes on."""
+    if config.reference or config.loss not in (*PREFERENCES, "grpo"):
+        return
+    is_same = checkpoint is not None and checkpoint["train_config"].get("stage") == config.stage
+    before = checkpoint["train_config"].get("reference") if is_same else None
+    config.reference = before or config.from_checkpoint
+
+
 def set_up(config: TrainConfig, explicit: dict[str, Any], defaults: dict[str, Any], engine: Engine) -> Run:
     """Model, data and engine for a stage, new or from a checkpoint."""
     checkpoint = adapter = None
@@ -522,10 +535,7 @@ def set_up(config: TrainConfig, explicit: dict[str, Any], defaults: dict[str, An
     batches = TrainBatches(train_files, accumulation_steps=steps, pack_samples=pack_samples, **shared)
     validation = ValidationBatches(val_files, eval_iters=config.eval_iters, **shared)
     n_characters = sum(file.header["n_characters"] for file in val_files)
-    if not config.reference and config.loss in PREFERENCES:  # a run that goes on measures from where it began
-        is_same = checkpoint is not None and checkpoint["train_config"].get("stage") == config.stage
-        before = checkpoint["train_config"].get("reference") if is_same else None
-        config.reference = before or config.from_checkpoint
+    set_reference(config, checkpoint)
     loss = make_loss(config, engine, tokenizer, [*batches.datasets, *validation.datasets])
     run = Run(config, model, tokenizer, batches, validation, engine, loss, adapter)
     run.measure = getattr(loss, "figures", None)
@@ -670,7 +680,14 @@ def train_stage(args: Any, overrides: dict[str, Any], make_engine: Callable[[Tra
 
 
 def main() -> None:
-    train_stage(*make_parser().parse(), Engine)
+    args, overrides = make_parser().parse()
+    values = read_json(find_config(args.training))
+    if isinstance(values, dict) and "problem" in values:  # instances are generated, answers can be checked
+        import problem
+
+        problem.train_on(values, overrides)
+        return
+    train_stage(args, overrides, Engine)
 
 
 if __name__ == "__main__":
