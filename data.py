@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import corpus
 from batches import TokenFile, TokenFileWriter, TrainBatches
+from cleaning import Cleaner, CleaningConfig, split_at_sentences
 from configuration import Parser, UserError, find_config, read_json, run
 from corpus import BadLines, Source
 from files import atomic_write
@@ -60,13 +61,33 @@ DEFAULT_FILES = (
 class Scan:
     """The first pass over one stage's files: what must be known before anything can be written."""
 
-    def __init__(self, stage: str, sources: list[Source]) -> None:
-        self.stage, self.sources = stage, sources
+    def __init__(self, stage: str, sources: list[Source], cleaner: Cleaner) -> None:
+        self.stage, self.sources, self.cleaner = stage, sources, cleaner
         self.hashes = array("Q")  # of documents or conversations, in order
+        self.is_clean = array("b")  # of each: whether the cleaner keeps it
         self.running_characters = 0  # outside documents
         self.n_characters = 0
         self.seen = np.zeros(UNICODE_SIZE, dtype=bool)
         self.sample = ""
+
+    def judge(self, unit: str, text: str) -> bool:
+        """Take note of a unit; returns whether it is kept. Exact duplicates are left to split_units()."""
+        self.hashes.append(unit_hash(unit))
+        self.is_clean.append(self.cleaner.keeps(text))
+        return bool(self.is_clean[-1])
+
+    def documents(
+        self, source: Source, bad_lines: BadLines, progress: Callable[[int], None]
+    ) -> Iterator[tuple[str, bool]]:
+        """corpus.documents, those split that are too long."""
+        longest = self.cleaner.config.split_documents
+        for text, is_document in corpus.documents(source, bad_lines, progress):
+            if is_document and longest and len(text) > longest:
+                for piece in split_at_sentences(special_pattern.sub("", text), longest):
+                    if piece.strip():
+                        yield f"<|bos|>{piece.strip()}<|eos|>", True
+            else:
+                yield text, is_document
 
     def see(self, text: str) -> None:
         text = special_pattern.sub("", text) if "<|" in text and self.stage == "pretrain" else text
@@ -92,26 +113,30 @@ def progress_bar(sources: list[Source], what: str) -> Iterator[Callable[[int], N
         yield bar.update
 
 
-def scan(stage: str, sources: list[Source], bad_lines: BadLines) -> Scan:
+def scan(stage: str, sources: list[Source], bad_lines: BadLines, cleaner: Cleaner) -> Scan:
     """Read a stage's files once: characters, hashes of the units, sizes."""
-    result = Scan(stage, sources)
+    result = Scan(stage, sources, cleaner)
     with progress_bar(sources, f"reading {stage}") as progress:
         for source in sources:
             if stage != "pretrain":
                 for unit in corpus.samples(source, stage, bad_lines, progress):
-                    result.hashes.append(unit_hash("".join(map(conversation_text, unit))))
+                    texts = "\n".join(message["content"] for messages in unit for message in messages)
+                    if not result.judge("".join(map(conversation_text, unit)), texts):
+                        continue
                     for message in itertools.chain.from_iterable(unit):
                         result.see(message["content"])
                         result.seen[ord("\n")] |= message["role"] == "system"  # the template puts one after it
             else:
-                for text, is_document in corpus.documents(source, bad_lines, progress):
+                for text, is_document in result.documents(source, bad_lines, progress):
                     if is_document:
-                        result.hashes.append(unit_hash(text))
+                        if not result.judge(text, special_pattern.sub("", text)):
+                            continue
                     else:
                         result.running_characters += len(text)
                     result.see(text)
     if not result.n_characters:
-        raise UserError(f"{', '.join(str(source.path) for source in sources)}: nothing to learn from: no text")
+        why = "; ".join(["no text", *cleaner.report()])
+        raise UserError(f"{', '.join(str(source.path) for source in sources)}: nothing to learn from: {why}")
     return result
 
 
@@ -133,7 +158,9 @@ def write_split_files(
     """The second pass over one stage's files: encode every unit into its split's file; returns lines to report."""
     stage, has_samples = scanned.stage, scanned.stage != "pretrain"
     hashes = np.array(scanned.hashes, dtype=np.uint64)
-    keep, is_val = split_units(hashes, val_fraction)
+    keep, is_val = (np.zeros(len(hashes), dtype=bool) for _ in range(2))
+    clean = np.flatnonzero(np.array(scanned.is_clean, dtype=bool))
+    keep[clean], is_val[clean] = split_units(hashes[clean], val_fraction)
     if has_samples and not is_val.any():
         raise UserError(
             f"{scanned.sources[0].path}: {keep.sum()} distinct sample(s); at least 2 are needed, one to validate on"
@@ -156,7 +183,7 @@ def write_split_files(
                         writers["val" if is_val[number] else "train"].add(ids, answers, mask)
                     number += 1
                 continue
-            for text, is_document in corpus.documents(source, bad_lines, progress):
+            for text, is_document in scanned.documents(source, bad_lines, progress):
                 if is_document:
                     if keep[number]:
                         writers["val" if is_val[number] else "train"].add(
@@ -178,7 +205,8 @@ def write_split_files(
             "tokenizer": tokenizer.fingerprint(),
             "vocab_size": tokenizer.vocab_size,
             "val_fraction": val_fraction,
-            "duplicates_removed": int(len(keep) - keep.sum()),
+            "duplicates_removed": int(len(clean) - keep.sum()),
+            "dropped": dict(scanned.cleaner.dropped),
             "sources": [source.describe() for source in scanned.sources],
             "baselines": baselines(writers, scanned),
         }
@@ -340,7 +368,7 @@ def inspect(path: str, tokenizer_path: str, block_size: int, n_samples: int = 3)
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, CleaningConfig)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("files", nargs="*", help="raw text files or folders [default: the ones in the output folder]")
     parser.add_argument("--tokenizer", default=None, help="char, bpe, or a tokenizer file to reuse [default: char]")
@@ -356,7 +384,11 @@ def make_parser() -> Parser:
 
 
 def main() -> None:
-    args, _ = make_parser().parse()
+    args, overrides = make_parser().parse()
+    try:
+        cleaning = CleaningConfig(**overrides)
+    except UserError as error:
+        raise UserError(f"command line: {error}") from None
     output = Path(args.output)
     if args.block_size is None:
         args.block_size = read_json(find_config("model")).get("block_size", 256)
@@ -379,11 +411,12 @@ def main() -> None:
     for source in sources:
         by_stage.setdefault(corpus.stage_of(source), []).append(source)
     bad_lines = BadLines(args.max_bad_lines)
-    scans = [scan(stage, group, bad_lines) for stage, group in by_stage.items()]
+    scans = [scan(stage, group, bad_lines, Cleaner(cleaning)) for stage, group in by_stage.items()]
     tokenizer = make_tokenizer(args.tokenizer or "char", args.vocab_size, scans)
     lines = []
     for result in scans:
         lines += write_split_files(result, tokenizer, output, args.val_fraction, args.block_size, bad_lines)
+        lines += result.cleaner.report()
     tokenizer.save(output / "tokenizer.json")
     print("\n".join(lines))
     size, seconds = sum(source.bytes for source in sources) / 1e6, time.perf_counter() - began

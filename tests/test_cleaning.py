@@ -1,0 +1,116 @@
+"""Cleaning: near-duplicates against exact Jaccard similarity, filters, splitting at sentence ends."""
+
+import json
+import random
+
+import pytest
+from conftest import write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batches import TokenFile
+from cleaning import N_SHINGLE, Cleaner, CleaningConfig, split_at_sentences
+from tokenizer import load_tokenizer
+
+letters = random.Random(5)
+WORDS = ["ship", "sea", "storm"] + ["".join(letters.choices("abcdefghijklmnop", k=5)) for _ in range(300)]
+
+
+def sentence(rng: random.Random, n: int = 12) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(n)) + "."
+
+
+def jaccard(a: str, b: str) -> float:
+    one, two = ({text[i : i + N_SHINGLE] for i in range(len(text) - N_SHINGLE + 1)} for text in (a, b))
+    return len(one & two) / len(one | two)
+
+
+def documents_of(folder) -> list[str]:
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    texts = [tokenizer.decode(TokenFile(folder / f"pretrain_{split}.bin").tokens) for split in ("train", "val")]
+    return [text for part in texts for text in part.replace("<|bos|>", "").split("<|eos|>") if text]
+
+
+def test_near_duplicates_are_those_that_share_much():
+    pytest.importorskip("datasketch")
+    rng = random.Random(0)
+    texts = [" ".join(sentence(rng) for _ in range(6)) for _ in range(60)]
+    cleaner = Cleaner(CleaningConfig(near_duplicates=0.7))
+    assert all(cleaner.keeps(text) for text in texts)
+    same = [text.replace("a", "A").replace(" ", "  ", 3) for text in texts]
+    assert not any(cleaner.keeps(text) for text in same)
+    changed = [text[:-40] + sentence(rng, 5) for text in texts]
+    near = [jaccard(a, b) for a, b in zip(texts, changed, strict=True)]
+    assert min(near) > 0.7 and sum(cleaner.keeps(text) for text in changed) <= 6  # (MinHash errs now and then)
+    other = [" ".join(sentence(rng) for _ in range(6)) for _ in range(60)]
+    assert all(cleaner.keeps(text) for text in other)
+    assert cleaner.dropped["near-duplicates"] >= 114
+
+
+def test_what_is_dropped_is_reported_and_nowhere_in_the_files(work, call):
+    pytest.importorskip("datasketch")
+    rng = random.Random(1)
+    good = [" ".join(sentence(rng) for _ in range(5)) for _ in range(30)]
+    bad = [
+        "too short",
+        "x" * 3000,
+        "@#$% ^&* <<>> {}{}{} ~~~ ||| [][]  " * 4,
+        good[3].replace("a", "A"),
+        "业" * 8,
+    ]
+    write_jsonl(work / "d.jsonl", [{"text": text} for text in [*good, *bad, good[0]]])
+    options = ["--near_duplicates", "0.8", "--min_characters", "20", "--max_characters", "2000", "--max_symbols", "0.2"]
+    result = call("data.py", "d.jsonl", *options, "--block_size", "64")
+    assert result.status == 0, result.err
+    assert sorted(documents_of(work / "dataset")) == sorted(good)
+    for words in (
+        "2 shorter than min_characters, as 'too short'",
+        "1 longer than",
+        "1 more symbols",
+        "2 near-duplicates",
+    ):
+        assert f"dropped: {words}" in result.out
+    header = TokenFile("dataset/pretrain_train.bin").header
+    assert sum(header["dropped"].values()) == 6 and header["duplicates_removed"] == 0
+    assert "业" not in json.loads((work / "dataset" / "tokenizer.json").read_text(encoding="utf-8"))["characters"]
+
+
+def test_samples_are_cleaned_too(work, call):
+    rows = [{"question": f"what is {i}?", "answer": f"it is number {i}"} for i in range(20)]
+    write_jsonl(work / "s.jsonl", [*rows, {"question": "?", "answer": "!"}])
+    result = call("data.py", "s.jsonl", "--min_characters", "10", "--block_size", "64")
+    assert result.status == 0 and "dropped: 1 shorter" in result.out
+    assert sum(len(TokenFile(f"dataset/sft_{split}.bin").starts) - 1 for split in ("train", "val")) == 20
+
+
+def test_long_documents_are_split_at_the_ends_of_sentences(work, call):
+    text = "".join(f"今天是第{i}天。我们去海边！" for i in range(30)) + "“真的吗？”他问。"
+    text += "".join(f"Sentence number {i}. Another one! " for i in range(20))
+    write_jsonl(work / "d.jsonl", [{"text": text}, {"text": "A short one."}])
+    assert call("data.py", "d.jsonl", "--split_documents", "100", "--block_size", "64").status == 0
+    found = documents_of(work / "dataset")
+    assert "A short one." in found and len(found) > 8
+    assert all(len(piece) <= 100 and piece[-1] in "。！”.!？" for piece in found)
+    assert sum(map(len, found)) >= 0.95 * len(text)  # (but for white space at the edges)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet="ab。！.? \n”", max_size=200), st.integers(16, 40))
+def test_splitting_loses_nothing(text, longest):
+    pieces = list(split_at_sentences(text, longest))
+    assert "".join(pieces) == text and all(0 < len(piece) <= longest for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--near_duplicates", "2"], "near_duplicates must be at most 1"),
+        (["--min_characters", "9", "--max_characters", "8"], "must not be above max_characters"),
+        (["--split_documents", "3"], "split_documents must be at least 16"),
+        (["--min_characters", "1000"], "nothing to learn from"),
+    ],
+)
+def test_mistakes_are_told(work, call, options, words):
+    write_jsonl(work / "d.jsonl", [{"text": "a text"}, {"text": "another"}])
+    result = call("data.py", "d.jsonl", *options)
+    assert result.status == 1 and words in result.err and not (work / "dataset").exists()
