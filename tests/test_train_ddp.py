@@ -27,11 +27,13 @@ ARGUMENTS = [*TINY, *FAST, "--optimizer", "adamw", "--eval_interval", "10", "--g
     ("sft", 2, []),
     ("pretrain", 2, ["--fsdp", "true"]),
     ("sft", 2, ["--fsdp", "true", "--optimizer", "muon"]),
+    ("pretrain", 2, ["--n_expert", "4", "--expert_balance", "bias"]),
+    ("pretrain", 2, ["--n_expert", "4", "--optimizer", "muon", "--fsdp", "true"]),
+    ("sft", 2, ["--pack_samples", "true", "--attention_window", "4,0"]),
 ])  # fmt: skip
 def test_the_loss_curve_is_that_of_one_process(prepared, call, stage, n_processes, options):
     arguments = ["-t", stage, "--from_checkpoint", "", *ARGUMENTS, *options, "--max_steps", "20", "--eval_iters", "3"]
-    plain = [a for a in arguments if a not in ("--fsdp", "true")]
-    assert call("train.py", *plain).status == 0
+    assert call("train.py", *arguments, *(["--fsdp", "false"] if "--fsdp" in options else [])).status == 0
     one = curves(newest_log(prepared))
     assert len(one["loss"]) == 20 and len(one["val_loss"]) == 2
     assert_close(one, train_on(n_processes, prepared, *arguments))

@@ -60,6 +60,15 @@ def test_zero_gives_the_curve_and_the_weights_of_one_process(prepared, one_proce
     assert_same_states(checkpoint, best, 1e-5)
 
 
+@pytest.mark.parametrize("name", ["zero1", "zero3"])
+def test_experts_are_trained_the_same(prepared, one_process, name):
+    experts = ["--optimizer", "adamw", "--n_expert", "3", "--n_shared_expert", "1"]
+    curve, checkpoint = one_process(*experts)
+    arguments = [*config_of(f"deepspeed_{name}"), *ARGUMENTS, *experts, "--max_steps", "20"]
+    assert_close(curve, train_on(2, prepared, *arguments, script=SCRIPT), 1e-4)
+    assert_same_states(checkpoint, load_checkpoint("checkpoint/pretrain_last"), 1e-5)
+
+
 def test_without_zero_muon_trains_too_and_everything_is_clipped(prepared, one_process):
     curve, checkpoint = one_process("--optimizer", "muon", "--grad_clip", "0.1")
     arguments = [*config_of("deepspeed"), *ARGUMENTS, "--optimizer", "muon", "--grad_clip", "0.1"]
