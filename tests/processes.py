@@ -44,7 +44,7 @@ def start(n_processes, *argv, cwd, script="train_ddp.py", launcher=()):
     )
 
 
-def finish(process, timeout=120):
+def finish(process, timeout=240):
     """(exit status, output, errors); nothing of it is left running."""
     try:
         out, err = process.communicate(timeout=timeout)

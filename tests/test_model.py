@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from configuration import UserError
 from experts import count_tokens, mixtures
-from model import GPT, SDP_KERNELS, KVCache, ModelConfig, filter_logits, penalise_repetition
+from model import GPT, SDP_KERNELS, KVCache, ModelConfig
+from sampling import filter_logits, penalise_repetition
 
 SMALL = {"vocab_size": 50, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 

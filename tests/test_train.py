@@ -13,6 +13,7 @@ from conftest import FAST, ROOT, TINY, Result, make_samples, read_log, run_scrip
 import train
 from batches import TokenFile, TrainBatches
 from checkpointing import load_checkpoint
+from losses import next_token
 from model import GPT, ModelConfig
 from optimizer import SCHEDULES, Muon, orthogonalise, schedule
 from run_log import StopRequest
@@ -104,7 +105,7 @@ def test_a_step_equals_one_large_batch_whatever_the_masks(prepared):
     engine = train.Engine(train.TrainConfig(device="cpu"))
     engine.prepare(model)
     count = sum(batch.count for batch in micro)
-    loss = sum(engine.forward_backward(train.next_token_loss, batch, count, False).item() for batch in micro)
+    loss = sum(engine.forward_backward(next_token, batch, count, False).item() for batch in micro)
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-7)
