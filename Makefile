@@ -41,7 +41,7 @@ bench: $(VENV)/.requirements-dev
 	$(PY) bench/generate_speed.py
 	$(PY) bench/data_speed.py
 	$(PY) bench/scaling.py
-	@echo; echo "on a text of yours: $(PY) bench/time_to_loss.py FILE"
+	@echo; echo "on a text of yours: $(PY) bench/time_to_loss.py FILE; bench/comparing.py FILE --b OPTIONS"
 
 lint: $(VENV)/.requirements-dev
 	$(PY) -m ruff check .
