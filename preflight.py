@@ -52,6 +52,13 @@ def synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def trained_parameters(model: GPT) -> int:
+    """How many weights the optimizer moves: all, or those of an adapter."""
+    if all(p.requires_grad for p in model.parameters()):
+        return model.parameter_count()
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def memory_estimate(model: GPT, batch_size: int, optimizer: str, dtype: torch.dtype) -> float:
     """Bytes that training takes, roughly: weights, gradients, optimizer states, and one micro-batch's activations.
 
@@ -60,7 +67,8 @@ def memory_estimate(model: GPT, batch_size: int, optimizer: str, dtype: torch.dt
     """
     config = model.config
     states = {"adamw": 2, "muon": 1, "sgd": 1}[optimizer]
-    weights = model.parameter_count() * 4 * (2 + states)
+    trained = trained_parameters(model)
+    weights = 4 * (model.parameter_count() + trained * (1 + states))
     size = torch.finfo(dtype).bits // 8
     mlp_tensors = 5 if config.mlp == "swiglu" else 2
     per_token = config.n_layer * (18 * config.n_embd + mlp_tensors * config.n_hidden) * size
@@ -129,10 +137,9 @@ def report(run: Any) -> None:
     if engine.device.type == "cpu" and needed > 2 * memory_total():
         raise UserError(how_to_fit(run))
     available = memory_available(engine.device)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(
         f"{config.stage}: {model.parameter_count() / 1e6:.2f}M parameters, "
-        + (f"{trained:,} of an adapter trained, " if config.use_lora else "")
+        + (f"{trained_parameters(model):,} of an adapter trained, " if config.use_lora else "")
         + f"{model.flops_per_token() / 1e6:.1f} MFLOP per token, vocabulary {model.config.vocab_size:,}"
     )
     epoch = "samples without end"

@@ -68,6 +68,11 @@ class DeepSpeedEngine(GroupEngine):
             )
 
     def prepare(self, model: GPT) -> None:
+        if self.zero and model.config.n_expert and model.config.expert_balance == "bias":
+            raise UserError(
+                "expert_balance bias lives outside of the weights, where ZeRO's shares do not reach: use loss or none, "
+                "or train_ddp.py"
+            )
         import deepspeed  # seconds to import: only once everything else is known to be right
 
         self.model = model if self.zero == 3 else model.to(self.device)  # stage 3 moves one share of it at a time

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import DATA, FAST, TINY, start_script
-from processes import assert_close, curves, finish, newest_log, start, train_on
+from processes import assert_close, curves, end_of, finish, newest_log, start, train_on
 
 import train
 import train_deepspeed
@@ -67,6 +67,20 @@ def test_experts_are_trained_the_same(prepared, one_process, name):
     arguments = [*config_of(f"deepspeed_{name}"), *ARGUMENTS, *experts, "--max_steps", "20"]
     assert_close(curve, train_on(2, prepared, *arguments, script=SCRIPT), 1e-4)
     assert_same_states(checkpoint, load_checkpoint("checkpoint/pretrain_last"), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--n_expert", "2", "--expert_balance", "bias"], "use loss or none"),
+        (["--use_lora", "true", "--from_checkpoint", "checkpoint/one.pt"], "an adapter is too small to be cut up"),
+    ],
+)
+def test_what_zero_cannot_cut_up_is_refused(prepared, one_process, options, words):
+    one_process()
+    arguments = [*config_of("deepspeed_zero2"), *ARGUMENTS, "--optimizer", "adamw", *options, "--max_steps", "2"]
+    statuses, said = end_of(2, prepared, *arguments, script=SCRIPT)
+    assert statuses == [1, 1] and words in said[0] and "Traceback" not in "".join(said)
 
 
 def test_without_zero_muon_trains_too_and_everything_is_clipped(prepared, one_process):
