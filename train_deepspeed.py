@@ -100,6 +100,8 @@ class DeepSpeedEngine(GroupEngine):
                 self.place(p, weights[name])  # not what rounding left of them
         if self.use_compile and self.zero < 3:
             self.network.compile()
+        self.sum_over_ranks(0.0)  # all have opened it by now
+        remove_shared_memory(self.rank)
         zero_scaler = getattr(self.network.optimizer, "torch_autocast_gradscaler", None)
         self.scaler = self.network.torch_autocast_z0_gradscaler or zero_scaler or torch.amp.GradScaler(enabled=False)
         self.seed_dropout()
@@ -284,6 +286,16 @@ class DeepSpeedEngine(GroupEngine):
 
 
 # ------------------------------------------------------------------------------------------------------ settings
+
+
+def remove_shared_memory(rank: int) -> None:
+    """Take away the name of the memory that DeepSpeed shares between processes on CPUs, and would leave behind.
+
+    Those who have opened it keep it; the last to end frees it, killed or not.
+    """
+    place = "_".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    for file in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{place}_{rank}"):
+        file.unlink(missing_ok=True)
 
 
 def merge_settings(

@@ -18,7 +18,7 @@ import plot_loss
 from checkpointing import load_checkpoint
 
 ARGUMENTS = ["-t", "pretrain", *TINY, *FAST, *DATA, "--gradient_accumulation_steps", "1", "--stage", "run"]
-ENDLESS = [*ARGUMENTS, "--max_steps", "1000000", "--save_interval", "5"]
+ENDLESS = [*ARGUMENTS, "--max_steps", "1000000", "--save_interval", "50"]
 
 
 def test_memory_and_step_time_stay_flat(prepared, long):
@@ -57,9 +57,24 @@ def test_a_log_can_be_bounded(prepared, call):
     assert steps == list(range(steps[0], 201)) and 40 < len(steps) < 200  # the older ones are gone
 
 
+@pytest.fixture
+def endless():
+    """Starts runs that do not end by themselves; whatever comes, none is left behind."""
+    jobs = []
+
+    def keep(job):
+        jobs.append(job)
+        return job
+
+    yield keep
+    for job in jobs:
+        job.kill()
+        job.wait()
+
+
 def leave_when_trained(job, prepared, leave, steps=10):
     """Take away what a run writes to, once it trains; returns the step at which that was."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150  # (saves wait for the disk)
     last = prepared / "checkpoint" / "run_last.pt"
     while not last.exists():
         assert time.monotonic() < deadline and job.poll() is None
@@ -73,8 +88,9 @@ def leave_when_trained(job, prepared, leave, steps=10):
 
 
 @pytest.mark.parametrize("eval_interval", ["2", "1000"])  # with and without much to say
-def test_a_pipe_that_closes_does_not_end_the_run(prepared, eval_interval):
-    job = start_script("train.py", *ENDLESS, "--eval_interval", eval_interval, "--eval_iters", "1", cwd=prepared)
+def test_a_pipe_that_closes_does_not_end_the_run(prepared, endless, eval_interval):
+    options = ["--eval_interval", eval_interval, "--eval_iters", "1"]
+    job = endless(start_script("train.py", *ENDLESS, *options, cwd=prepared))
 
     def leave():
         job.stdout.close()
@@ -82,12 +98,12 @@ def test_a_pipe_that_closes_does_not_end_the_run(prepared, eval_interval):
 
     leave_when_trained(job, prepared, leave)
     job.send_signal(signal.SIGINT)
-    assert job.wait(30) == 0
+    assert job.wait(60) == 0
     assert load_checkpoint("checkpoint/run_last.pt")["step"] == read_log(newest_log(prepared), "train")[-1]["step"]
 
 
 @pytest.mark.parametrize("launcher", [[], ["nohup"]])
-def test_a_terminal_that_closes_ends_the_run_with_a_save_or_under_nohup_not_at_all(prepared, launcher):
+def test_a_terminal_that_closes_ends_the_run_with_a_save_or_under_nohup_not_at_all(prepared, endless, launcher):
     ours, theirs = pty.openpty()
     job = subprocess.Popen(
         [*launcher, sys.executable, ROOT / "train.py", *ENDLESS, "--eval_interval", "3", "--eval_iters", "1"],
@@ -98,6 +114,7 @@ def test_a_terminal_that_closes_ends_the_run_with_a_save_or_under_nohup_not_at_a
         start_new_session=True,
         preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
     )
+    endless(job)
     os.close(theirs)
     if launcher:
         leave_when_trained(job, prepared, lambda: os.close(ours))
@@ -105,5 +122,5 @@ def test_a_terminal_that_closes_ends_the_run_with_a_save_or_under_nohup_not_at_a
     else:
         leave_when_trained(job, prepared, lambda: None)
         os.close(ours)  # the kernel sends SIGHUP to those whose terminal this was
-    assert job.wait(30) == 0
+    assert job.wait(60) == 0
     assert load_checkpoint("checkpoint/run_last.pt")["step"] == read_log(newest_log(prepared), "train")[-1]["step"]
