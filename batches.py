@@ -317,11 +317,12 @@ def pack(samples: list[Sample], block_size: int) -> list[list[Sample]]:
     return rows
 
 
-def document_numbers(idx: np.ndarray) -> np.ndarray:
-    """A number for every token's document, of tokens (B, T): one begins at <|bos|>, and after <|eos|>."""
-    begins = idx == BOS
-    begins[:, 1:] |= idx[:, :-1] == EOS
-    return begins.cumsum(axis=1)
+def document_numbers(tokens: np.ndarray) -> np.ndarray:
+    """A number, from 1, for every token's document: one begins at <|bos|>, and after <|eos|>."""
+    begins = tokens == BOS
+    begins[1:] |= tokens[:-1] == EOS
+    begins[0] = True
+    return begins.cumsum()
 
 
 def collate(
@@ -329,7 +330,7 @@ def collate(
 ) -> Batch:
     """Rows of samples as one batch, padded to a common length: a multiple of pad_to, at most block_size.
 
-    Samples that share a row do not see each other; with mask_documents, neither do the documents of a sample.
+    Samples that share a row do not see each other; with mask_documents, neither do the documents of running text.
     """
     longest = max(sum(len(tokens) - 1 for tokens, _ in row) for row in rows)
     T = min(block_size, math.ceil(longest / pad_to) * pad_to)
@@ -338,27 +339,26 @@ def collate(
     documents = np.zeros((len(rows), T), dtype=np.int64)  # (0: padding)
     for i, row in enumerate(rows):
         start = 0
-        for number, (tokens, loss_mask) in enumerate(row, 1):
-            end = start + len(tokens) - 1
+        for tokens, loss_mask in row:
+            end, is_text = start + len(tokens) - 1, loss_mask is None
             idx[i, start:end], targets[i, start:end] = tokens[:-1], tokens[1:]
-            mask[i, start:end] = 1 if loss_mask is None else loss_mask[1:]
-            documents[i, start:end] = number
+            mask[i, start:end] = 1 if is_text else loss_mask[1:]
+            inner = document_numbers(tokens[:-1]) if mask_documents and is_text and end > start else 1
+            documents[i, start:end] = documents[i].max() + inner
             start = end
     if max(idx.max(), targets.max()) >= vocab_size:
         raise UserError(
             f"token id {max(idx.max(), targets.max())} in the data is outside the vocabulary of {vocab_size}: "
             "another tokenizer?"
         )
-    if mask_documents:
-        documents = document_numbers(idx)
     count = int(mask.sum())
-    is_masked = mask_documents or any(len(row) > 1 for row in rows)
+    has_documents = documents.max() > 1
     return Batch(
         torch.from_numpy(idx),
         torch.from_numpy(targets),
         None if count == mask.size else torch.from_numpy(mask),
         count,
-        torch.from_numpy(documents) if is_masked else None,
+        torch.from_numpy(documents) if has_documents else None,
     )
 
 
@@ -385,16 +385,17 @@ class Batches:
         world_size: int = 1,
         pad_to: int = 16,
         mask_documents: bool = False,
+        pack_samples: bool = False,
     ) -> None:
         self.block_size, self.vocab_size, self.batch_size, self.seed = block_size, vocab_size, batch_size, seed
         self.overlong, self.rank, self.world_size, self.pad_to = overlong, rank, world_size, pad_to
-        self.mask_documents = mask_documents
+        self.mask_documents, self.pack_samples = mask_documents, pack_samples
 
-    def collate(self, samples: list[Any], rows: list[list[Sample]] | None = None) -> Batch:
-        """Samples or pairs as a batch; rows: how samples share rows, where not each has its own."""
+    def collate(self, samples: list[Any]) -> Batch:
+        """Samples or pairs as a batch."""
         if isinstance(samples[0], Pair):
             return collate_pairs(samples, self.block_size, self.vocab_size, self.pad_to)
-        rows = rows or [[sample] for sample in samples]
+        rows = pack(samples, self.block_size) if self.pack_samples else [[sample] for sample in samples]
         return collate(rows, self.block_size, self.vocab_size, self.pad_to, self.mask_documents)
 
 
@@ -406,13 +407,10 @@ class TrainBatches(Batches):
     are dealt to the processes in turn.
     """
 
-    def __init__(
-        self, files: list[TokenFile], *, accumulation_steps: int, pack_samples: bool = False, **shared: Any
-    ) -> None:
+    def __init__(self, files: list[TokenFile], *, accumulation_steps: int, **shared: Any) -> None:
         super().__init__(**shared)
         windows = functools.partial(Windows, seed=self.seed)
         self.datasets = [dataset_of(file, self.block_size, self.overlong, windows) for file in files]
-        self.pack_samples = pack_samples and all(isinstance(dataset, Samples) for dataset in self.datasets)
         self.accumulation_steps = accumulation_steps
         self.samples_per_step = self.batch_size * accumulation_steps
         self.samples_per_epoch = sum(map(len, self.datasets))
@@ -440,7 +438,7 @@ class TrainBatches(Batches):
         for micro_step in range(self.rank, self.accumulation_steps, self.world_size):
             start = position + micro_step * self.batch_size
             samples = [self.sample(p) for p in range(start, start + self.batch_size)]
-            batches.append(self.collate(samples, pack(samples, self.block_size) if self.pack_samples else None))
+            batches.append(self.collate(samples))
         return batches
 
 

@@ -164,15 +164,20 @@ def save_shard(folder: Path, step: int, rank: int, world_size: int, shares: dict
     write_tensors(shares_of(folder, step, world_size) / f"rank_{rank}.pt", shares)
 
 
+def write_name(pointer: Path, name: str) -> None:
+    with atomic_write(pointer) as file:
+        file.write(name.encode())
+
+
 def finish_sharded(folder: Path, world_size: int, values: dict[str, Any]) -> None:
     """Declare the shares of a step complete, once every process has written its own; of older ones the last is kept."""
     newest = shares_of(folder, values["step"], world_size)
     write_tensors(newest / "values.pt", {"format": FORMAT, "world_size": world_size, **values})
     latest, previous = folder / "latest", folder / "previous"
-    if latest.is_file() and latest.read_bytes() != newest.name.encode():
-        os.replace(latest, previous)
-    with atomic_write(latest) as file:
-        file.write(newest.name.encode())
+    before = latest.read_text(encoding="utf-8") if latest.is_file() else newest.name
+    if before != newest.name:
+        write_name(previous, before)
+    write_name(latest, newest.name)
     kept = {newest.name, previous.read_text(encoding="utf-8") if previous.is_file() else ""}
     for older in folder.glob("step_*"):
         if older.name not in kept:

@@ -71,14 +71,12 @@ def mixtures(model: nn.Module) -> list[MixtureOfExperts]:
 
 
 @torch.no_grad()
-def count_tokens(model: nn.Module, sum_over_ranks: Callable[..., list[float]]) -> torch.Tensor | None:
-    """Tokens that each expert got since the last call, (layers, experts), on all processes; None without experts.
+def count_tokens(model: nn.Module, sum_over_ranks: Callable[..., list[float]]) -> torch.Tensor:
+    """Tokens that each expert got since the last call, (layers, experts), on all processes.
 
     Rebalances where the balance is kept by biases, so it is to be called once after every step.
     """
     layers = mixtures(model)
-    if not layers:
-        return None
     local = torch.stack([layer.counts for layer in layers])
     counts = torch.tensor(sum_over_ranks(*local.flatten().tolist())).view_as(local)
     for layer, row in zip(layers, counts, strict=True):

@@ -162,15 +162,14 @@ def change_adapter(speaker: Speaker, path: str) -> None:
     try:
         use_adapter(speaker.model, path)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}; answering without an adapter", file=sys.stderr)
 
 
 def use_adapter(model: GPT, path: str) -> None:
     """Let the model answer with the LoRA adapter of a checkpoint instead of the one it has; empty: with none."""
-    adapter = load_checkpoint(path) if path else None
     lora.detach(model)
-    if adapter:
-        lora.load_adapter(adapter, model, path)
+    if path:
+        lora.load_adapter(load_checkpoint(path), model, path)
     model.eval()
 
 

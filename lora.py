@@ -115,10 +115,11 @@ def load_adapter(adapter: dict[str, Any], model: GPT, where: str | Path) -> None
     try:
         attach(model, adapter["lora"]["settings"])
         missing, unexpected = model.load_state_dict(adapter["model"], strict=False)
-    except (KeyError, TypeError, RuntimeError) as error:
+        if unexpected or adapter_weights(dict.fromkeys(missing)):
+            raise KeyError("its weights do not fit its settings")
+    except (KeyError, TypeError, RuntimeError, UserError) as error:
+        detach(model)
         raise UserError(f"{where}: damaged adapter ({str(error).splitlines()[0]})") from None
-    if unexpected or adapter_weights(dict.fromkeys(missing)):
-        raise UserError(f"{where}: damaged adapter: its weights do not fit its settings")
 
 
 def load_base(adapter: dict[str, Any], where: str | Path) -> tuple[dict[str, Any], str]:
@@ -134,5 +135,7 @@ def merged_checkpoint(adapter: dict[str, Any], base: dict[str, Any], where: str 
     model = load_model(base, where)
     load_adapter(adapter, model, where)
     merge(model)
-    kept = ("step", "train_config", "data", "rng", "best_val_loss")
-    return {**base, **{name: adapter[name] for name in kept}, "model": model.state_dict(), "optimizer": {}}
+    kept = {name: adapter[name] for name in ("step", "data", "rng", "best_val_loss")}
+    config = adapter["train_config"]  # no training can go on from here: it has the weights alone
+    config = {**config, "use_lora": False, "stage": f"{config.get('stage')}_merged"}
+    return {**base, **kept, "train_config": config, "model": model.state_dict(), "optimizer": {}}

@@ -4,7 +4,7 @@
 "none"    what validation averages: (B, T) per target, or (pairs, 1) for preferences
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from batches import Batch, Pairs, collate_pairs
 from checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
 from configuration import UserError
 from engine import Engine, Loss
-from grpo import PolicyLoss
+from grpo import PolicyLoss, log_probabilities
 from model import GPT
 from tokenizer import Tokenizer
 
@@ -65,7 +65,7 @@ class Distillation:
         return (1 - self.weight) * hard + self.weight * T * T * divergence.sum()
 
 
-def distillation(config: Any, engine: Engine, tokenizer: Tokenizer, data: Iterable[Any]) -> Distillation:
+def distillation(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[Any]) -> Distillation:
     teacher = load_frozen("teacher", config.teacher, tokenizer, engine.device)
     return Distillation(teacher, config.distill_temperature, config.distill_weight)
 
@@ -86,11 +86,6 @@ def ipo(ratio: torch.Tensor, beta: float) -> torch.Tensor:
 PREFERENCES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {"dpo": dpo, "ipo": ipo}
 
 
-def answer_log_probabilities(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """log p of every row's answer (B,): the sum over its tokens."""
-    return -model(batch.idx, batch.targets, batch.loss_mask, "none")[1].sum(1)
-
-
 class Preference:
     """Make chosen answers likelier than rejected ones, measured from a reference model.
 
@@ -107,7 +102,7 @@ class Preference:
         self.evaluated: list[torch.Tensor] = []
 
     def __call__(self, model: torch.nn.Module, batch: Batch, reduction: str) -> torch.Tensor:
-        chosen, rejected = answer_log_probabilities(model, batch).chunk(2)
+        chosen, rejected = log_probabilities(model, batch).sum(1).chunk(2)
         ratio = chosen - rejected - batch.reference
         losses = PREFERENCES[self.kind](ratio, self.beta)
         if reduction == "sum":
@@ -131,11 +126,11 @@ def remember_reference(reference: GPT, pairs: Pairs, batch_size: int, device: to
     for start in range(0, len(pairs), batch_size):
         rows = [pairs.get(i, 0) for i in range(start, min(len(pairs), start + batch_size))]
         batch = collate_pairs(rows, reference.config.block_size, reference.config.vocab_size, 16).to(device)
-        chosen, rejected = answer_log_probabilities(reference, batch).chunk(2)
+        chosen, rejected = log_probabilities(reference, batch).sum(1).chunk(2)
         pairs.reference[start : start + len(rows)] = (chosen - rejected).cpu().numpy()
 
 
-def preference(config: Any, engine: Engine, tokenizer: Tokenizer, data: Iterable[Any]) -> Preference:
+def preference(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[Any]) -> Preference:
     reference = load_frozen("reference", config.reference, tokenizer, engine.device)
     for dataset in data:
         if not isinstance(dataset, Pairs):
@@ -144,14 +139,14 @@ def preference(config: Any, engine: Engine, tokenizer: Tokenizer, data: Iterable
     return Preference(config.loss, config.dpo_beta, config.dpo_chosen_weight, engine.sum_over_ranks)
 
 
-def plain(config: Any, engine: Engine, tokenizer: Tokenizer, data: Iterable[Any]) -> Loss:
+def plain(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[Any]) -> Loss:
     if any(isinstance(dataset, Pairs) for dataset in data):
         raise UserError(f"loss {config.loss} cannot use pairs of answers: --loss dpo does")
     return next_token
 
 
-def policy(config: Any, engine: Engine, tokenizer: Tokenizer, data: Iterable[Any]) -> PolicyLoss:
-    if any(True for _ in data):
+def policy(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[Any]) -> PolicyLoss:
+    if data:
         raise UserError("loss grpo learns from answers that can be checked: python problem.py NAME --loss grpo")
     return PolicyLoss(config.grpo_clip, config.grpo_beta)
 
@@ -164,6 +159,9 @@ LOSSES = {
 }
 
 
-def make_loss(config: Any, engine: Engine, tokenizer: Tokenizer, data: Iterable[Any]) -> Loss:
+BY_TOKEN = ("next_token", "distill")  # those whose validation is the cross-entropy of a text's tokens
+
+
+def make_loss(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[Any]) -> Loss:
     """The loss that config.loss names; data: the datasets that it will see."""
-    return LOSSES[config.loss](config, engine, tokenizer, list(data))
+    return LOSSES[config.loss](config, engine, tokenizer, data)

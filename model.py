@@ -85,6 +85,8 @@ class ModelConfig(Config):
 
         if self.rope_scaling != "none" and not self.use_rope:
             raise UserError(f"rope_scaling {self.rope_scaling} needs use_rope: learned positions end where they end")
+        if self.rope_scaling == "yarn" and self.rope_theta <= 1:
+            raise UserError(f"rope_scaling yarn needs a rope_theta above 1, got {self.rope_theta:g}")
         if self.n_expert and self.n_expert_per_token > self.n_expert:
             raise UserError(
                 f"n_expert_per_token ({self.n_expert_per_token}) must not be above n_expert ({self.n_expert})"
@@ -195,9 +197,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        kv_dim = config.n_kv_head * config.head_dim
-        self.split_sizes = (config.n_embd, kv_dim, kv_dim)
-        self.qkv = nn.Linear(config.n_embd, sum(self.split_sizes), bias=config.bias)
+        n_heads = config.n_head + 2 * config.n_kv_head
+        self.qkv = nn.Linear(config.n_embd, n_heads * config.head_dim, bias=config.bias)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
@@ -310,7 +311,7 @@ class GPT(nn.Module):
         super().__init__()
         if config.vocab_size is None:
             raise UserError("vocab_size is not set: it comes from the tokenizer")
-        self.config, self.sdp_kernel = config, sdp_kernel
+        self.config, self.sdp_kernel, self.windows = config, sdp_kernel, config.windows
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.use_rope:
             cos, sin = rope_table(config)
@@ -367,10 +368,10 @@ class GPT(nn.Module):
             window: attention_mask(
                 T, cache.held(window) if cache else 0, window, self.config.is_causal, documents, idx.device
             )
-            for window in set(self.config.windows)
+            for window in set(self.windows)
         }
         with sdpa_kernel(SDP_KERNELS[self.sdp_kernel]) if self.sdp_kernel != "auto" else contextlib.nullcontext():
-            for block, window in zip(self.blocks, self.config.windows, strict=True):
+            for block, window in zip(self.blocks, self.windows, strict=True):
                 x = block(x, rope, masks[window], cache)
         if cache is not None:
             cache.length = end

@@ -173,9 +173,9 @@ def report(run: Any) -> None:
 
 def baseline_lines(run: Any) -> list[str]:
     """What a model has to beat, from the validation file's header."""
-    header = getattr(run.validation, "header", None)
-    if not header:
+    if run.tokens_per_character is None:
         return []
+    header = run.validation.header
     ratio = run.tokens_per_character / math.log(2)
     parts = [
         f"{name} {header['baselines'][name]:.3f} ({header['baselines'][name] * ratio:.2f} bits/character)"

@@ -253,7 +253,7 @@ def set_up(config: ProblemConfig, explicit: dict[str, Any]) -> train.Run:
     if explicit.get("is_causal", problem.is_causal) != problem.is_causal:
         raise UserError(f"{config.problem} is defined with is_causal {str(problem.is_causal).lower()}: see its entry")
     engine = Engine(config)
-    engine.command = "python problem.py"
+    engine.command = f"python {Path(sys.argv[0]).name}"  # (train.py -t grpo ends here too)
     if config.from_checkpoint:
         checkpoint = load_newest(config.from_checkpoint)
         if load_checkpoint_tokenizer(checkpoint, config.from_checkpoint).to_dict() != tokenizer.to_dict():

@@ -34,7 +34,7 @@ from configuration import Parser, UserError, check_fields, fields_of, find_confi
 from engine import Engine, Loss, dtype_name
 from experts import count_tokens
 from files import hold_lock
-from losses import PREFERENCES, make_loss, next_token
+from losses import BY_TOKEN, PREFERENCES, make_loss, next_token
 from model import GPT, ModelConfig
 from run_log import Console, RunLog, StopRequest
 from tokenizer import Tokenizer, load_tokenizer
@@ -134,7 +134,7 @@ def train(run: Run, log: RunLog) -> State:
             state.tokens += int(n_tokens)
             done = config.max_steps is not None and state.step >= config.max_steps
 
-            if state.step == 1 and not config.from_checkpoint:
+            if state.step == 1 and not config.from_checkpoint and config.loss == "next_token":
                 preflight.judge_first_loss(loss, run.model.config.vocab_size)
             log.bar.update()
             if state.step % config.log_interval == 0 or done:
@@ -156,8 +156,8 @@ def train(run: Run, log: RunLog) -> State:
 
 def count_experts(run: Run) -> None:
     """Add up the tokens of every expert; a mixture that is balanced by biases adjusts them."""
-    counts = count_tokens(run.model, run.engine.sum_over_ranks)
-    if counts is not None:
+    if run.model.config.n_expert:
+        counts = count_tokens(run.model, run.engine.sum_over_ranks)
         run.expert_counts = counts if run.expert_counts is None else run.expert_counts + counts
 
 
@@ -233,11 +233,13 @@ def evaluate_and_save(run: Run, log: RunLog) -> None:
         "step": state.step,
         "val_loss": val_loss,
         "val_loss_se": standard_error,
-        "perplexity": math.exp(min(val_loss, 700)),
         "best_val_loss": state.best_val_loss,
         "tokens": state.tokens,
     }
-    line = f"step {state.step:,}: val loss {val_loss:.4f} ± {standard_error:.4f}, perplexity {record['perplexity']:.2f}"
+    line = f"step {state.step:,}: val loss {val_loss:.4f} ± {standard_error:.4f}"
+    if config.loss in BY_TOKEN:
+        record["perplexity"] = math.exp(min(val_loss, 700))
+        line += f", perplexity {record['perplexity']:.2f}"
     if run.tokens_per_character:
         record["bits_per_character"] = val_loss * run.tokens_per_character / math.log(2)
         line += f", {record['bits_per_character']:.3f} bits/character"
@@ -382,14 +384,14 @@ def restore_model(
     if not config.use_lora:
         return model, None
     settings = lora.settings_of(config)
-    adapter = {"settings": settings, "base": base_path, "fingerprint": lora.fingerprint(model)}
     if not is_adapter:
+        adapter = {"settings": settings, "base": base_path, "fingerprint": lora.fingerprint(model)}
         lora.attach(model, settings)
         return model, adapter
     if settings != checkpoint["lora"]["settings"]:
         raise UserError(f"{where}: an adapter with {checkpoint['lora']['settings']}; a run keeps them")
     lora.load_adapter(checkpoint, model, where)
-    return model, adapter
+    return model, checkpoint["lora"]
 
 
 def open_data(
@@ -437,7 +439,7 @@ def set_up(config: TrainConfig, explicit: dict[str, Any], defaults: dict[str, An
         "rank": engine.rank,
         "world_size": engine.world_size,
         "pad_to": model.config.block_size if engine.use_compile else 16,
-        "mask_documents": config.mask_documents and train_files[0].starts is None,
+        "mask_documents": config.mask_documents,
     }
     steps, pack_samples = config.gradient_accumulation_steps, config.pack_samples
     batches = TrainBatches(train_files, accumulation_steps=steps, pack_samples=pack_samples, **shared)
@@ -447,7 +449,8 @@ def set_up(config: TrainConfig, explicit: dict[str, Any], defaults: dict[str, An
     loss = make_loss(config, engine, tokenizer, [*batches.datasets, *validation.datasets])
     run = Run(config, model, tokenizer, batches, validation, engine, loss, adapter)
     run.measure = getattr(loss, "figures", None)
-    run.tokens_per_character = sum(file.header["n_loss_tokens"] for file in val_files) / max(1, n_characters)
+    if config.loss in BY_TOKEN:
+        run.tokens_per_character = sum(file.header["n_loss_tokens"] for file in val_files) / max(1, n_characters)
     run.data_sizes = [file.header["n_tokens"] for file in train_files]
     start(run, checkpoint)
     return run

@@ -8,7 +8,7 @@ from conftest import make_samples, make_text, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batches import TokenFile, TrainBatches, ValidationBatches, document_numbers, pack, prefetch
+from batches import TokenFile, TrainBatches, ValidationBatches, collate, document_numbers, pack, prefetch
 from configuration import UserError
 from model import GPT, ModelConfig
 from tokenizer import BOS, EOS, PADDING, RESPONSE, UNKNOWN, load_tokenizer
@@ -375,6 +375,16 @@ def test_packing_loses_nothing_and_overfills_nothing(lengths):
 
 def test_documents_are_numbered_by_their_delimiters():
     a, bos, eos = 9, 2, 3
-    idx = np.array([[a, a, eos, bos, a, eos, a, bos, a], [bos, a, bos, eos, eos, bos, a, a, a]])
-    expected = [[0, 0, 0, 1, 1, 1, 2, 3, 3], [1, 1, 2, 2, 3, 4, 4, 4, 4]]
-    assert document_numbers(idx).tolist() == expected
+    assert document_numbers(np.array([a, a, eos, bos, a, eos, a, bos, a])).tolist() == [1, 1, 1, 2, 2, 2, 3, 4, 4]
+    assert document_numbers(np.array([bos, a, bos, eos, eos, bos, a])).tolist() == [1, 1, 2, 2, 3, 4, 4]
+
+
+def test_documents_of_text_are_masked_and_turns_of_a_conversation_are_not(prepared):
+    """A conversation of two turns has <|eos|> inside; it is one document all the same."""
+    text = (np.array([2, 9, 9, 3, 2, 9, 9, 9, 3]), None)
+    chat = (np.array([4, 9, 5, 9, 3, 4, 9, 5, 9, 3]), np.array([0, 0, 0, 1, 1, 0, 0, 0, 1, 1]))
+    batch = collate([[text], [chat]], 16, 20, 1, mask_documents=True)
+    assert batch.documents[0].tolist() == [1, 1, 1, 1, 2, 2, 2, 2, 0]
+    assert batch.documents[1].tolist() == [1] * 9
+    assert collate([[text], [chat]], 16, 20, 1).documents is None
+    assert collate([[chat, chat]], 32, 20, 1).documents[0].tolist() == [1] * 9 + [2] * 9
