@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configuration import Config, UserError, option
 from experts import MixtureOfExperts, mixtures
+from norm import RMSNorm, rms_norm
 from sampling import check_sampling, filter_logits, penalise_repetition
 
 SDP_KERNELS = {
@@ -188,7 +189,7 @@ def attention_mask(
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate x (B, T, n_head, head_dim) by its positions' angles, cos and signed sin ([B,] T, 1, head_dim)."""
-    return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -201,8 +202,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, n_heads * config.head_dim, bias=config.bias)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
         self.residual_dropout = nn.Dropout(config.dropout)
 
     def project(
@@ -215,7 +216,7 @@ class Attention(nn.Module):
         qk, v = heads.split((config.n_head + config.n_kv_head, config.n_kv_head), dim=2)
         if config.qk_norm:  # queries and keys together: half the operations, which is what counts at T = 1
             weights = self.q_norm.weight.expand(config.n_head, -1), self.k_norm.weight.expand(config.n_kv_head, -1)
-            qk = (F.rms_norm(qk, (config.head_dim,), eps=config.norm_eps) * torch.cat(weights)).to(v.dtype)
+            qk = rms_norm(qk, torch.cat(weights), config.norm_eps)
         if rope is not None:
             qk = apply_rope(qk, *rope)
         q, k = qk.split((config.n_head, config.n_kv_head), dim=2)
@@ -283,9 +284,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.attention = Attention(config, layer)
-        self.mlp_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.mlp_norm = RMSNorm(config.n_embd, eps=config.norm_eps)
         if config.n_expert:
             n_shared = config.n_shared_expert
             self.mlp = MixtureOfExperts(config, MLP(config, n_shared * config.n_hidden) if n_shared else None)
@@ -321,7 +322,7 @@ class GPT(nn.Module):
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.embedding_dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.norm = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.token_embedding.weight
@@ -412,6 +413,14 @@ class GPT(nn.Module):
             return 0.0
         losses = [mixture.router_loss for mixture in mixtures(self)]
         return self.config.router_loss_weight * sum(losses) / len(losses)
+
+    def joined_rows(self, name: str, n_rows: int) -> list[int]:
+        """Rows of each of the matrices that the weight of this name joins, n_rows in all."""
+        if name.endswith("qkv.weight"):
+            kv = self.config.n_kv_head * self.config.head_dim
+            return [n_rows - 2 * kv, kv, kv]
+        is_gated = self.config.mlp == "swiglu" and name.endswith((".up", ".up.weight"))
+        return [n_rows // 2] * 2 if is_gated else [n_rows]
 
     def parameter_count(self) -> int:
         """Number of weights; tied ones count once."""

@@ -5,10 +5,12 @@ scale_learning_rates(optimizer, schedule(...))          # a share of the peak
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from model import GPT
 
 # ------------------------------------------------------------------------------------------------------ schedules
 
@@ -74,30 +76,43 @@ def orthogonalise(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): a matrix moves by its orthogonalised Nesterov momentum.
 
-    The step is scaled by sqrt(max(1, rows / columns)). Matrices of one shape are orthogonalised together: one batched
-    product instead of many small ones; a parameter (experts, rows, columns) is so many matrices.
+    The step is scaled by sqrt(max(1, rows / columns)). A parameter may join several matrices, below one another (rows:
+    how many each has) or in a stack (experts, rows, columns): each is orthogonalised for itself, or the strongest would
+    take what is the others'. Matrices of one shape are orthogonalised together: one batched product instead of many.
     """
 
-    def __init__(self, parameters: Iterable[torch.Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        parameters: list[torch.Tensor],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        rows: list[list[int]] | None = None,
+    ) -> None:
+        """rows: for every parameter, the rows of the matrices that it joins; None: each is one matrix."""
+        self.rows = rows or [[p.size(-2)] for p in parameters]
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            by_shape: dict[torch.Size, list[torch.Tensor]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for (*_, rows, columns), ps in by_shape.items():
-                gradients = [p.grad for p in ps]
-                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in ps]
-                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-                directions = torch._foreach_lerp(gradients, momenta, group["momentum"])
-                stack = torch.stack([whole(d) for d in directions])
-                updates = orthogonalise(stack.view(-1, rows, columns)).view_as(stack).unbind()
-                updates = [like(p, update) for p, update in zip(ps, updates, strict=True)]
-                torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(ps, updates, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
+        (group,) = self.param_groups
+        moving = [(p, rows) for p, rows in zip(group["params"], self.rows, strict=True) if p.grad is not None]
+        ps = [p for p, _ in moving]
+        gradients = [p.grad for p in ps]
+        momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in ps]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        updates = [whole(u) for u in torch._foreach_lerp(gradients, momenta, group["momentum"])]
+        by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+        for update, (_, rows) in zip(updates, moving, strict=True):
+            for matrix in update.split(rows, dim=-2):
+                by_shape.setdefault(matrix.shape, []).append(matrix)
+        for (*_, n_rows, n_columns), matrices in by_shape.items():
+            stack = torch.stack(matrices)
+            scale = math.sqrt(max(1.0, n_rows / n_columns))
+            orthogonal = orthogonalise(stack.view(-1, n_rows, n_columns)).mul_(scale).view_as(stack)
+            torch._foreach_copy_(matrices, orthogonal.unbind())
+        torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(ps, [like(p, u) for p, u in zip(ps, updates, strict=True)], alpha=-group["lr"])
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -139,9 +154,9 @@ def adamw(groups: list[dict[str, Any]], config: Any, device: torch.device) -> to
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
 
 
-def make_adamw(named: dict[str, torch.Tensor], config: Any, device: torch.device) -> torch.optim.Optimizer:
+def make_adamw(model: GPT, config: Any, device: torch.device) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101); weight decay on matrices only."""
-    matrices, others = by_dimension(named)
+    matrices, others = by_dimension(model)
     return adamw(
         [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
         config,
@@ -149,37 +164,43 @@ def make_adamw(named: dict[str, torch.Tensor], config: Any, device: torch.device
     )
 
 
-def make_sgd(named: dict[str, torch.Tensor], config: Any, device: torch.device) -> torch.optim.Optimizer:
+def make_sgd(model: GPT, config: Any, device: torch.device) -> torch.optim.Optimizer:
     """Stochastic gradient descent with momentum beta1; weight decay on matrices only."""
-    matrices, others = by_dimension(named)
+    matrices, others = by_dimension(model)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.beta1)
 
 
-def make_muon(named: dict[str, torch.Tensor], config: Any, device: torch.device) -> torch.optim.Optimizer:
+def make_muon(model: GPT, config: Any, device: torch.device) -> torch.optim.Optimizer:
     """Muon for the matrices inside the blocks; AdamW, at learning_rate, for embeddings, output layer, norms, router."""
-    matrices = [p for name, p in named.items() if p.dim() >= 2 and "blocks." in name and "router" not in name]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in named.values() if id(p) not in chosen]
-    muon = Muon(matrices, config.muon_learning_rate, config.muon_momentum, config.weight_decay)
+    named = trainable(model)
+    matrices = {n: p for n, p in named.items() if p.dim() >= 2 and "blocks." in n and "router" not in n}
+    rows = [model.joined_rows(name, p.size(-2)) for name, p in matrices.items()]
+    muon = Muon([*matrices.values()], config.muon_learning_rate, config.muon_momentum, config.weight_decay, rows)
+    others = [p for name, p in named.items() if name not in matrices]
     return Together(muon, adamw([{"params": others, "weight_decay": 0.0}], config, device))
 
 
 OPTIMIZERS = {"adamw": make_adamw, "muon": make_muon, "sgd": make_sgd}
 
 
-def by_dimension(named: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Parameters that are matrices, and the others (norm weights, biases)."""
-    return [p for p in named.values() if p.dim() >= 2], [p for p in named.values() if p.dim() < 2]
+def trainable(model: GPT) -> dict[str, torch.Tensor]:
+    """The parameters that are trained, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def make_optimizer(model: torch.nn.Module, config: Any, device: torch.device) -> torch.optim.Optimizer:
+def by_dimension(model: GPT) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Trained parameters that are matrices, and the others (norm weights, biases)."""
+    ps = trainable(model).values()
+    return [p for p in ps if p.dim() >= 2], [p for p in ps if p.dim() < 2]
+
+
+def make_optimizer(model: GPT, config: Any, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer that config.optimizer names, over the trainable parameters of the model.
 
     config: optimizer, learning_rate, weight_decay, beta1, beta2, muon_learning_rate, muon_momentum.
     """
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = OPTIMIZERS[config.optimizer](named, config, device)
+    optimizer = OPTIMIZERS[config.optimizer](model, config, device)
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
     return optimizer

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from configuration import UserError
 from experts import count_tokens, mixtures
 from model import GPT, SDP_KERNELS, KVCache, ModelConfig
+from norm import rms_norm
 from sampling import filter_logits, penalise_repetition
 
 SMALL = {"vocab_size": 50, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
@@ -18,6 +19,26 @@ def make(**changes) -> GPT:
     for parameter in model.parameters():  # large weights, so that differences show
         torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
     return model.eval()
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7)])
+def test_rms_norm_and_its_gradients_are_those_of_torch(shape):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, *shape, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    expected = F.rms_norm(x, (7,), eps=1e-3) * weight
+    dy = torch.randn_like(expected)
+    ours = rms_norm(x, weight, 1e-3)
+    assert torch.allclose(ours, expected, atol=1e-12)
+    with torch.no_grad():
+        assert torch.allclose(rms_norm(x, weight, 1e-3), expected, atol=1e-12)
+    gradients = (torch.autograd.grad(y, (x, weight), dy) for y in (ours, expected))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*gradients, strict=True))
+    half = x.detach().bfloat16().requires_grad_()
+    y = rms_norm(half, weight.float(), 1e-3)
+    (dx,) = torch.autograd.grad(y, half, dy.bfloat16())
+    assert y.dtype == dx.dtype == torch.bfloat16
+    assert torch.allclose(y.double(), expected, rtol=0.02, atol=0.02)
 
 
 def tokens(*shape: int, vocab_size: int = 50) -> torch.Tensor:

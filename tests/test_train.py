@@ -15,7 +15,7 @@ from batches import TokenFile, TrainBatches
 from checkpointing import load_checkpoint
 from losses import next_token
 from model import GPT, ModelConfig
-from optimizer import SCHEDULES, Muon, orthogonalise, schedule
+from optimizer import SCHEDULES, Muon, make_optimizer, orthogonalise, schedule
 from run_log import StopRequest
 
 
@@ -379,10 +379,38 @@ def test_muon_equals_the_one_in_torch():
         assert (p - w).norm().item() == pytest.approx((q - w).norm().item(), rel=0.02)
 
 
+@pytest.mark.parametrize("shape", [{}, {"n_kv_head": 1}, {"mlp": "gelu"}, {"n_expert": 3, "n_shared_expert": 1}])
+def test_muon_treats_joined_matrices_as_if_they_were_apart(shape):
+    """Queries, keys and values, gate and up, experts: each moves as a parameter of its own would."""
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=50, n_embd=16, n_head=2, n_layer=1, n_hidden=24, **shape)
+    model = GPT(config)
+    optimizer = make_optimizer(model, train.TrainConfig(optimizer="muon", weight_decay=0.1), torch.device("cpu"))
+    kv = config.n_kv_head * config.head_dim
+    gate = [24, 24] if config.mlp == "swiglu" else [24]
+    sizes = {"qkv.weight": [16, kv, kv], "out.weight": [16], "up.weight": gate, "down.weight": [16]}
+    sizes |= {"mlp.up": [24, 24], "mlp.down": [16]}
+    apart = {}
+    for name, p in model.blocks.named_parameters():
+        p.grad = torch.randn_like(p)
+        rows = next((rows for ending, rows in sizes.items() if name.endswith(ending)), None)
+        if rows and "router" not in name:
+            assert sum(rows) == p.size(-2)
+            matrices = [m for part in p.detach().split(rows, -2) for m in part.reshape(-1, *part.shape[-2:])]
+            gradients = [m for part in p.grad.split(rows, -2) for m in part.reshape(-1, *part.shape[-2:])]
+            apart[name] = rows, [torch.nn.Parameter(m.clone()) for m in matrices]
+            for parameter, gradient in zip(apart[name][1], gradients, strict=True):
+                parameter.grad = gradient.clone()
+    Muon([p for _, ps in apart.values() for p in ps], lr=0.02, momentum=0.95, weight_decay=0.1).step()
+    optimizer.step()
+    for name, (rows, ps) in apart.items():
+        parts = dict(model.blocks.named_parameters())[name].split(rows, -2)
+        moved = [m for part in parts for m in part.reshape(-1, *part.shape[-2:])]
+        assert all(torch.allclose(m, p, atol=1e-6) for m, p in zip(moved, ps, strict=True)), name
+
+
 def test_weight_decay_is_on_matrices_only():
     model = GPT(ModelConfig(vocab_size=50, n_embd=16, n_head=2, n_layer=1, bias=True))
-    from optimizer import make_optimizer
-
     for name in ("adamw", "sgd", "muon"):
         optimizer = make_optimizer(model, train.TrainConfig(optimizer=name), torch.device("cpu"))
         grouped = [p for group in optimizer.param_groups for p in group["params"]]
