@@ -7,14 +7,11 @@
 data.py writes token files; nothing here knows about raw text.
 """
 
-import contextlib
 import functools
 import itertools
 import json
 import math
-import queue
 import tempfile
-import threading
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,12 +21,14 @@ import numpy as np
 import torch
 
 from configuration import UserError
+from prefetching import prefetch
 from tokenizer import BOS, EOS, PADDING, UNKNOWN
 
 # ---------------------------------------------------------------------------------------------------- token files
 
 FORMAT = 2
 HEADER_SIZE = 1 << 16
+COUNTED_AT_ONCE = 1 << 16  # tokens: what fits a processor's cache
 DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64}
 
 
@@ -42,27 +41,41 @@ class TokenFileWriter:
     def __init__(self, file: BinaryIO, vocab_size: int, has_samples: bool) -> None:
         self.file = file
         self.dtype = "U16" if vocab_size <= 1 << 16 else "U32"
-        self.counts = np.zeros(vocab_size, dtype=np.int64)  # of tokens that count in the loss
+        self._counts = np.zeros(vocab_size, dtype=np.int64)
+        self._uncounted: list[np.ndarray] = []
+        self._n_uncounted = 0
         self.n_tokens = self.n_loss_tokens = self.n_unknown = self.n_characters = 0
         self.mask_file = tempfile.TemporaryFile() if has_samples else None  # noqa: SIM115
         self.starts = [0]
         self.checksum = 0
         file.write(b" " * HEADER_SIZE)
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes | np.ndarray) -> None:
         self.file.write(data)
         self.checksum = zlib.crc32(data, self.checksum)
 
+    @property
+    def counts(self) -> np.ndarray:
+        """How often each token counts in the loss, shape (vocab_size,)."""
+        ids = np.concatenate([*self._uncounted, np.empty(0, DTYPES[self.dtype])])
+        for start in range(0, len(ids), COUNTED_AT_ONCE):
+            self._counts += np.bincount(ids[start : start + COUNTED_AT_ONCE], minlength=len(self._counts))
+        self._uncounted, self._n_uncounted = [], 0
+        return self._counts
+
     def add(self, ids: np.ndarray, n_characters: int, mask: np.ndarray | None = None) -> None:
         """Append token ids; with a mask (1 where the loss is taken), as one sample."""
-        self._write(ids.astype(DTYPES[self.dtype]).tobytes())
+        ids = np.ascontiguousarray(ids, DTYPES[self.dtype])
+        self._write(ids)
         self.n_tokens += len(ids)
         self.n_characters += n_characters
         counted = ids if mask is None else ids[mask == 1]
-        counts = np.bincount(counted, minlength=len(self.counts))
+        self._uncounted.append(counted)
+        self._n_uncounted += len(counted)
+        if self._n_uncounted > 16 * COUNTED_AT_ONCE:
+            _ = self.counts
         self.n_loss_tokens += len(counted)
-        self.n_unknown += int(counts[UNKNOWN] if mask is None else (ids == UNKNOWN).sum())
-        self.counts += counts
+        self.n_unknown += int(np.count_nonzero(ids == UNKNOWN))
         if mask is not None:
             self.mask_file.write(mask.astype(np.uint8).tobytes())
             self.starts.append(self.n_tokens)
@@ -470,40 +483,12 @@ class ValidationBatches(Batches):
                 yield spare._replace(loss_mask=torch.zeros(spare.targets.shape), count=0)
 
 
-def prefetch(batches: Any, position: int, pin_memory: bool = False, depth: int = 2) -> Iterator[list[Batch]]:
-    """batches.at(position) and what follows, made by a background thread while the caller computes.
+def upcoming(batches: Any, position: int, pin_memory: bool = False) -> Iterator[list[Batch]]:
+    """batches.at(position) and what follows, made in the background while the caller computes.
 
     Batches that are made of the model as it is (is_live) cannot be made ahead.
     """
+    steps = (batches.at(place) for place in itertools.count(position, batches.samples_per_step))
     if getattr(batches, "is_live", False):
-        yield from map(batches.at, itertools.count(position, batches.samples_per_step))
-    made: queue.Queue = queue.Queue(depth)
-    stopping = threading.Event()
-
-    def put(item: Any) -> None:
-        while not stopping.is_set():
-            with contextlib.suppress(queue.Full):
-                made.put(item, timeout=0.1)
-                return
-
-    def work() -> None:
-        place = position
-        try:
-            while not stopping.is_set():
-                step = batches.at(place)
-                put([batch.pin_memory() for batch in step] if pin_memory else step)
-                place += batches.samples_per_step
-        except BaseException as error:  # the caller's to handle
-            put(error)
-
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
-    try:
-        while True:
-            item = made.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopping.set()
-        worker.join()
+        return steps
+    return prefetch([batch.pin_memory() for batch in step] if pin_memory else step for step in steps)

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from configuration import UserError
-from tokenizer import Messages
+from prefetching import prefetch
+from tokenizer import Messages, may_have_special
 
-CHUNK = 1 << 22  # bytes of a file held at a time
-LONGEST_DOCUMENT = 4 * CHUNK  # characters; a longer one is treated as running text
+CHUNK = 1 << 20  # bytes of a file held at a time
+LONGEST_DOCUMENT = 1 << 24  # characters; a longer one is treated as running text
 TEXT_SUFFIXES = (".txt", ".md", ".text", ".jsonl")
 ROLES = ("system", "user", "assistant")
 
@@ -101,7 +102,11 @@ def stage_of(source: Source) -> str:
 
 
 def text_chunks(source: Source, progress: Callable[[int], None] = lambda n: None) -> Iterator[str]:
-    """The text of a file in chunks; line ends become \\n. Raises UserError where it is not UTF-8 text."""
+    """The text of a file in chunks, read ahead; line ends become \\n. Raises UserError where it is not UTF-8 text."""
+    return prefetch(read_chunks(source, progress), depth=1)
+
+
+def read_chunks(source: Source, progress: Callable[[int], None]) -> Iterator[str]:
     path = source.path
     decoder = codecs.getincrementaldecoder("utf-8")()
     digest, offset, held = hashlib.sha256(), 0, ""
@@ -173,7 +178,7 @@ def documents(
     held = ""
     for chunk in text_chunks(source, progress):
         held += chunk
-        if "<|bos|>" in held or "<|eos|>" in held:
+        if may_have_special(held):
             *units, held = document_edge.split(held)
             yield from delimited(units)
         too_long = LONGEST_DOCUMENT if held.startswith("<|bos|>") else CHUNK // 2

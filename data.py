@@ -21,6 +21,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from tokenizer import (
     Tokenizer,
     load_tokenizer,
     mark_characters,
-    special_pattern,
+    without_special,
 )
 
 COMPRESSED_SAMPLE = 1_000_000  # characters of the corpus that zlib and lzma are tried on
@@ -83,14 +84,14 @@ class Scan:
         longest = self.cleaner.config.split_documents
         for text, is_document in corpus.documents(source, bad_lines, progress):
             if is_document and longest and len(text) > longest:
-                for piece in split_at_sentences(special_pattern.sub("", text), longest):
+                for piece in split_at_sentences(without_special(text), longest):
                     if piece.strip():
                         yield f"<|bos|>{piece.strip()}<|eos|>", True
             else:
                 yield text, is_document
 
     def see(self, text: str) -> None:
-        text = special_pattern.sub("", text) if "<|" in text and self.stage == "pretrain" else text
+        text = without_special(text) if self.stage == "pretrain" else text
         mark_characters(self.seen, text)
         self.n_characters += len(text)
         if len(self.sample) < COMPRESSED_SAMPLE:
@@ -129,7 +130,7 @@ def scan(stage: str, sources: list[Source], bad_lines: BadLines, cleaner: Cleane
             else:
                 for text, is_document in result.documents(source, bad_lines, progress):
                     if is_document:
-                        if not result.judge(text, special_pattern.sub("", text)):
+                        if not result.judge(text, without_special(text)):
                             continue
                     else:
                         result.running_characters += len(text)
@@ -173,6 +174,9 @@ def write_split_files(
             for split, path in paths.items()
         }
         progress = stack.enter_context(progress_bar(scanned.sources, f"encoding {stage}"))
+        compression = None
+        if not has_samples:  # meanwhile: it takes half a second
+            compression = stack.enter_context(ThreadPoolExecutor(1)).submit(compressed, scanned.sample)
         number = position = 0
         for source in scanned.sources:
             if has_samples:
@@ -208,7 +212,7 @@ def write_split_files(
             "duplicates_removed": int(len(clean) - keep.sum()),
             "dropped": dict(scanned.cleaner.dropped),
             "sources": [source.describe() for source in scanned.sources],
-            "baselines": baselines(writers, scanned),
+            "baselines": {**baselines(writers), **(compression.result() if compression else {})},
         }
         for split, writer in writers.items():
             writer.finish({**shared, "split": split})
@@ -228,16 +232,21 @@ def check_lengths(writers: dict[str, TokenFileWriter], scanned: Scan, block_size
         )
 
 
-def baselines(writers: dict[str, TokenFileWriter], scanned: Scan) -> dict[str, float]:
-    """What a model must beat: losses in nats per token, and the corpus compressed, in bits per character."""
+def compressed(sample: str) -> dict[str, float]:
+    """A text as general-purpose compressors leave it, in bits per character."""
+    data = sample.encode("utf-8")
+    lzma_filter = {"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 22}  # as long as a sample: half the memory
+    return {
+        "zlib_bits_per_character": 8 * len(zlib.compress(data, 9)) / len(sample),
+        "lzma_bits_per_character": 8 * len(lzma.compress(data, filters=[lzma_filter])) / len(sample),
+    }
+
+
+def baselines(writers: dict[str, TokenFileWriter]) -> dict[str, float]:
+    """The losses that a model must beat, in nats per token."""
     train, val = writers["train"].counts, writers["val"].counts
     probability = (train + 1) / (train.sum() + len(train))  # add-one smoothing: no token is impossible
-    result = {"uniform": math.log(len(train)), "unigram": float(-(val * np.log(probability)).sum() / max(1, val.sum()))}
-    if scanned.stage == "pretrain":
-        sample = scanned.sample.encode("utf-8")
-        result["zlib_bits_per_character"] = 8 * len(zlib.compress(sample, 9)) / len(scanned.sample)
-        result["lzma_bits_per_character"] = 8 * len(lzma.compress(sample)) / len(scanned.sample)
-    return result
+    return {"uniform": math.log(len(train)), "unigram": float(-(val * np.log(probability)).sum() / max(1, val.sum()))}
 
 
 def report(

@@ -28,7 +28,7 @@ import torch
 
 import lora
 import preflight
-from batches import Batch, TokenFile, TrainBatches, ValidationBatches, prefetch
+from batches import Batch, TokenFile, TrainBatches, ValidationBatches, upcoming
 from checkpointing import SaveError, keep_previous, load_checkpoint_tokenizer, load_model, load_newest
 from configuration import Parser, UserError, check_fields, fields_of, find_config, read_json, run
 from engine import Engine, Loss, dtype_name
@@ -101,7 +101,7 @@ def train(run: Run, log: RunLog) -> State:
     """THE training loop: batch, loss, backward, step; sometimes evaluate, sometimes save."""
     config, engine, state = run.config, run.engine, run.state
     deadline = run.began + 60 * config.max_minutes if config.max_minutes else math.inf
-    steps = prefetch(run.batches, state.samples, pin_memory=engine.device.type == "cuda")
+    steps = upcoming(run.batches, state.samples, pin_memory=engine.device.type == "cuda")
     evaluated = saved = -1
     skipped_in_a_row = 0
     done = config.max_steps is not None and state.step >= config.max_steps

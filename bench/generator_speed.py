@@ -2,7 +2,7 @@
 
     python bench/generator_speed.py             every problem at its default setting; the last line is JSON
 
-In training the generator runs in a thread of its own (batches.prefetch), so what it really costs is less than this.
+In training the generator runs in a thread of its own (batches.upcoming), so what it really costs is less than this.
 """
 
 import time

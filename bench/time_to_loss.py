@@ -5,8 +5,8 @@
     python bench/time_to_loss.py FILE --target 1.7 --max_steps 800  any field of the config
 
 nanoGPT's CPU command (4 layers, 4 heads, 128 wide, block 64, batch 12) reaches 1.886 on tinyshakespeare after 2,000
-steps; config/shakespeare_fast.json has that shape. A run of that command's kind is timed first, in the same way; the text
-is prepared before.
+steps; config/shakespeare_fast.json has that shape. A run of that kind is timed first, in the same way. The text is
+prepared before the clock starts.
 """
 
 import argparse

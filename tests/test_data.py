@@ -8,7 +8,7 @@ from conftest import make_samples, make_text, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batches import TokenFile, TrainBatches, ValidationBatches, collate, document_numbers, pack, prefetch
+from batches import TokenFile, TrainBatches, ValidationBatches, collate, document_numbers, pack, upcoming
 from configuration import UserError
 from model import GPT, ModelConfig
 from tokenizer import BOS, EOS, PADDING, RESPONSE, UNKNOWN, load_tokenizer
@@ -289,13 +289,13 @@ def test_partial_validation_is_the_same_part_every_time(prepared):
 
 def test_prefetching_gives_the_same_batches_and_passes_errors_on(prepared):
     batches = reader(prepared)
-    ahead = prefetch(batches, 8)
+    ahead = upcoming(batches, 8)
     for position in range(8, 80, batches.samples_per_step):
         assert torch.equal(next(ahead)[1].idx, batches.at(position)[1].idx)
     ahead.close()
 
     with pytest.raises(UserError, match="outside the vocabulary"):
-        next(prefetch(reader(prepared, vocab_size=8), 0))
+        next(upcoming(reader(prepared, vocab_size=8), 0))
 
 
 @pytest.mark.parametrize("damage", ["truncate", "header", "length", "grow", "text", "empty"])

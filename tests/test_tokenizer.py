@@ -43,7 +43,7 @@ def both(bpe):
 def test_round_trip_is_exact(text, bpe):
     for tokenizer in both(bpe):
         ids = tokenizer.encode(text)
-        assert ids.dtype == np.uint32
+        assert ids.dtype == np.uint16
         assert tokenizer.decode(ids) == text
         assert "".join(tokenizer.stream(ids.tolist())) == text
     assert len(CharTokenizer.train([ALL]).encode(text)) == len(text)
