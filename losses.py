@@ -21,7 +21,8 @@ from tokenizer import Tokenizer
 
 def next_token(model: torch.nn.Module, batch: Batch, reduction: str) -> torch.Tensor:
     """Cross-entropy of the targets that count."""
-    return model(batch.idx, batch.targets, batch.loss_mask, reduction, batch.documents)[1]
+    with_logits = reduction == "none"
+    return model(batch.idx, batch.targets, batch.loss_mask, reduction, batch.documents, with_logits)[1]
 
 
 def load_frozen(field: str, path: str, tokenizer: Tokenizer, device: torch.device) -> GPT:

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configuration import Config, UserError, option
 from experts import MixtureOfExperts, mixtures
+from head import Head
 from norm import RMSNorm, rms_norm
 from sampling import check_sampling, filter_logits, penalise_repetition
 
@@ -323,7 +324,7 @@ class GPT(nn.Module):
         self.embedding_dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Head(config.n_embd, config.vocab_size)
         if config.tie_embeddings:
             self.lm_head.weight = self.token_embedding.weight
         self._initialise()
@@ -385,16 +386,23 @@ class GPT(nn.Module):
         loss_mask: torch.Tensor | None = None,
         reduction: str = "mean",
         documents: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with_logits: bool = True,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Logits (B, T, vocab_size) and, given targets (B, T), the cross-entropy loss in nats.
 
         loss_mask (B, T): 1 where a target counts, 0 where not; the mean is taken over those that count.
         reduction: "mean" or "sum" (scalars), or "none": (B, T), 0 where the mask is 0. documents: as in hidden().
         In training, "mean" and "sum" hold the routers' balancing loss too, as often as targets count.
+        with_logits: false where only the loss ("mean" or "sum") is wanted: None instead, and much less memory.
         """
-        logits = self.lm_head(self.hidden(idx, documents=documents))
+        hidden = self.hidden(idx, documents=documents)
         if targets is None:
-            return logits, None
+            return self.lm_head(hidden), None
+        if not with_logits:
+            count = targets.numel() if loss_mask is None else loss_mask.sum().clamp(min=1)
+            total = self.lm_head(hidden, targets, loss_mask) + self.router_loss() * count
+            return None, total if reduction == "sum" else total / count
+        logits = self.lm_head(hidden)
         if loss_mask is None and reduction != "none":
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
             return logits, loss + self.router_loss() * (targets.numel() if reduction == "sum" else 1)

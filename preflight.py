@@ -12,6 +12,7 @@ import torch
 
 from configuration import UserError
 from engine import dtype_name
+from head import logits_at_once
 from model import GPT, ModelConfig
 
 
@@ -59,21 +60,23 @@ def trained_parameters(model: GPT) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def memory_estimate(model: GPT, batch_size: int, optimizer: str, dtype: torch.dtype) -> float:
+def memory_estimate(run: Any, batch_size: int) -> float:
     """Bytes that training takes, roughly: weights, gradients, optimizer states, and one micro-batch's activations.
 
     Activations are counted as the tensors that the backward pass of each layer keeps, as in Korthikanti et al. 2022
     (arXiv:2205.05198), for a memory-efficient attention kernel.
     """
-    config = model.config
-    states = {"adamw": 2, "muon": 1, "sgd": 1}[optimizer]
+    model, config, engine = run.model, run.model.config, run.engine
+    states = {"adamw": 2, "muon": 1, "sgd": 1}[run.config.optimizer]
     trained = trained_parameters(model)
     weights = 4 * (model.parameter_count() + trained * (1 + states))
-    size = torch.finfo(dtype).bits // 8
+    size = torch.finfo(engine.dtype).bits // 8
     mlp_tensors = 5 if config.mlp == "swiglu" else 2
     per_token = config.n_layer * (18 * config.n_embd + mlp_tensors * config.n_hidden) * size
-    per_token += config.vocab_size * (size + 8)  # logits, their float32 copy and its gradient
-    return weights + batch_size * config.block_size * per_token
+    n_logits = batch_size * config.block_size * config.vocab_size
+    if run.config.loss == "next_token":
+        n_logits = min(n_logits, logits_at_once(engine.device))
+    return weights + batch_size * config.block_size * per_token + n_logits * (size + 8)  # float32 copy, its gradient
 
 
 def memory_total() -> float:
@@ -113,8 +116,7 @@ def is_out_of_memory(error: Exception) -> bool:
 def how_to_fit(run: Any) -> str:
     """For a run that ran out of memory: which sizes to lower, and by about how much."""
     config, shape = run.config, run.model.config
-    needed = memory_estimate(run.model, config.batch_size, config.optimizer, run.engine.dtype)
-    fixed = memory_estimate(run.model, 0, config.optimizer, run.engine.dtype)
+    needed, fixed = memory_estimate(run, config.batch_size), memory_estimate(run, 0)
     each = (needed - fixed) / config.batch_size
     said = f"out of memory at batch_size {config.batch_size}, block_size {shape.block_size}: "
     said += f"about {fixed / 1e9:.2f} GB for weights and optimizer, {each / 1e9:.3f} GB for each sample"
@@ -133,7 +135,7 @@ def report(run: Any) -> None:
     config, model, engine, batches = run.config, run.model, run.engine, run.batches
     run.matmul_flops = matmul_flops(engine.device, engine.dtype)
     tokens_per_step = batches.samples_per_step * model.config.block_size
-    needed = memory_estimate(model, config.batch_size, config.optimizer, engine.dtype)
+    needed = memory_estimate(run, config.batch_size)
     if engine.device.type == "cpu" and needed > 2 * memory_total():
         raise UserError(how_to_fit(run))
     available = memory_available(engine.device)

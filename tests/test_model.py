@@ -231,6 +231,30 @@ def test_attention_kernels_agree(kernel):
     assert kernel in SDP_KERNELS
 
 
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+@pytest.mark.parametrize("loss_mask", [None, torch.arange(2 * 9).view(2, 9) % 3 > 0])
+def test_a_loss_without_logits_is_the_same_loss(monkeypatch, tie_embeddings, loss_mask):
+    """The logits of 4 tokens at a time, and 2 at the end, or all at once: the same loss, the same gradients."""
+    model = make(tie_embeddings=tie_embeddings).double()
+    idx, targets = tokens(2, 9), tokens(2, 9).flip(0)
+    loss_mask = None if loss_mask is None else loss_mask.float()
+    monkeypatch.setattr("head.logits_at_once", lambda device: 4 * 50 + 7)
+    gradients = []
+    for with_logits in (True, False):
+        model.zero_grad()
+        logits, loss = model(idx, targets, loss_mask, "sum", None, with_logits)
+        assert (logits is not None) == with_logits
+        (3 * loss).backward()
+        gradients.append([loss.detach(), *(p.grad for p in model.parameters())])
+        with torch.no_grad():
+            assert model(idx, targets, loss_mask, "sum", None, with_logits)[1] == loss
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6, check_dtype=False)
+    count = 18 if loss_mask is None else 12
+    mean = model(idx, targets, loss_mask, "mean", None, False)[1]
+    assert mean.item() == pytest.approx(gradients[0][0].item() / count)
+
+
 def test_loss_is_the_mean_over_the_masked_in_targets():
     model, idx, targets = make(), tokens(2, 5), tokens(2, 5).flip(0)
     mask = torch.tensor([[0, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).float()
