@@ -74,51 +74,68 @@ def distillation(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[A
 # ---------------------------------------------------------------------------------------------------- preferences
 
 
-def dpo(ratio: torch.Tensor, beta: float) -> torch.Tensor:
-    """Rafailov et al. 2023 (arXiv:2305.18290): -log sigmoid(beta ratio)."""
-    return -F.logsigmoid(beta * ratio)
+def dpo(margin: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor, config: Any) -> torch.Tensor:
+    """Rafailov et al. 2023 (arXiv:2305.18290): -log sigmoid(beta margin)."""
+    return -F.logsigmoid(config.dpo_beta * margin)
 
 
-def ipo(ratio: torch.Tensor, beta: float) -> torch.Tensor:
-    """Azar et al. 2023 (arXiv:2310.12036): the ratio is to be 1 / (2 beta), no more."""
-    return (ratio - 1 / (2 * beta)).square()
+def ipo(margin: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor, config: Any) -> torch.Tensor:
+    """Azar et al. 2023 (arXiv:2310.12036): the margin is to be 1 / (2 beta), no more."""
+    return (margin - 1 / (2 * config.dpo_beta)).square()
 
 
-PREFERENCES: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {"dpo": dpo, "ipo": ipo}
+def simpo(margin: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor, config: Any) -> torch.Tensor:
+    """Meng et al. 2024 (arXiv:2405.14734): dpo without a reference; the margin, per token, is to be gamma / beta."""
+    return -F.logsigmoid(config.dpo_beta * margin - config.simpo_gamma)
+
+
+def orpo(margin: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor, config: Any) -> torch.Tensor:
+    """Hong et al. 2024 (arXiv:2403.07691): beta times -log sigmoid of the odds ratio, beside the cross-entropy."""
+    log_odds = [p - torch.log(-torch.expm1(p.clamp(max=-1e-6))) for p in (chosen, rejected)]
+    return -config.dpo_beta * F.logsigmoid(log_odds[0] - log_odds[1])
+
+
+PREFERENCES = {"dpo": dpo, "ipo": ipo, "simpo": simpo, "orpo": orpo}
+REFERENCED = ("dpo", "ipo")  # those that measure from a reference; the others take log-probabilities per token
+CHOSEN_WEIGHT = {"dpo": 0.2, "ipo": 0.2, "simpo": 0.2, "orpo": 1.0}  # of the chosen answer's own cross-entropy
 
 
 class Preference:
-    """Make chosen answers likelier than rejected ones, measured from a reference model.
+    """Make chosen answers likelier than rejected ones.
 
-    ratio = log p(chosen) / p(rejected) of the model, less that of the reference, which is computed once for all pairs.
-    The implicit reward of an answer is beta log p / p_reference, its margin beta times the ratio. The ratio alone may
+    dpo and ipo measure from a reference model: the margin is log p(chosen) / p(rejected) of the model, less that of the
+    reference, which is computed once for all pairs. The implicit reward of an answer is beta log p / p_reference, the
+    reward's margin beta times the margin. simpo and orpo take log p per token and no reference. The margin alone may
     also grow while both answers become unlikely; chosen_weight adds the chosen answer's cross-entropy per token, which
     keeps it likely (Pang et al. 2024, arXiv:2404.19733).
     """
 
-    def __init__(
-        self, kind: str, beta: float, chosen_weight: float, sum_over_ranks: Callable[..., list[float]]
-    ) -> None:
-        self.kind, self.beta, self.chosen_weight, self.sum_over_ranks = kind, beta, chosen_weight, sum_over_ranks
+    def __init__(self, config: Any, sum_over_ranks: Callable[..., list[float]]) -> None:
+        """config: loss, dpo_beta, dpo_chosen_weight, simpo_gamma."""
+        self.config, self.sum_over_ranks = config, sum_over_ranks
+        given = config.dpo_chosen_weight
+        self.chosen_weight = CHOSEN_WEIGHT[config.loss] if given is None else given
         self.evaluated: list[torch.Tensor] = []
 
     def __call__(self, model: torch.nn.Module, batch: Batch, reduction: str) -> torch.Tensor:
-        chosen, rejected = log_probabilities(model, batch).sum(1).chunk(2)
-        ratio = chosen - rejected - batch.reference
-        losses = PREFERENCES[self.kind](ratio, self.beta)
+        per_answer = log_probabilities(model, batch).sum(1)
+        per_token = per_answer / batch.loss_mask.sum(1)
+        is_referenced = self.config.loss in REFERENCED
+        chosen, rejected = (per_answer if is_referenced else per_token).chunk(2)
+        margin = chosen - rejected - (batch.reference if is_referenced else 0.0)
+        losses = PREFERENCES[self.config.loss](margin, chosen, rejected, self.config)
         if reduction == "sum":
-            lengths = batch.loss_mask.sum(1).chunk(2)[0]
-            return losses.sum() - self.chosen_weight * (chosen / lengths).sum()
+            return losses.sum() - self.chosen_weight * per_token.chunk(2)[0].sum()
         if batch.count:  # (else it only keeps the processes in step)
-            self.evaluated.append(ratio.detach())
+            self.evaluated.append(margin.detach())
         return losses[:, None] * (batch.count > 0)
 
     def figures(self) -> dict[str, float]:
         """Over the last evaluation: the share of pairs that the model ranks right, and the mean reward margin."""
-        ratios = torch.cat(self.evaluated) if self.evaluated else torch.zeros(0)
+        margins = torch.cat(self.evaluated) if self.evaluated else torch.zeros(0)
         self.evaluated = []
-        right, total, n = self.sum_over_ranks((ratios > 0).sum().item(), ratios.sum().item(), float(len(ratios)))
-        return {"preference_accuracy": right / max(1, n), "reward_margin": self.beta * total / max(1, n)}
+        right, total, n = self.sum_over_ranks((margins > 0).sum().item(), margins.sum().item(), float(len(margins)))
+        return {"preference_accuracy": right / max(1, n), "reward_margin": self.config.dpo_beta * total / max(1, n)}
 
 
 @torch.no_grad()
@@ -132,12 +149,15 @@ def remember_reference(reference: GPT, pairs: Pairs, batch_size: int, device: to
 
 
 def preference(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[Any]) -> Preference:
-    reference = load_frozen("reference", config.reference, tokenizer, engine.device)
+    reference = None
+    if config.loss in REFERENCED:
+        reference = load_frozen("reference", config.reference, tokenizer, engine.device)
     for dataset in data:
         if not isinstance(dataset, Pairs):
             raise UserError(f"loss {config.loss} needs pairs: jsonl lines with prompt, chosen and rejected")
-        remember_reference(reference, dataset, config.batch_size, engine.device)
-    return Preference(config.loss, config.dpo_beta, config.dpo_chosen_weight, engine.sum_over_ranks)
+        if reference is not None:
+            remember_reference(reference, dataset, config.batch_size, engine.device)
+    return Preference(config, engine.sum_over_ranks)
 
 
 def plain(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[Any]) -> Loss:

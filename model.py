@@ -314,6 +314,7 @@ class GPT(nn.Module):
         if config.vocab_size is None:
             raise UserError("vocab_size is not set: it comes from the tokenizer")
         self.config, self.sdp_kernel, self.windows = config, sdp_kernel, config.windows
+        self.restart_positions = True  # in every document
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.use_rope:
             cos, sin = rope_table(config)
@@ -350,7 +351,8 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """Final hidden states (B, T, n_embd) of token ids (B, T); with a cache, idx follows the tokens in it.
 
-        documents (B, T): a number for every token's document; attention stays inside, positions begin anew in each.
+        documents (B, T): a number for every token's document; attention stays inside. With restart_positions each of
+        them begins at position 0.
         """
         start = cache.length if cache is not None else 0
         T = idx.size(1)
@@ -360,7 +362,9 @@ class GPT(nn.Module):
         if idx.device.type == "cpu" and not torch.compiler.is_compiling():
             check_token_ids(idx, self.config.vocab_size)  # on a GPU this would be an assert that ends the process
         x = self.token_embedding(idx)  # (B, T, n_embd)
-        rope, positions = None, slice(start, end) if documents is None else positions_inside(documents)
+        rope, positions = None, slice(start, end)
+        if documents is not None and self.restart_positions:
+            positions = positions_inside(documents)
         if self.config.use_rope:
             rope = (self.rope_cos[positions], self.rope_sin[positions])
         else:

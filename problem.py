@@ -63,8 +63,9 @@ BY_REWARD = {  # with --loss grpo
 SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 64}
 # fields of files and texts, which mean nothing here
 NO_FIELDS = (
-    *("dataset_path", "tokenizer_path", "overlong", "mask_documents", "pack_samples", "sample_tokens", "sample_prompt"),
-    *("teacher", "distill_temperature", "distill_weight", "dpo_beta", "dpo_chosen_weight"),
+    *("dataset_path", "tokenizer_path", "overlong", "mask_documents", "pack_samples"),
+    *("restart_positions", "sample_tokens", "sample_prompt"),
+    *("teacher", "distill_temperature", "distill_weight", "dpo_beta", "dpo_chosen_weight", "simpo_gamma"),
 )
 LOSSES = ("next_token", "grpo")
 

@@ -34,7 +34,7 @@ from configuration import Parser, UserError, check_fields, fields_of, find_confi
 from engine import Engine, Loss, dtype_name
 from experts import count_tokens
 from files import hold_lock
-from losses import BY_TOKEN, PREFERENCES, make_loss, next_token
+from losses import BY_TOKEN, REFERENCED, make_loss, next_token
 from model import GPT, ModelConfig
 from run_log import Console, RunLog, StopRequest
 from tokenizer import Tokenizer, load_tokenizer
@@ -410,7 +410,7 @@ def open_data(
 
 def set_reference(config: TrainConfig, checkpoint: dict[str, Any] | None) -> None:
     """What a loss measures from, if not named: where the run began, also when it goes on."""
-    if config.reference or config.loss not in (*PREFERENCES, "grpo"):
+    if config.reference or config.loss not in (*REFERENCED, "grpo"):
         return
     is_same = checkpoint is not None and checkpoint["train_config"].get("stage") == config.stage
     before = checkpoint["train_config"].get("reference") if is_same else None
@@ -429,6 +429,7 @@ def set_up(config: TrainConfig, explicit: dict[str, Any], defaults: dict[str, An
         model = make_model(config, {**defaults, **explicit}, tokenizer)
     if not model.config.is_causal:
         raise UserError("is_causal is false: with full attention a model sees the very token it is to predict")
+    model.restart_positions = config.restart_positions
     train_files, val_files = open_data(config, tokenizer, config.from_checkpoint or config.tokenizer_path)
     shared = {
         "block_size": model.config.block_size,

@@ -21,12 +21,17 @@ class TrainConfig(Config):
     distill_temperature: float = option(2.0, "distill: softens the probabilities of both", above=0.0)
     distill_weight: float = option(0.5, "distill: share of the teacher in the loss", minimum=0.0, maximum=1.0)
     reference: str = option("", "dpo, ipo, grpo: checkpoint to measure from; empty: from_checkpoint")
-    dpo_chosen_weight: float = option(0.2, "dpo, ipo: weight of the chosen answer's own cross-entropy", minimum=0.0)
+    dpo_chosen_weight: float | None = option(
+        None, "weight of the chosen answer's own cross-entropy; null: 1 for orpo, else 0.2", minimum=0.0
+    )
     grpo_group: int = option(16, "grpo: answers drawn to each prompt", minimum=2, maximum=4096)
     grpo_updates: int = option(1, "grpo: steps on the same answers (above 1, going on may draw others)", minimum=1)
     grpo_clip: float = option(0.2, "grpo: how far a step may change a probability", above=0.0, maximum=1.0)
     grpo_beta: float = option(0.01, "grpo: how dear it is to leave the reference", minimum=0.0)
-    dpo_beta: float = option(0.1, "dpo, ipo: how dear it is to leave the reference", above=0.0)
+    dpo_beta: float = option(
+        0.1, "dpo, ipo: how dear it is to leave the reference; simpo: steepness; orpo: weight", above=0.0
+    )
+    simpo_gamma: float = option(0.5, "simpo: what beta times the margin is to exceed", minimum=0.0)
     from_checkpoint: str = option("", "checkpoint to start from; of the same stage: continues that run")
     save_checkpoint_to: str = option("checkpoint", "folder of the checkpoints")
     dataset_path: list[list[str]] = option(
@@ -34,6 +39,7 @@ class TrainConfig(Config):
     )
     tokenizer_path: str = option("dataset/tokenizer.json", "tokenizer that the data was prepared with")
     overlong: str = option("drop", "samples longer than block_size + 1 tokens", choices=("drop", "cut"))
+    restart_positions: bool = option(True, "documents and packed samples begin at position 0 each (RoPE: no matter)")
     mask_documents: bool = option(False, "attention stays inside a document (<|bos|> ... <|eos|>) of running text")
     pack_samples: bool = option(False, "fine-tuning: several samples in a row, blind to each other, instead of padding")
     random_seed: int = option(1337, "seed of weights, data order and dropout", minimum=0, maximum=2**31)

@@ -11,6 +11,7 @@ from processes import newest_log, train_on
 
 import inference
 import losses
+import train
 from batches import TokenFile, TrainBatches, ValidationBatches
 from checkpointing import load_checkpoint
 from losses import Distillation, Preference
@@ -66,7 +67,21 @@ def by_hand(model: GPT, tokens: list[int], mask: list[int]) -> float:
     return sum(math.log(probabilities[t - 1, tokens[t]].item()) for t in range(1, len(tokens)) if mask[t])
 
 
-@pytest.mark.parametrize("kind", ["dpo", "ipo"])
+def loss_by_hand(kind: str, w: list[float], l: list[float], lengths: tuple[int, int]) -> float:  # noqa: E741
+    """Of log p of the chosen and the rejected answer, by the model and by the reference; beta 0.3, gamma 0.7."""
+    ratio = (w[0] - w[1]) - (l[0] - l[1])  # as in TRL: policy minus reference, chosen minus rejected
+    if kind == "dpo":
+        return math.log(1 + math.exp(-0.3 * ratio))
+    if kind == "ipo":
+        return (ratio - 1 / 0.6) ** 2
+    per_token = [w[0] / lengths[0], l[0] / lengths[1]]
+    if kind == "simpo":
+        return math.log(1 + math.exp(0.7 - 0.3 * (per_token[0] - per_token[1])))
+    odds = [math.exp(p) / (1 - math.exp(p)) for p in per_token]
+    return 0.3 * math.log(1 + odds[1] / odds[0])  # -log sigmoid(log(a / b)) = log(1 + b / a)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ipo", "simpo", "orpo"])
 def test_preference_loss_is_the_formula(pairs, kind):
     file = TokenFile("dataset/dpo_train.bin")
     options = {"block_size": 32, "vocab_size": file.header["vocab_size"], "batch_size": 5, "seed": 1}
@@ -77,9 +92,9 @@ def test_preference_loss_is_the_formula(pairs, kind):
     total = 0.0
     for chosen, rejected, _ in (batches.sample(i) for i in range(5)):
         w, l = ([by_hand(m, t.tolist(), k.tolist()) for m in (model, reference)] for t, k in (chosen, rejected))  # noqa: E741
-        ratio = (w[0] - w[1]) - (l[0] - l[1])  # as in TRL: policy minus reference, chosen minus rejected
-        total += math.log(1 + math.exp(-0.3 * ratio)) if kind == "dpo" else (ratio - 1 / 0.6) ** 2
-    loss = Preference(kind, 0.3, 0.5, lambda *values: list(values))
+        total += loss_by_hand(kind, w, l, (chosen[1].sum(), rejected[1].sum()))
+    config = train.TrainConfig(loss=kind, dpo_beta=0.3, dpo_chosen_weight=0.5, simpo_gamma=0.7)
+    loss = Preference(config, lambda *values: list(values))
     rows = [batches.sample(i).chosen for i in range(5)]
     likely = sum(by_hand(model, tokens.tolist(), mask.tolist()) / mask.sum() for tokens, mask in rows)
     assert loss(model, batch, "sum").item() == pytest.approx(total - 0.5 * likely, rel=1e-4)
@@ -87,13 +102,15 @@ def test_preference_loss_is_the_formula(pairs, kind):
     assert loss.figures()["preference_accuracy"] in [i / 5 for i in range(6)]
 
 
-def test_preferences_are_learnt_on_pairs_never_seen(pairs, call):
+@pytest.mark.parametrize(("kind", "beta"), [("dpo", "0.3"), ("simpo", "2"), ("orpo", "0.5")])
+def test_preferences_are_learnt_on_pairs_never_seen(pairs, call, kind, beta):
     args = ["-t", "dpo", *FAST_PAIRS, "--batch_size", "16", "--max_steps", "60", "--eval_interval", "20"]
-    result = call("train.py", *args, "--learning_rate", "0.003", "--dpo_beta", "0.3")
+    result = call("train.py", *args, "--learning_rate", "0.003", "--loss", kind, "--dpo_beta", beta)
     assert result.status == 0, result.err
     records = read_log(newest_log(pairs), "val")
     assert records[-1]["preference_accuracy"] >= 0.9 and records[-1]["reward_margin"] > 0.1
-    assert records[-1]["val_loss"] < math.log(2)  # that of no preference
+    if kind == "dpo":
+        assert records[-1]["val_loss"] < math.log(2)  # that of no preference
     before, after = (share_of_polite_answers(f"checkpoint/{name}.pt") for name in ("sft", "dpo"))
     assert after >= 0.9 > 0.8 > before, (before, after)
 

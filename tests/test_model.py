@@ -303,6 +303,19 @@ def test_documents_in_one_window_are_as_if_alone(options):
     assert (packed - model(idx)[0]).abs().max() > 0.1  # it makes a difference
 
 
+def test_documents_may_go_on_in_position():
+    """restart_positions false: a document sees itself alone, at the positions that it has in the window."""
+    model, idx = make(use_rope=False), tokens(2, 12)
+    model.restart_positions = False
+    documents = torch.tensor([[0] * 5 + [1] * 7])
+    packed = model(idx, documents=documents.expand(2, -1))[0]
+    torch.testing.assert_close(packed[:, :5], model(idx[:, :5])[0], rtol=1e-4, atol=1e-4)
+    alone = make(use_rope=False)
+    with torch.no_grad():  # a model whose position 0 is the position 5 of the other
+        alone.position_embedding.weight[:7] = model.position_embedding.weight[5:12]
+    torch.testing.assert_close(packed[:, 5:], alone(idx[:, 5:])[0], rtol=1e-4, atol=1e-4)
+
+
 def test_experts_are_balanced_by_either_means():
     """A router that begins with a favourite: with balance it ends near equal shares, without it does not."""
     shares = {}
