@@ -57,11 +57,14 @@ class TokenFileWriter:
     @property
     def counts(self) -> np.ndarray:
         """How often each token counts in the loss, shape (vocab_size,)."""
+        self._count()
+        return self._counts
+
+    def _count(self) -> None:
         ids = np.concatenate([*self._uncounted, np.empty(0, DTYPES[self.dtype])])
         for start in range(0, len(ids), COUNTED_AT_ONCE):
             self._counts += np.bincount(ids[start : start + COUNTED_AT_ONCE], minlength=len(self._counts))
         self._uncounted, self._n_uncounted = [], 0
-        return self._counts
 
     def add(self, ids: np.ndarray, n_characters: int, mask: np.ndarray | None = None) -> None:
         """Append token ids; with a mask (1 where the loss is taken), as one sample."""
@@ -73,7 +76,7 @@ class TokenFileWriter:
         self._uncounted.append(counted)
         self._n_uncounted += len(counted)
         if self._n_uncounted > 16 * COUNTED_AT_ONCE:
-            _ = self.counts
+            self._count()
         self.n_loss_tokens += len(counted)
         self.n_unknown += int(np.count_nonzero(ids == UNKNOWN))
         if mask is not None:

@@ -68,6 +68,7 @@ class Distillation:
 
 def distillation(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[Any]) -> Distillation:
     teacher = load_frozen("teacher", config.teacher, tokenizer, engine.device)
+    teacher.restart_positions = config.restart_positions
     return Distillation(teacher, config.distill_temperature, config.distill_weight)
 
 
