@@ -1,5 +1,8 @@
 import gzip
+import itertools
 import json
+import threading
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,9 +11,19 @@ from conftest import make_samples, make_text, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batches import TokenFile, TrainBatches, ValidationBatches, collate, document_numbers, pack, upcoming
+from batches import (
+    TokenFile,
+    TokenFileWriter,
+    TrainBatches,
+    ValidationBatches,
+    collate,
+    document_numbers,
+    pack,
+    upcoming,
+)
 from configuration import UserError
 from model import GPT, ModelConfig
+from prefetching import prefetch
 from tokenizer import BOS, EOS, PADDING, RESPONSE, UNKNOWN, load_tokenizer
 
 
@@ -296,6 +309,29 @@ def test_prefetching_gives_the_same_batches_and_passes_errors_on(prepared):
 
     with pytest.raises(UserError, match="outside the vocabulary"):
         next(upcoming(reader(prepared, vocab_size=8), 0))
+
+
+def test_prefetched_items_are_all_there_and_an_abandoned_thread_ends():
+    assert list(prefetch(range(7), depth=2)) == list(range(7))
+    assert list(prefetch([], depth=1)) == []
+    before = threading.active_count()
+    endless = prefetch(itertools.count())
+    assert next(endless) == 0 and threading.active_count() == before + 1
+    endless.close()
+    assert threading.active_count() == before
+
+
+def test_tokens_are_counted_whole_however_they_come(tmp_path):
+    """One at a time or millions at once, masked or not: the counts of a dictionary."""
+    rng = np.random.default_rng(0)
+    pieces = [rng.integers(0, 300, n) for n in (1, 5, 0, 3_000_000, 70_000, *[2] * 50)]
+    with open(tmp_path / "file", "wb") as file:
+        writer = TokenFileWriter(file, 300, has_samples=False)
+        for ids in pieces:
+            writer.add(ids, len(ids))
+        expected = Counter(itertools.chain.from_iterable(ids.tolist() for ids in pieces))
+        assert writer.counts.tolist() == [expected[i] for i in range(300)]
+        assert writer.n_unknown == expected[UNKNOWN] and writer.counts.sum() == writer.n_tokens
 
 
 @pytest.mark.parametrize("damage", ["truncate", "header", "length", "grow", "text", "empty"])
