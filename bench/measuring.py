@@ -1,6 +1,7 @@
 """What the benchmarks share: tables, text to train on, and the machine's own limits."""
 
 import json
+import os
 import platform
 import sys
 from pathlib import Path
@@ -23,6 +24,12 @@ def show(title: str, rows: list[tuple[str, ...]], results: dict[str, Any]) -> No
     print(json.dumps({title: results, "machine": platform.machine(), "threads": torch.get_num_threads()}), flush=True)
 
 
+def newest_records() -> list[dict[str, Any]]:
+    """The records of the newest log in this folder."""
+    log = max(Path().glob("train_*.log"), key=os.path.getmtime)
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+
+
 def make_text(n_characters: int, vocabulary: int) -> str:
     """Random text over so many different characters, some far likelier than others, as in a language."""
     rng = np.random.default_rng(0)
@@ -40,4 +47,13 @@ def memory_bandwidth(device: torch.device, dtype: torch.dtype) -> float:
     return a.numel() * a.element_size() / best_seconds(device, lambda: a @ x)
 
 
-__all__ = ["ROOT", "device_name", "make_text", "matmul_flops", "memory_bandwidth", "show", "synchronise"]
+__all__ = [
+    "ROOT",
+    "device_name",
+    "make_text",
+    "matmul_flops",
+    "memory_bandwidth",
+    "newest_records",
+    "show",
+    "synchronise",
+]

@@ -16,9 +16,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from measuring import ROOT, show
+from measuring import ROOT, newest_records, show
 
 import inference
 from configuration import UserError, run
@@ -51,13 +50,6 @@ def command(script: str, *arguments: str) -> None:
         raise UserError(f"{script} ended with: {job.stderr.strip().splitlines()[-1]}")
 
 
-def last_evaluation() -> dict[str, Any]:
-    """The last record of an evaluation in the newest log."""
-    log = max(Path().glob("train_*.log"), key=os.path.getmtime)
-    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    return next(record for record in reversed(records) if record["type"] == "val")
-
-
 def shares(checkpoint: str, n: int = 200) -> tuple[float, float]:
     """Of answers drawn to new words: how many are polite, and how many of all repeat the word."""
     speaker = inference.load_speaker(checkpoint, "cpu", True, [])
@@ -82,7 +74,7 @@ def main() -> None:
     def tune(stage: str, loss: str, steps: int, rate: str) -> None:
         options = ["--max_steps", str(steps), "--learning_rate", rate, "--stage", stage, "--dataset_path", DATA]
         command("train.py", "-t", "dpo", "--loss", loss, *OPTIONS[loss], *options)
-        accuracy = last_evaluation()["preference_accuracy"]
+        accuracy = [r["preference_accuracy"] for r in newest_records() if r["type"] == "val"][-1]
         polite, right = shares(f"checkpoint/{stage}_last.pt")
         rows.append((stage, f"{accuracy:.0%}", f"{polite:.0%}", f"{right:.0%}"))
         results[stage] = {"accuracy": accuracy, "polite": polite, "right": right}

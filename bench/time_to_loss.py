@@ -10,7 +10,6 @@ prepared before the clock starts.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measuring import ROOT, show
+from measuring import ROOT, newest_records, show
 
 from configuration import UserError, run
 
@@ -31,8 +30,7 @@ def train_once(arguments: list[str]) -> tuple[float, float, int, float]:
     seconds = time.perf_counter() - began
     if job.returncode:
         raise UserError(f"train.py ended with: {job.stderr.strip().splitlines()[-1]}")
-    log = max(Path().glob("train_*.log"), key=os.path.getmtime)
-    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    records = newest_records()
     speed = statistics.median(record["tokens_per_s"] for record in records if record["type"] == "train")
     best = min(record["val_loss"] for record in records if record["type"] == "val")
     return seconds, best, records[-1]["step"], speed

@@ -8,7 +8,6 @@ in a second run. The machine's rate is that of torch's matrix product in the tra
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -17,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measuring import ROOT, device_name, make_text, matmul_flops, show, synchronise
+from measuring import ROOT, device_name, make_text, matmul_flops, newest_records, show, synchronise
 
 import train
 from configuration import UserError, run
@@ -43,9 +42,7 @@ def loop_seconds(arguments: list[str], steps: int) -> float:
     """Median seconds of a step of train.py, as its log has them."""
     never = ["--max_steps", str(steps + WARM_UP), "--eval_interval", "1000000", "--eval_iters", "1"]
     subprocess.run([sys.executable, ROOT / "train.py", *arguments, *never], check=True, capture_output=True)
-    log = max(Path().glob("train_*.log"), key=os.path.getmtime)
-    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    times = [record["ms_per_step"] / 1000 for record in records if record["type"] == "train"]
+    times = [record["ms_per_step"] / 1000 for record in newest_records() if record["type"] == "train"]
     return statistics.median(times[WARM_UP:])
 
 
