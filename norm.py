@@ -16,7 +16,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return (F.rms_norm(x, x.shape[-1:], eps=eps) * weight).to(x.dtype)
     if torch.is_grad_enabled():
         return RMSNormFunction.apply(x, weight, eps)
-    return (x * inverse_rms(x, eps)).mul_(weight).to(x.dtype)
+    return (x * inverse_rms(x, eps)).mul_(weight).to(x.dtype)  # a Function costs a seventh of generation's speed
 
 
 def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:

@@ -6,7 +6,6 @@ One quantity is doubled at a time, from 4 layers, 4 heads, 128 wide, block 64, b
 of the machine and one step's micro-batches (4 of 16 samples).
 """
 
-import json
 import os
 import statistics
 import subprocess
@@ -15,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from measuring import ROOT, make_text, show
+from measuring import ROOT, make_text, newest_records, show
 
 from configuration import run
 
@@ -33,8 +32,7 @@ def step_seconds(script: list[str], fields: dict[str, int], steps: int = 12, thr
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     command = [sys.executable, *script[:-1], str(ROOT / script[-1]), *flags]
     subprocess.run(command, check=True, capture_output=True, env=environment)
-    records = [json.loads(line) for line in next(Path().glob("train_*.log")).read_text().splitlines()]
-    times = [record["ms_per_step"] / 1000 for record in records if record["type"] == "train"]
+    times = [record["ms_per_step"] / 1000 for record in newest_records() if record["type"] == "train"]
     return statistics.median(times[2:])
 
 
