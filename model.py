@@ -18,10 +18,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from configuration import Config, UserError, option
 from experts import MixtureOfExperts, mixtures
 from head import Head
+from masks import attention_mask, block_masks, positions_inside
 from norm import RMSNorm, rms_norm
 from sampling import check_sampling, filter_logits, penalise_repetition
 
@@ -171,23 +173,6 @@ def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
     return frequency * (1 - ramp) + frequency / factor * ramp, 0.1 * math.log(factor) + 1
 
 
-def attention_mask(
-    T: int, seen: int, window: int, is_causal: bool, documents: torch.Tensor | None, device: torch.device
-) -> torch.Tensor | None:
-    """Which keys, `seen` cached ones and then T new ones, the T queries may look at: (T, seen + T) or (B, 1, T, T).
-
-    None where SDPA's own causal flag says it all. documents (B, T): tokens of different ones do not see each other.
-    """
-    if documents is None and not (window and window < seen + T) and not (is_causal and seen and T > 1):
-        return None
-    queries, keys = torch.arange(seen, seen + T, device=device)[:, None], torch.arange(seen + T, device=device)
-    distance = queries - keys
-    mask = distance >= 0 if is_causal else torch.ones_like(distance, dtype=torch.bool)
-    if window:
-        mask = mask & (distance.abs() < window)
-    return mask if documents is None else mask & (documents[:, None, :, None] == documents[:, None, None, :])
-
-
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate x (B, T, n_head, head_dim) by its positions' angles, cos and signed sin ([B,] T, 1, head_dim)."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin).to(x.dtype)
@@ -227,7 +212,7 @@ class Attention(nn.Module):
         self,
         x: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor] | None,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | BlockMask | None = None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
         config = self.config
@@ -236,10 +221,13 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         is_causal = config.is_causal and mask is None and T > 1
-        if config.n_kv_head < config.n_head:
-            k, v = (t.repeat_interleave(config.n_head // config.n_kv_head, dim=1) for t in (k, v))
         dropout = config.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+        if isinstance(mask, BlockMask):
+            y = flex_attention(q, k, v, block_mask=mask, enable_gqa=config.n_kv_head < config.n_head)
+        else:
+            if config.n_kv_head < config.n_head:
+                k, v = (t.repeat_interleave(config.n_head // config.n_kv_head, dim=1) for t in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.residual_dropout(self.out(y))
 
@@ -298,7 +286,7 @@ class Block(nn.Module):
         self,
         x: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor] | None,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | BlockMask | None = None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x), rope, mask, cache)
@@ -315,6 +303,7 @@ class GPT(nn.Module):
             raise UserError("vocab_size is not set: it comes from the tokenizer")
         self.config, self.sdp_kernel, self.windows = config, sdp_kernel, config.windows
         self.restart_positions = True  # in every document
+        self.use_flex = False  # flex attention where there are masks, once compiled
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.use_rope:
             cos, sin = rope_table(config)
@@ -370,18 +359,24 @@ class GPT(nn.Module):
         else:
             x = x + self.position_embedding.weight[positions]
         x = self.embedding_dropout(x)
-        masks = {
-            window: attention_mask(
-                T, cache.held(window) if cache else 0, window, self.config.is_causal, documents, idx.device
-            )
-            for window in set(self.windows)
-        }
+        masks = self.masks(T, cache, documents, idx.device)
         with sdpa_kernel(SDP_KERNELS[self.sdp_kernel]) if self.sdp_kernel != "auto" else contextlib.nullcontext():
             for block, window in zip(self.blocks, self.windows, strict=True):
                 x = block(x, rope, masks[window], cache)
         if cache is not None:
             cache.length = end
         return self.norm(x)
+
+    def masks(
+        self, T: int, cache: KVCache | None, documents: torch.Tensor | None, device: torch.device
+    ) -> dict[int, torch.Tensor | BlockMask | None]:
+        """What T tokens after those of the cache may look at, by the layer's attention window."""
+        windows, is_causal = set(self.windows), self.config.is_causal
+        drops = self.training and self.config.dropout > 0  # attention weights, which flex attention does not offer
+        if self.use_flex and torch.compiler.is_compiling() and cache is None and not drops:
+            return block_masks(T, windows, is_causal, documents, device)
+        held = {window: cache.held(window) if cache else 0 for window in windows}
+        return {w: attention_mask(T, held[w], w, is_causal, documents, device) for w in windows}
 
     def forward(
         self,
@@ -538,14 +533,6 @@ class GPT(nn.Module):
                 window = unread = window[:, -max(1, block_size - block_size // 4) :]
                 if use_cache:
                     cache.length = 0
-
-
-def positions_inside(documents: torch.Tensor) -> torch.Tensor:
-    """Every token's distance (B, T) from the start of its document, of their numbers (B, T)."""
-    place = torch.arange(documents.size(1), device=documents.device).expand_as(documents)
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return place - torch.where(begins, place, 0).cummax(1).values
 
 
 def check_token_ids(idx: torch.Tensor, vocab_size: int) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from configuration import UserError
-from engine import dtype_name
+from engine import Engine, dtype_name
 from head import logits_at_once
-from model import GPT, ModelConfig
+from masks import attention_mask, block_masks
+from model import GPT, Attention, ModelConfig
 
 
 def device_name(device: torch.device) -> str:
@@ -108,6 +109,47 @@ def memory_available(device: torch.device) -> float | None:
         return None
 
 
+def choose_attention(config: Any, model: GPT, engine: Engine) -> None:
+    """Have masks computed by flex attention where a compiled model on CUDA has them and it works; else by SDPA."""
+    has_windows = any(0 < window < model.config.block_size for window in model.windows)
+    if engine.device.type != "cuda" or not (config.mask_documents or config.pack_samples or has_windows):
+        return
+    if config.sdp_kernel == "flash":
+        raise UserError("sdp_kernel flash takes no masks (attention_window, mask_documents, pack_samples): use auto")
+    if config.sdp_kernel == "auto" and engine.use_compile:
+        reason = why_not_flex(model.config, engine)
+        model.use_flex = not reason
+        if reason and engine.is_main:
+            print(f"flex attention: not here ({reason}); masks go to SDPA", file=sys.stderr)
+
+
+def why_not_flex(config: ModelConfig, engine: Engine) -> str:
+    """Why flex attention cannot train a network of this shape on the engine's device; empty where it can.
+
+    Tried, as the answer lies in the card, the size of the heads, torch and the compiler: a window of two documents,
+    forward and backward, against SDPA.
+    """
+    device, T, causal = engine.device, min(256, config.block_size), config.is_causal
+    layer = Attention(config, 0).to(device).eval()
+    x = torch.randn(1, T, config.n_embd, generator=torch.Generator().manual_seed(0)).to(device)
+    documents = (torch.arange(T, device=device) >= T // 3).long()[None]
+
+    def with_gradient(attention: torch.nn.Module, mask: Any) -> torch.Tensor:
+        leaf = x.clone().requires_grad_()
+        with engine.autocast():
+            y = attention(leaf, None, mask)
+        y.float().square().sum().backward()
+        return torch.cat((y.detach().float().flatten(), leaf.grad.flatten()))
+
+    expected = with_gradient(layer, attention_mask(T, 0, 0, causal, documents, device))
+    try:
+        got = with_gradient(torch.compile(layer), block_masks(T, {0}, causal, documents, device)[0])
+    except Exception as error:  # no triton, too little shared memory, heads too narrow: each fails in its own way
+        return type(error).__name__
+    away = ((got - expected).norm() / expected.norm()).item()
+    return "" if away < 0.03 else f"{away:.1%} away from SDPA's result"  # bfloat16 is up to 1% away
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory could not be had, on a GPU or by the CPU's allocator."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
@@ -154,7 +196,8 @@ def report(run: Any) -> None:
     )
     print(
         f"device: {device_name(engine.device)}, {dtype_name(engine.dtype)}, "
-        f"attention {config.sdp_kernel}, compile {str(engine.use_compile).lower()}, "
+        f"attention {config.sdp_kernel}{', flex for masks' if model.use_flex else ''}, "
+        f"compile {str(engine.use_compile).lower()}, "
         f"matrix product {run.matmul_flops / 1e9:,.0f} GFLOP/s; memory: about {needed / 1e9:.2f} GB"
         + (f" of {available / 1e9:.1f} GB free" if available else "")
     )

@@ -459,6 +459,7 @@ def set_up(config: TrainConfig, explicit: dict[str, Any], defaults: dict[str, An
 
 def start(run: Run, checkpoint: dict[str, Any] | None) -> None:
     """Hand the model to the engine, and take over where a checkpoint of the same stage stood."""
+    preflight.choose_attention(run.config, run.model, run.engine)
     run.engine.prepare(run.model)
     is_same_kind = checkpoint is not None and ("lora" in checkpoint) == run.config.use_lora
     if is_same_kind and checkpoint["train_config"].get("stage") == run.config.stage:
