@@ -13,9 +13,10 @@ import torch.nn.functional as F
 
 def grouped_mm(x: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Rows x (N, in), sorted by group, each times its group's matrix of weights (E, in, out); counts (E,): of rows."""
-    if x.device.type == "cpu" or (x.is_cuda and x.dtype == torch.bfloat16):
+    is_aligned = all(size % 8 == 0 for size in weights.shape[1:])  # to 16 bytes
+    if x.device.type == "cpu" or (x.is_cuda and x.dtype == torch.bfloat16 and is_aligned):
         return F.grouped_mm(x, weights, offs=counts.cumsum(0).int())
-    parts = x.split(counts.tolist())  # other devices and dtypes have no kernel for it
+    parts = x.split(counts.tolist())  # elsewhere there is no kernel for it
     return torch.cat([part @ weight for part, weight in zip(parts, weights.unbind(), strict=True)])
 
 
@@ -29,6 +30,7 @@ class MixtureOfExperts(nn.Module):
         self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
         self.up = nn.Parameter(torch.empty(config.n_expert, 2 * config.n_hidden, config.n_embd))  # gate first
         self.down = nn.Parameter(torch.empty(config.n_expert, config.n_embd, config.n_hidden))
+        self.adapters = nn.ModuleDict()  # of up and down: what LoRA adds
         self.register_buffer("counts", torch.zeros(config.n_expert), persistent=False)  # tokens since the last look
         if config.expert_balance == "bias":
             self.register_buffer("choice_bias", torch.zeros(config.n_expert))
@@ -48,8 +50,8 @@ class MixtureOfExperts(nn.Module):
         rows = order // k
         counts = torch.bincount(chosen.flatten(), minlength=self.config.n_expert)
         inputs = tokens[rows]
-        gate, up = grouped_mm(inputs, self.up.mT.to(inputs.dtype), counts).chunk(2, dim=-1)
-        outputs = grouped_mm(F.silu(gate) * up, self.down.mT.to(inputs.dtype), counts)
+        gate, up = self.project("up", inputs, counts).chunk(2, dim=-1)
+        outputs = self.project("down", F.silu(gate) * up, counts)
         outputs = outputs * gates.flatten()[order, None].to(outputs.dtype)
         y = torch.zeros_like(tokens, dtype=outputs.dtype).index_add(0, rows, outputs)
         if self.training:
@@ -60,6 +62,11 @@ class MixtureOfExperts(nn.Module):
         if self.shared is not None:
             y = y + self.shared(tokens)
         return y.view(x.shape)
+
+    def project(self, name: str, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Rows x (N, in), sorted by expert, each through its expert's matrix of this name."""
+        y = grouped_mm(x, getattr(self, name).mT.to(x.dtype), counts)
+        return y + self.adapters[name](x, counts) if name in self.adapters else y
 
     def rebalance(self, counts: torch.Tensor) -> None:
         """Make experts with more tokens than others less likely to be chosen (Wang et al. 2024, arXiv:2408.15664)."""

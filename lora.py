@@ -18,9 +18,10 @@ import torch.nn.functional as F
 
 from checkpointing import load_checkpoint, load_model
 from configuration import UserError
+from experts import MixtureOfExperts, grouped_mm, mixtures
 from model import GPT
 
-TARGETS = ("qkv", "out", "up", "down")  # the linear layers of a block: of attention, of the MLP
+TARGETS = ("qkv", "out", "up", "down")  # the linear layers of a block: of attention, of the MLP or its experts
 
 
 class LoRALinear(nn.Module):
@@ -43,6 +44,28 @@ class LoRALinear(nn.Module):
         return self.base
 
 
+class LoRAExperts(nn.Module):
+    """The same addition to one matrix of each expert of a mixture: to every expert its own A and B."""
+
+    def __init__(self, weight: torch.Tensor, rank: int, alpha: float, dropout: float) -> None:
+        """weight: the frozen matrices (n_expert, out, in)."""
+        super().__init__()
+        self.scale = alpha / rank
+        n_expert, n_out, n_in = weight.shape
+        options = {"device": weight.device, "dtype": weight.dtype}
+        self.A = nn.Parameter(torch.randn(n_expert, rank, n_in, **options) / math.sqrt(n_in))
+        self.B = nn.Parameter(torch.zeros(n_expert, n_out, rank, **options))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        A, B = self.A.mT.to(x.dtype), self.B.mT.to(x.dtype)
+        return self.scale * grouped_mm(grouped_mm(self.dropout(x), A, counts), B, counts)
+
+    @torch.no_grad()
+    def merge_into(self, weight: torch.Tensor) -> None:
+        weight += self.scale * (self.B @ self.A)
+
+
 def settings_of(config: Any) -> dict[str, Any]:
     """An adapter's shape, from a TrainConfig."""
     return {name: getattr(config, f"lora_{name}") for name in ("rank", "alpha", "dropout", "targets")}
@@ -50,7 +73,7 @@ def settings_of(config: Any) -> dict[str, Any]:
 
 def attach(model: GPT, settings: dict[str, Any]) -> None:
     """Freeze a model and give it a new adapter; raises UserError where the two do not fit."""
-    rank = settings["rank"]
+    rank, alpha, dropout = (settings[name] for name in ("rank", "alpha", "dropout"))
     if not 1 <= rank <= model.config.n_embd:
         raise UserError(f"lora_rank ({rank}) must be between 1 and n_embd ({model.config.n_embd}): it is to be low")
     model.requires_grad_(False)
@@ -58,13 +81,15 @@ def attach(model: GPT, settings: dict[str, Any]) -> None:
         for target in settings["targets"]:
             layer = getattr(module, target, None)
             if isinstance(layer, nn.Linear) and not isinstance(module, LoRALinear):
-                setattr(module, target, LoRALinear(layer, rank, settings["alpha"], settings["dropout"]))
-    if not adapters(model):
+                setattr(module, target, LoRALinear(layer, rank, alpha, dropout))
+            elif isinstance(module, MixtureOfExperts) and isinstance(layer, nn.Parameter):
+                module.adapters[target] = LoRAExperts(layer, rank, alpha, dropout)
+    if not adapter_weights(model.state_dict()):
         raise UserError(f"lora_targets: the model has no linear layer named {', '.join(settings['targets'])}")
 
 
 def adapters(model: nn.Module) -> list[tuple[nn.Module, str, LoRALinear]]:
-    """(parent, name there, layer) of everything that an adapter was attached to."""
+    """(parent, name there, layer) of every linear layer that an adapter was attached to."""
     return [
         (parent, name, layer)
         for parent in model.modules()
@@ -77,6 +102,8 @@ def detach(model: GPT) -> None:
     """The model as it was before attach()."""
     for parent, name, layer in adapters(model):
         setattr(parent, name, layer.base)
+    for mixture in mixtures(model):
+        mixture.adapters.clear()
     model.requires_grad_(True)
 
 
@@ -84,6 +111,10 @@ def merge(model: GPT) -> None:
     """Make the adapter part of the weights."""
     for parent, name, layer in adapters(model):
         setattr(parent, name, layer.merged())
+    for mixture in mixtures(model):
+        for name, adapter in mixture.adapters.items():
+            adapter.merge_into(getattr(mixture, name))
+        mixture.adapters.clear()
     model.requires_grad_(True)
 
 

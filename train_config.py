@@ -54,7 +54,9 @@ class TrainConfig(Config):
     lora_rank: int = option(8, "rank of the adapter's matrices", minimum=1)
     lora_alpha: float = option(16.0, "the adapter counts alpha / rank times", above=0.0)
     lora_dropout: float = option(0.0, "dropout rate of the adapter's inputs", minimum=0.0, maximum=0.99)
-    lora_targets: list[str] = option([*TARGETS], "layers that get an adapter", choices=TARGETS)
+    lora_targets: list[str] = option(
+        [*TARGETS], "layers that get an adapter; up and down are the MLP's, or its experts'", choices=TARGETS
+    )
     learning_rate: float = option(6e-4, "peak learning rate", above=0.0)
     min_lr: float = option(6e-5, "learning rate at the end of the decay", minimum=0.0)
     muon_learning_rate: float = option(0.02, "peak learning rate of muon's matrices", above=0.0)

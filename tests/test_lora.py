@@ -45,13 +45,18 @@ def trained(call, *options):
 
 def random_adapter(model: GPT, settings=SETTINGS) -> None:
     lora.attach(model, settings)
-    for _, _, layer in lora.adapters(model):
-        torch.nn.init.normal_(layer.B, std=0.1)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(parameter, std=0.1)
 
 
-def test_it_begins_as_the_base_and_merges_into_an_ordinary_model():
+EXPERTS = {"n_expert": 4, "n_expert_per_token": 2, "n_shared_expert": 1}
+
+
+@pytest.mark.parametrize("options", [{}, EXPERTS])
+def test_it_begins_as_the_base_and_merges_into_an_ordinary_model(options):
     torch.manual_seed(0)
-    model = GPT(ModelConfig(vocab_size=20, block_size=16, n_layer=2, n_head=2, n_embd=16)).eval()
+    model = GPT(ModelConfig(vocab_size=20, block_size=16, n_layer=2, n_head=2, n_embd=16, **options)).eval()
     idx = torch.randint(0, 20, (2, 16))
     names, before = list(model.state_dict()), model(idx)[0]
     lora.attach(model, SETTINGS)
@@ -60,9 +65,16 @@ def test_it_begins_as_the_base_and_merges_into_an_ordinary_model():
     random_adapter(model)
     adapted = model(idx)[0]
     assert (adapted - before).abs().max() > 0.01
-    layer = model.blocks[0].mlp.down
-    x = torch.randn(3, layer.base.in_features)
-    torch.testing.assert_close(layer(x), x @ (layer.base.weight + 2.0 * layer.B @ layer.A).mT, rtol=1e-4, atol=1e-5)
+    by_hand, state = GPT(model.config).eval(), model.state_dict()
+    added = {}
+    for name, A in state.items():
+        if name.endswith(".A"):  # of a linear layer's weight, or of the experts' matrices
+            weight = name.replace(".adapters.", ".").removesuffix(".A") + ("" if ".adapters." in name else ".weight")
+            added[weight] = 2.0 * state[name.removesuffix("A") + "B"] @ A
+    weights = {name.replace(".base.", "."): weight for name, weight in state.items() if name[-2:] not in (".A", ".B")}
+    assert len(added) == 2 * (6 if options else 4) and added.keys() <= weights.keys()
+    by_hand.load_state_dict({name: weight + added.get(name, 0) for name, weight in weights.items()})
+    torch.testing.assert_close(adapted, by_hand(idx)[0], rtol=1e-4, atol=1e-5)
     lora.merge(model)
     torch.testing.assert_close(model(idx)[0], adapted, rtol=1e-5, atol=1e-5)
     assert list(model.state_dict()) == names and all(p.requires_grad for p in model.parameters())
@@ -97,6 +109,23 @@ def test_it_goes_on_as_if_it_had_not_stopped(base, call):
     )
     whole, parts = (load_checkpoint(f"checkpoint/{name}_lora_last.pt")["model"] for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_experts_are_adapted_each_for_itself(prepared, call):
+    """Trained, resumed, merged: what is saved is small, and every expert got something of its own."""
+    args = ["-t", "pretrain", *TINY, *FAST, *DATA, "--max_steps", "10", "--stage", "base"]
+    assert call("train.py", *args, "--n_expert", "4", "--n_shared_expert", "1").status == 0
+    trained(call, "--max_steps", "8", "--stage", "whole", *ON_BASE)
+    trained(call, "--max_steps", "4", "--lr_decay_iters", "8", "--stage", "parts", *ON_BASE)
+    trained(call, "--max_steps", "8", "--stage", "parts", "--from_checkpoint", "checkpoint/parts_lora_last.pt")
+    whole, parts = (load_checkpoint(f"checkpoint/{name}_lora_last.pt")["model"] for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    B = whole["blocks.0.mlp.adapters.up.B"]
+    assert len(B) == 4 and all(expert.abs().max() > 0 for expert in B)
+    options = ["-m", "checkpoint/base.pt", "--lora", "checkpoint/whole_lora.pt"]
+    assert call("inference.py", *options, "--merge", "merged.pt").status == 0
+    say = ["-p", "the ", "-t", "0", "-l", "12"]
+    assert call("inference.py", *options, *say).out == call("inference.py", "-m", "merged.pt", *say).out
 
 
 @pytest.mark.parametrize("options", [[], ["--fsdp", "true"]])
