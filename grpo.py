@@ -66,10 +66,10 @@ class Rollouts:
     def prompts(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of prompts of one length (n, T), and of their answers (n, A), with <|eos|> where they are drawn."""
         n = self.config.batch_size // self.config.grpo_group
-        instances = self.source.draw(rng, 4 * n, int(rng.choice(self.lengths)), "train")
+        instances = self.source.draw(rng, 16 * n, int(rng.choice(self.lengths)), "train")
         prompts, answers = self.source.ids(instances.prompt), self.source.ids(instances.answer)
         lengths = (prompts != PADDING).sum(axis=1)
-        alike = np.resize(np.flatnonzero(lengths == np.bincount(lengths).argmax()), n)
+        alike = np.resize(np.flatnonzero(lengths == lengths[0]), n)  # so that each length comes as often as it is drawn
         prompts, answers = prompts[alike, : lengths[alike[0]]], answers[alike]
         if not self.source.problem.is_causal:
             return prompts, answers[:, : prompts.shape[1]]

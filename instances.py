@@ -110,7 +110,8 @@ class Source:
     def encode(self, instances: Instances) -> Examples:
         """Token ids, targets and masks. Causal: prompt, answer, <|eos|>; else the answer stands under the prompt."""
         ids, targets = self.ids(instances.prompt), self.ids(instances.answer)
-        marks = np.zeros_like(ids) if instances.marks is None else self.ids(instances.marks)
+        is_marked = instances.marks is not None and self.config.loss != "grpo"  # a reward is for answers alone
+        marks = self.ids(instances.marks) if is_marked else np.zeros_like(ids)
         if self.problem.is_causal:
             end = np.full((len(ids), 1), EOS)
             is_answer = np.repeat([0, 1], [ids.shape[1], targets.shape[1] + 1])[None].repeat(len(ids), 0)

@@ -196,7 +196,7 @@ def report(run: Any) -> None:
     )
     print(
         f"device: {device_name(engine.device)}, {dtype_name(engine.dtype)}, "
-        f"attention {config.sdp_kernel}{', flex for masks' if model.use_flex else ''}, "
+        f"attention {config.sdp_kernel}{', flex for masks' if model.use_flex and engine.use_compile else ''}, "
         f"compile {str(engine.use_compile).lower()}, "
         f"matrix product {run.matmul_flops / 1e9:,.0f} GFLOP/s; memory: about {needed / 1e9:.2f} GB"
         + (f" of {available / 1e9:.1f} GB free" if available else "")

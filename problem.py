@@ -51,7 +51,7 @@ DEFAULTS = {
     "eval_interval": 100,
     "eval_iters": 4,
 }
-BY_REWARD = {  # with --loss grpo
+BY_REWARD = {  # with --loss grpo, where the problem's entry says nothing else
     "batch_size": 512,
     "optimizer": "adamw",
     "learning_rate": 6e-4,
@@ -234,7 +234,7 @@ def make_config(name: str, overrides: dict[str, Any], stored: dict[str, Any]) ->
     if given.get("loss") not in (None, *LOSSES):
         raise UserError(f"command line: --loss {given['loss']} means nothing here: it is one of {', '.join(LOSSES)}")
     if given.get("loss") == "grpo" and not stored:
-        base |= {"stage": f"problem_{name}_grpo", **BY_REWARD}
+        base |= {"stage": f"problem_{name}_grpo", **BY_REWARD, **problem.by_reward}
     try:
         return ProblemConfig(**{**base, **given, "problem": name}), explicit
     except UserError as error:

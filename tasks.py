@@ -48,6 +48,7 @@ class Problem:
     options: tuple[str, ...] = ()  # config fields that mean something to this problem only
     shape: dict[str, Any] = field(default_factory=dict)  # model fields
     training: dict[str, Any] = field(default_factory=dict)  # training fields
+    by_reward: dict[str, Any] = field(default_factory=dict)  # the same with --loss grpo
 
 
 # ------------------------------------------------------------------------------------------------- spelling
@@ -294,6 +295,9 @@ PROBLEMS: dict[str, Problem] = {
         options=("leaf_probability", "supervise"),
         shape={"n_layer": 6, "n_embd": 96},
         training={"batch_size": 64, "max_steps": 600, "eval_iters": 16},
+        # an answer is one bit: more prompts rather than answers to each, held near the undecided model it begins as,
+        # or it is soon sure of what the outermost operator says, and all answers of a group are the same
+        by_reward={"batch_size": 384, "grpo_group": 8, "grpo_beta": 0.2, "learning_rate": 1e-3, "max_steps": 600},
     ),
     "add": Problem(
         "carrying: easy from the last digit, hard from the first",

@@ -86,6 +86,25 @@ def test_answers_are_drawn_from_the_model_and_judged(name):
     assert not torch.equal(batch.targets, rollouts(name, random_seed=2).at(0)[0].targets)
 
 
+def test_prompts_of_every_length_get_their_turn():
+    """A batch has one length; over many batches the lengths come as often as among all instances."""
+    made = rollouts("boolean", length="2", grpo_group=16)
+    drawn = made.source.draw(np.random.default_rng(0), 4000, 2, "train").prompt
+    expected = np.bincount((drawn > 0).sum(axis=1), minlength=30) / 4000
+    lengths = [made.prompts(np.random.default_rng(i))[0].shape[1] for i in range(300)]
+    found = np.bincount(lengths, minlength=30) / 300
+    assert (expected > 0).sum() > 2
+    assert np.abs(found - expected).max() < 0.1  # three standard errors
+
+
+def test_values_on_the_way_are_not_rewarded():
+    """What supervision shows at inner brackets counts neither in training nor in validation."""
+    source = rollouts("boolean").source
+    examples = source.encode(source.draw(np.random.default_rng(0), 8, 3, "val"))
+    assert torch.equal(examples.batch.loss_mask.bool(), examples.answer_mask)
+    assert (examples.answer_mask.sum(1) == 2).all()  # the value and <|eos|>
+
+
 def test_steps_may_share_their_answers():
     made = rollouts("sort", grpo_updates=2)
     first, second, third = (made.at(i * made.samples_per_step)[0] for i in range(3))
