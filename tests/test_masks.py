@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import DATA, FAST, make_text, read_log
 from torch.nn.attention import flex_attention as torch_flex
 
 from configuration import UserError
@@ -11,7 +12,6 @@ from engine import Engine
 from masks import attention_mask, block_masks
 from model import GPT, ModelConfig
 from preflight import choose_attention, why_not_flex
-from tests.conftest import DATA, FAST, make_text, read_log
 from train_config import TrainConfig
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="flex attention's kernels are for GPUs")
