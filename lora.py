@@ -24,46 +24,40 @@ from model import GPT
 TARGETS = ("qkv", "out", "up", "down")  # the linear layers of a block: of attention, of the MLP or its experts
 
 
-class LoRALinear(nn.Module):
-    """A frozen linear layer with a trained addition of low rank, which begins at zero."""
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
-        super().__init__()
-        self.base, self.scale = base, alpha / rank
-        options = {"device": base.weight.device, "dtype": base.weight.dtype}
-        self.A = nn.Parameter(torch.randn(rank, base.in_features, **options) / math.sqrt(base.in_features))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **options))
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base(x) + self.scale * F.linear(F.linear(self.dropout(x), self.A), self.B)
-
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        self.base.weight += self.scale * (self.B @ self.A)
-        return self.base
-
-
-class LoRAExperts(nn.Module):
-    """The same addition to one matrix of each expert of a mixture: to every expert its own A and B."""
+class LowRank(nn.Module):
+    """Trained matrices A (..., rank, in) and B (..., out, rank) beside frozen ones (..., out, in); B begins at zero."""
 
     def __init__(self, weight: torch.Tensor, rank: int, alpha: float, dropout: float) -> None:
-        """weight: the frozen matrices (n_expert, out, in)."""
         super().__init__()
         self.scale = alpha / rank
-        n_expert, n_out, n_in = weight.shape
+        *groups, n_out, n_in = weight.shape
         options = {"device": weight.device, "dtype": weight.dtype}
-        self.A = nn.Parameter(torch.randn(n_expert, rank, n_in, **options) / math.sqrt(n_in))
-        self.B = nn.Parameter(torch.zeros(n_expert, n_out, rank, **options))
+        self.A = nn.Parameter(torch.randn(*groups, rank, n_in, **options) / math.sqrt(n_in))
+        self.B = nn.Parameter(torch.zeros(*groups, n_out, rank, **options))
         self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        A, B = self.A.mT.to(x.dtype), self.B.mT.to(x.dtype)
-        return self.scale * grouped_mm(grouped_mm(self.dropout(x), A, counts), B, counts)
 
     @torch.no_grad()
     def merge_into(self, weight: torch.Tensor) -> None:
         weight += self.scale * (self.B @ self.A)
+
+
+class LoRALinear(LowRank):
+    """In place of a linear layer: the layer, frozen, and the addition."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
+        super().__init__(base.weight, rank, alpha, dropout)
+        self.base = base
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.scale * F.linear(F.linear(self.dropout(x), self.A), self.B)
+
+
+class LoRAExperts(LowRank):
+    """The addition alone, to one matrix of every expert of a mixture."""
+
+    def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        A, B = self.A.mT.to(x.dtype), self.B.mT.to(x.dtype)
+        return self.scale * grouped_mm(grouped_mm(self.dropout(x), A, counts), B, counts)
 
 
 def settings_of(config: Any) -> dict[str, Any]:
@@ -73,7 +67,7 @@ def settings_of(config: Any) -> dict[str, Any]:
 
 def attach(model: GPT, settings: dict[str, Any]) -> None:
     """Freeze a model and give it a new adapter; raises UserError where the two do not fit."""
-    rank, alpha, dropout = (settings[name] for name in ("rank", "alpha", "dropout"))
+    rank, shape = settings["rank"], [settings[name] for name in ("rank", "alpha", "dropout")]
     if not 1 <= rank <= model.config.n_embd:
         raise UserError(f"lora_rank ({rank}) must be between 1 and n_embd ({model.config.n_embd}): it is to be low")
     model.requires_grad_(False)
@@ -81,9 +75,9 @@ def attach(model: GPT, settings: dict[str, Any]) -> None:
         for target in settings["targets"]:
             layer = getattr(module, target, None)
             if isinstance(layer, nn.Linear) and not isinstance(module, LoRALinear):
-                setattr(module, target, LoRALinear(layer, rank, alpha, dropout))
+                setattr(module, target, LoRALinear(layer, *shape))
             elif isinstance(module, MixtureOfExperts) and isinstance(layer, nn.Parameter):
-                module.adapters[target] = LoRAExperts(layer, rank, alpha, dropout)
+                module.adapters[target] = LoRAExperts(layer, *shape)
     if not adapter_weights(model.state_dict()):
         raise UserError(f"lora_targets: the model has no linear layer named {', '.join(settings['targets'])}")
 
@@ -109,13 +103,12 @@ def detach(model: GPT) -> None:
 
 def merge(model: GPT) -> None:
     """Make the adapter part of the weights."""
-    for parent, name, layer in adapters(model):
-        setattr(parent, name, layer.merged())
+    for _, _, layer in adapters(model):
+        layer.merge_into(layer.base.weight)
     for mixture in mixtures(model):
         for name, adapter in mixture.adapters.items():
             adapter.merge_into(getattr(mixture, name))
-        mixture.adapters.clear()
-    model.requires_grad_(True)
+    detach(model)
 
 
 def adapter_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
