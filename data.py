@@ -28,13 +28,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-import corpus
-from batches import TokenFile, TokenFileWriter, TrainBatches
-from cleaning import Cleaner, CleaningConfig, split_at_sentences
-from configuration import Parser, UserError, find_config, read_json, run
-from corpus import BadLines, Source
-from files import atomic_write
-from tokenizer import (
+from base.configuration import Parser, UserError, find_config, read_json, run
+from base.files import atomic_write
+from text import corpus
+from text.batches import TokenFile, TokenFileWriter, TrainBatches
+from text.cleaning import Cleaner, CleaningConfig, split_at_sentences
+from text.corpus import BadLines, Source
+from text.tokenizer import (
     SPECIAL_TOKENS,
     UNICODE_SIZE,
     BPETokenizer,

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import lora
-from checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model, save_checkpoint
-from configuration import Config, Parser, UserError, did_you_mean, fields_of, harmless, option, run
-from corpus import BadLines, Source, conversations
-from engine import find_device
+from base.configuration import Config, Parser, UserError, did_you_mean, fields_of, harmless, option, run
 from model import GPT
-from tokenizer import EOS, Messages, Tokenizer
+from text.corpus import BadLines, Source, conversations
+from text.tokenizer import EOS, Messages, Tokenizer
+from training.engine import find_device
+from weights import lora
+from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model, save_checkpoint
 
 HELP = """\
 /lora FILE          answer with this adapter; /lora alone: without any

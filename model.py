@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from configuration import Config, UserError, option
-from experts import MixtureOfExperts, mixtures
-from head import Head
-from masks import attention_mask, block_masks, positions_inside
-from norm import RMSNorm, rms_norm
-from sampling import check_sampling, filter_logits, penalise_repetition
+from base.configuration import Config, UserError, option
+from layers.experts import MixtureOfExperts, mixtures
+from layers.head import Head
+from layers.masks import attention_mask, block_masks, positions_inside
+from layers.norm import RMSNorm, rms_norm
+from layers.sampling import check_sampling, filter_logits, penalise_repetition
 
 SDP_KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,

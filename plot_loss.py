@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-import configuration
-from configuration import Parser, UserError
+from base import configuration
+from base.configuration import Parser, UserError
 
 PANELS = (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_s", "tokens/s"))
 

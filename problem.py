@@ -23,20 +23,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-import preflight
 import train
-from checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model, load_newest
-from configuration import Parser, UserError, check_fields, fields_of, option, run
-from engine import Engine
-from grpo import Rollouts
-from instances import HeldOut, Source, TrainInstances, find_problem, parse_length
-from losses import load_frozen, make_loss
+from base.configuration import Parser, UserError, check_fields, fields_of, option, run
 from model import GPT, ModelConfig
-from plot_problem import draw_attention, draw_results
-from run_log import print_table
-from tasks import PROBLEMS, Problem
-from tokenizer import EOS, CharTokenizer
+from problems.instances import HeldOut, Source, TrainInstances, find_problem, parse_length
+from problems.plots import draw_attention, draw_results
+from problems.tasks import PROBLEMS, Problem
+from text.tokenizer import EOS, CharTokenizer
 from train import TrainConfig
+from training import preflight
+from training.engine import Engine
+from training.grpo import Rollouts
+from training.losses import load_frozen, make_loss
+from training.run_log import print_table
+from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model, load_newest
 
 DEFAULTS = {
     "batch_size": 256,

@@ -26,19 +26,19 @@ from typing import Any
 
 import torch
 
-import lora
-import preflight
-from batches import Batch, TokenFile, TrainBatches, ValidationBatches, upcoming
-from checkpointing import SaveError, keep_previous, load_checkpoint_tokenizer, load_model, load_newest
-from configuration import Parser, UserError, check_fields, fields_of, find_config, read_json, run
-from engine import Engine, Loss, dtype_name
-from experts import count_tokens
-from files import hold_lock
-from losses import BY_TOKEN, REFERENCED, make_loss, next_token
+from base.configuration import Parser, UserError, check_fields, fields_of, find_config, read_json, run
+from base.files import hold_lock
+from layers.experts import count_tokens
 from model import GPT, ModelConfig
-from run_log import Console, RunLog, StopRequest
-from tokenizer import Tokenizer, load_tokenizer
-from train_config import TrainConfig
+from text.batches import Batch, TokenFile, TrainBatches, ValidationBatches, upcoming
+from text.tokenizer import Tokenizer, load_tokenizer
+from training import preflight
+from training.config import TrainConfig
+from training.engine import Engine, Loss, dtype_name
+from training.losses import BY_TOKEN, REFERENCED, make_loss, next_token
+from training.run_log import Console, RunLog, StopRequest
+from weights import lora
+from weights.checkpointing import SaveError, keep_previous, load_checkpoint_tokenizer, load_model, load_newest
 
 
 @dataclass

@@ -23,12 +23,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import train
-from batches import Batch
-from configuration import UserError, run
-from distributed import GroupEngine, launch
-from engine import Engine, Loss
-from lora import attach, settings_of
+from base.configuration import UserError, run
 from model import GPT
+from text.batches import Batch
+from training.distributed import GroupEngine, launch
+from training.engine import Engine, Loss
+from weights.lora import attach, settings_of
 
 
 class DDPEngine(GroupEngine):

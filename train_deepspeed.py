@@ -29,13 +29,13 @@ from typing import Any
 import torch
 
 import train
-from batches import Batch
-from checkpointing import MOMENTS, SaveError, as_plain, finish_sharded, save_shard
-from configuration import Parser, UserError, find_config, read_json, read_text, run
-from distributed import GroupEngine, launch
-from engine import Loss, dtype_name
+from base.configuration import Parser, UserError, find_config, read_json, read_text, run
 from model import GPT
-from optimizer import make_optimizer, scale_learning_rates
+from text.batches import Batch
+from training.distributed import GroupEngine, launch
+from training.engine import Loss, dtype_name
+from training.optimizer import make_optimizer, scale_learning_rates
+from weights.checkpointing import MOMENTS, SaveError, as_plain, finish_sharded, save_shard
 
 NO_CLIPPING = 1e30  # a norm that no gradient has: DeepSpeed measures the norm only where it clips
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from measuring import ROOT, show
 from time_to_loss import train_once
 
-from configuration import UserError, run
+from base.configuration import UserError, run
 
 
 def main() -> None:

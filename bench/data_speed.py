@@ -16,7 +16,7 @@ from pathlib import Path
 
 from measuring import ROOT, make_text, show
 
-from configuration import UserError, run
+from base.configuration import UserError, run
 
 MEASURED = """
 import os, resource, runpy, sys

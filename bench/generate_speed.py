@@ -13,9 +13,9 @@ import time
 import torch
 from measuring import device_name, memory_bandwidth, show, synchronise
 
-from configuration import UserError, run
-from engine import find_device, find_dtype
+from base.configuration import UserError, run
 from model import GPT, ModelConfig
+from training.engine import find_device, find_dtype
 
 SHAPES = {  # layers, heads, width, block, vocabulary
     "10M": (6, 6, 384, 256, 65),

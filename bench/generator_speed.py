@@ -10,7 +10,7 @@ import time
 from measuring import show
 
 import problem
-from tasks import PROBLEMS
+from problems.tasks import PROBLEMS
 
 N_STEPS = 10
 

@@ -13,8 +13,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from preflight import best_seconds, device_name, matmul_flops, synchronise  # noqa: E402
-from run_log import print_table  # noqa: E402
+from training.preflight import best_seconds, device_name, matmul_flops, synchronise  # noqa: E402
+from training.run_log import print_table  # noqa: E402
 
 
 def show(title: str, rows: list[tuple[str, ...]], results: dict[str, Any]) -> None:

@@ -20,8 +20,8 @@ from pathlib import Path
 from measuring import ROOT, newest_records, show
 
 import inference
-from configuration import UserError, run
-from losses import PREFERENCES
+from base.configuration import UserError, run
+from training.losses import PREFERENCES
 
 SHAPE = ["--n_layer", "2", "--n_head", "4", "--n_embd", "64", "--block_size", "32"]
 DATA = '[["dataset/dpo_train.bin", "dataset/dpo_val.bin"]]'

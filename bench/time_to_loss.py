@@ -20,7 +20,7 @@ from pathlib import Path
 
 from measuring import ROOT, newest_records, show
 
-from configuration import UserError, run
+from base.configuration import UserError, run
 
 
 def train_once(arguments: list[str]) -> tuple[float, float, int, float]:

@@ -19,8 +19,8 @@ from pathlib import Path
 from measuring import ROOT, device_name, make_text, matmul_flops, newest_records, show, synchronise
 
 import train
-from configuration import UserError, run
-from engine import Engine, find_device
+from base.configuration import UserError, run
+from training.engine import Engine, find_device
 
 WARM_UP = 3
 SHAPES = {  # layers, heads, width, block, batch, vocabulary

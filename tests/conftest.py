@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from configuration import run
+from base.configuration import run
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"

@@ -17,8 +17,8 @@ import pytest
 import torch
 from conftest import ROOT, read_log
 
-import losses
-from configuration import run
+from base.configuration import run
+from training import losses
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for when DeepSpeed is imported
 FORKS = multiprocessing.get_context("forkserver")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_samples, make_text, run_script, write_jsonl
 
-from checkpointing import finish_sharded, save_shard
+from weights.checkpointing import finish_sharded, save_shard
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

@@ -8,9 +8,9 @@ from conftest import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batches import TokenFile
-from cleaning import N_SHINGLE, Cleaner, CleaningConfig, split_at_sentences
-from tokenizer import load_tokenizer
+from text.batches import TokenFile
+from text.cleaning import N_SHINGLE, Cleaner, CleaningConfig, split_at_sentences
+from text.tokenizer import load_tokenizer
 
 letters = random.Random(5)
 WORDS = ["ship", "sea", "storm"] + ["".join(letters.choices("abcdefghijklmnop", k=5)) for _ in range(300)]

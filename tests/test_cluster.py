@@ -18,7 +18,7 @@ import pytest
 from conftest import DATA, FAST, ROOT, TINY
 from processes import assert_close, curves, finish, newest_log, wait_for
 
-from checkpointing import load_checkpoint
+from weights.checkpointing import load_checkpoint
 
 ARGUMENTS = [
     "-t",

@@ -11,7 +11,10 @@ from conftest import make_samples, make_text, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batches import (
+from base.configuration import UserError
+from base.prefetching import prefetch
+from model import GPT, ModelConfig
+from text.batches import (
     TokenFile,
     TokenFileWriter,
     TrainBatches,
@@ -21,10 +24,7 @@ from batches import (
     pack,
     upcoming,
 )
-from configuration import UserError
-from model import GPT, ModelConfig
-from prefetching import prefetch
-from tokenizer import BOS, EOS, PADDING, RESPONSE, UNKNOWN, load_tokenizer
+from text.tokenizer import BOS, EOS, PADDING, RESPONSE, UNKNOWN, load_tokenizer
 
 
 def tokens_of(folder, stage, split):
@@ -63,7 +63,7 @@ def test_files_folders_and_gzip_give_the_same_text(call, work, name):
 
 
 def test_small_chunks_give_the_same_file_as_large_ones(call, work, monkeypatch):
-    import corpus
+    from text import corpus
 
     text = (
         make_text(5000).replace("\n", "\r\n")

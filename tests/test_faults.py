@@ -12,12 +12,11 @@ import torch
 from conftest import DATA, FAST, TINY, make_text, read_log
 from processes import break_loss, end_of, fork, newest_log, train_on
 
-import losses
-import preflight
 import train
-from checkpointing import load_checkpoint, load_model, load_newest
-from configuration import UserError
+from base.configuration import UserError
 from model import GPT, ModelConfig
+from training import losses, preflight
+from weights.checkpointing import load_checkpoint, load_model, load_newest
 
 KILLS = 50
 ARGUMENTS = ["-t", "pretrain", *TINY, *FAST, *DATA, "--gradient_accumulation_steps", "1", "--optimizer", "adamw"]

@@ -12,14 +12,14 @@ from conftest import make_samples, make_text, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import corpus
 import problem
 import train
-from batches import TokenFile
-from checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
-from configuration import Config, UserError, fields_of
+from base.configuration import Config, UserError, fields_of
 from model import ModelConfig
+from text import corpus
+from text.batches import TokenFile
 from train import TrainConfig
+from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
 
 CLASSES = (TrainConfig, ModelConfig, problem.ProblemConfig)
 FIELDS = [(cls, name) for cls in CLASSES for name in fields_of(cls)]

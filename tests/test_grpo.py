@@ -8,10 +8,10 @@ import torch
 from conftest import ROOT, read_log
 from processes import newest_log
 
-import grpo
 import problem
-from checkpointing import load_checkpoint
-from grpo import PolicyLoss, group_advantages, policy_loss, reward
+from training import grpo
+from training.grpo import PolicyLoss, group_advantages, policy_loss, reward
+from weights.checkpointing import load_checkpoint
 
 EASY = ["sort", "--length", "3", "--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--device", "cpu"]
 BY_REWARD = [

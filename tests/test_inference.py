@@ -5,11 +5,11 @@ import torch
 from conftest import write_jsonl
 
 import inference
-from checkpointing import save_checkpoint
-from configuration import harmless
+from base.configuration import harmless
 from inference import Settings, Speaker, until_stop
 from model import GPT, ModelConfig
-from tokenizer import CharTokenizer
+from text.tokenizer import CharTokenizer
+from weights.checkpointing import save_checkpoint
 
 CHARACTERS = "\n abcdefghijklmnopqrstuvwxyz你好"
 

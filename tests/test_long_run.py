@@ -15,7 +15,7 @@ from conftest import DATA, FAST, ROOT, TINY, read_log, start_script
 from processes import fork, newest_log
 
 import plot_loss
-from checkpointing import load_checkpoint
+from weights.checkpointing import load_checkpoint
 
 ARGUMENTS = ["-t", "pretrain", *TINY, *FAST, *DATA, "--gradient_accumulation_steps", "1", "--stage", "run"]
 ENDLESS = [*ARGUMENTS, "--max_steps", "1000000", "--save_interval", "50"]

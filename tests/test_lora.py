@@ -5,10 +5,10 @@ import torch
 from conftest import DATA, FAST, TINY
 from processes import train_on
 
-import lora
-from checkpointing import load_checkpoint, load_model
-from configuration import UserError
+from base.configuration import UserError
 from model import GPT, ModelConfig
+from weights import lora
+from weights.checkpointing import load_checkpoint, load_model
 
 SFT = ["--dataset_path", '[["dataset/sft_train.bin", "dataset/sft_val.bin"]]']
 LORA = [

@@ -10,12 +10,12 @@ from conftest import FAST, TINY, make_text, read_log, write_jsonl
 from processes import newest_log, train_on
 
 import inference
-import losses
 import train
-from batches import TokenFile, TrainBatches, ValidationBatches
-from checkpointing import load_checkpoint
-from losses import Distillation, Preference
 from model import GPT, ModelConfig
+from text.batches import TokenFile, TrainBatches, ValidationBatches
+from training import losses
+from training.losses import Distillation, Preference
+from weights.checkpointing import load_checkpoint
 
 FAST_PAIRS = [*FAST, "--gradient_accumulation_steps", "1", "--optimizer", "adamw", "--eval_iters", "0"]
 

@@ -7,12 +7,12 @@ import torch
 from conftest import DATA, FAST, make_text, read_log
 from torch.nn.attention import flex_attention as torch_flex
 
-from configuration import UserError
-from engine import Engine
-from masks import attention_mask, block_masks
+from base.configuration import UserError
+from layers.masks import attention_mask, block_masks
 from model import GPT, ModelConfig
-from preflight import choose_attention, why_not_flex
-from train_config import TrainConfig
+from training.config import TrainConfig
+from training.engine import Engine
+from training.preflight import choose_attention, why_not_flex
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="flex attention's kernels are for GPUs")
 SHAPE = {"vocab_size": 50, "block_size": 300, "n_layer": 2, "n_head": 4, "n_embd": 64, "n_kv_head": 2}

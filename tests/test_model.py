@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from configuration import UserError
-from experts import count_tokens, mixtures
+from base.configuration import UserError
+from layers.experts import count_tokens, mixtures
+from layers.norm import rms_norm
+from layers.sampling import filter_logits, penalise_repetition
 from model import GPT, SDP_KERNELS, KVCache, ModelConfig
-from norm import rms_norm
-from sampling import filter_logits, penalise_repetition
 
 SMALL = {"vocab_size": 50, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 
@@ -238,7 +238,7 @@ def test_a_loss_without_logits_is_the_same_loss(monkeypatch, tie_embeddings, los
     model = make(tie_embeddings=tie_embeddings).double()
     idx, targets = tokens(2, 9), tokens(2, 9).flip(0)
     loss_mask = None if loss_mask is None else loss_mask.float()
-    monkeypatch.setattr("head.logits_at_once", lambda device: 4 * 50 + 7)
+    monkeypatch.setattr("layers.head.logits_at_once", lambda device: 4 * 50 + 7)
     gradients = []
     for with_logits in (True, False):
         model.zero_grad()

@@ -10,12 +10,12 @@ import pytest
 import torch
 from conftest import ROOT, read_log, run_script
 
-import instances as drawing
 import problem
-import tasks
-from checkpointing import load_checkpoint
-from tasks import PROBLEMS, Instances, Problem, spell
-from tokenizer import EOS
+from problems import instances as drawing
+from problems import tasks
+from problems.tasks import PROBLEMS, Instances, Problem, spell
+from text.tokenizer import EOS
+from weights.checkpointing import load_checkpoint
 
 QUICK = ["--device", "cpu", "--n_embd", "32", "--batch_size", "64", "--eval_interval", "50", "--warmup_iters", "5"]
 

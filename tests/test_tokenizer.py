@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configuration import UserError
-from tokenizer import (
+from base.configuration import UserError
+from text.tokenizer import (
     BOS,
     EOS,
     INSTRUCT,

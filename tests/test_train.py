@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from conftest import FAST, ROOT, TINY, Result, make_samples, read_log, run_script, start_script, write_jsonl
 
 import train
-from batches import TokenFile, TrainBatches
-from checkpointing import load_checkpoint
-from losses import next_token
 from model import GPT, ModelConfig
-from optimizer import SCHEDULES, Muon, make_optimizer, orthogonalise, schedule
-from run_log import StopRequest
+from text.batches import TokenFile, TrainBatches
+from training.losses import next_token
+from training.optimizer import SCHEDULES, Muon, make_optimizer, orthogonalise, schedule
+from training.run_log import StopRequest
+from weights.checkpointing import load_checkpoint
 
 
 def config(folder, **fields):

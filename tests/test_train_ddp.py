@@ -11,12 +11,12 @@ from conftest import DATA, FAST, TINY, read_log
 from processes import assert_close, curves, finish, newest_log, start, train_on, wait_for, worker
 
 import train
-from batches import TokenFile, ValidationBatches
-from checkpointing import load_checkpoint
-from configuration import UserError
-from distributed import check_accumulation, has_lost_contact
-from losses import next_token
+from base.configuration import UserError
+from text.batches import TokenFile, ValidationBatches
 from train_ddp import DDPEngine
+from training.distributed import check_accumulation, has_lost_contact
+from training.losses import next_token
+from weights.checkpointing import load_checkpoint
 
 ARGUMENTS = [*TINY, *FAST, "--optimizer", "adamw", "--eval_interval", "10", "--gradient_accumulation_steps", "4"]
 

@@ -10,8 +10,8 @@ from processes import assert_close, curves, end_of, finish, newest_log, start, t
 
 import train
 import train_deepspeed
-from checkpointing import finish_sharded, load_checkpoint, load_newest, save_shard
-from configuration import UserError
+from base.configuration import UserError
+from weights.checkpointing import finish_sharded, load_checkpoint, load_newest, save_shard
 
 pytest.importorskip("deepspeed")
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from configuration import UserError, check_fields, fields_of
-from files import atomic_write
+from base.configuration import UserError, check_fields, fields_of
+from base.files import atomic_write
 from model import GPT, ModelConfig
-from tokenizer import Tokenizer, tokenizer_from_dict
+from text.tokenizer import Tokenizer, tokenizer_from_dict
 
 FORMAT = 1
 REQUIRED = {

@@ -1,8 +1,8 @@
 """How well a model predicts a text, position by position: does it use a long context, and how far does it reach?
 
-python perplexity.py book.txt -m checkpoint/pretrain.pt                                 within the trained window
-python perplexity.py book.txt -m checkpoint/pretrain.pt --factor 4                      four times as far, unscaled
-python perplexity.py book.txt -m checkpoint/pretrain.pt --factor 4 --scaling yarn ntk   and by rope_scaling: in columns
+python evaluate.py book.txt -m checkpoint/pretrain.pt                                 within the trained window
+python evaluate.py book.txt -m checkpoint/pretrain.pt --factor 4                      four times as far, unscaled
+python evaluate.py book.txt -m checkpoint/pretrain.pt --factor 4 --scaling yarn ntk   and by rope_scaling: in columns
 
 Prints perplexities and writes perplexity.png (-o).
 """
@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
-from configuration import Parser, UserError, read_text, run
-from engine import find_device
+from base.configuration import Parser, UserError, read_text, run
 from model import GPT, ROPE_SCALING
-from run_log import print_table
+from training.engine import find_device
+from training.run_log import print_table
+from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
 
 N_RANGES = 8  # rows of the table
 

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from configuration import Config, UserError, option
-from engine import DTYPES
-from lora import TARGETS
-from losses import LOSSES
+from base.configuration import Config, UserError, option
 from model import SDP_KERNELS
-from optimizer import OPTIMIZERS, SCHEDULES, schedule
-from run_log import SINKS
+from training.engine import DTYPES
+from training.losses import LOSSES
+from training.optimizer import OPTIMIZERS, SCHEDULES, schedule
+from training.run_log import SINKS
+from weights.lora import TARGETS
 
 
 @dataclass

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from batches import Batch, Pairs, collate_pairs
-from checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
-from configuration import UserError
-from engine import Engine, Loss
-from grpo import PolicyLoss, log_probabilities
+from base.configuration import UserError
 from model import GPT
-from tokenizer import Tokenizer
+from text.batches import Batch, Pairs, collate_pairs
+from text.tokenizer import Tokenizer
+from training.engine import Engine, Loss
+from training.grpo import PolicyLoss, log_probabilities
+from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
 
 
 def next_token(model: torch.nn.Module, batch: Batch, reduction: str) -> torch.Tensor:

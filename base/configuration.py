@@ -217,7 +217,7 @@ def read_text(path: str | Path) -> str:
 
 def find_config(name: str) -> Path:
     """`-t NAME`: a path to a JSON file, or the NAME of one in config/ (here, or beside the scripts)."""
-    candidates = [Path(name), Path("config", f"{name}.json"), Path(__file__).parent / "config" / f"{name}.json"]
+    candidates = [Path(name), Path("config", f"{name}.json"), Path(__file__).parent.parent / "config" / f"{name}.json"]
     for path in candidates:
         if path.is_file():
             return path

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from configuration import UserError, silence
+from base.configuration import UserError, silence
 
 
 class RunLog:

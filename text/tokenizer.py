@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from configuration import UserError, read_json
-from files import atomic_write
+from base.configuration import UserError, read_json
+from base.files import atomic_write
 
 SPECIAL_TOKENS = ("<|Padding|>", "<|unknown|>", "<|bos|>", "<|eos|>", "<|InstructMark|>", "<|ResponseMark|>")
 PADDING, UNKNOWN, BOS, EOS, INSTRUCT, RESPONSE = range(len(SPECIAL_TOKENS))

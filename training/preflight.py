@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from configuration import UserError
-from engine import Engine, dtype_name
-from head import logits_at_once
-from masks import attention_mask, block_masks
+from base.configuration import UserError
+from layers.head import logits_at_once
+from layers.masks import attention_mask, block_masks
 from model import GPT, Attention, ModelConfig
+from training.engine import Engine, dtype_name
 
 
 def device_name(device: torch.device) -> str:

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from configuration import UserError
-from prefetching import prefetch
-from tokenizer import Messages, may_have_special
+from base.configuration import UserError
+from base.prefetching import prefetch
+from text.tokenizer import Messages, may_have_special
 
 CHUNK = 1 << 20  # bytes of a file held at a time
 LONGEST_DOCUMENT = 1 << 24  # characters; a longer one is treated as running text

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from batches import Batch
-from configuration import UserError
-from engine import Engine
-from instances import Source, parse_length
+from base.configuration import UserError
 from model import GPT
-from tokenizer import EOS, PADDING
+from problems.instances import Source, parse_length
+from text.batches import Batch
+from text.tokenizer import EOS, PADDING
+from training.engine import Engine
 
 
 def log_probabilities(model: torch.nn.Module, batch: Batch) -> torch.Tensor:

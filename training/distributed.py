@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 import train
-from configuration import UserError
-from engine import Engine
+from base.configuration import UserError
 from model import GPT
+from training.engine import Engine
 
 
 class GroupEngine(Engine):

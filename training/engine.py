@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from batches import Batch
-from checkpointing import save_checkpoint
-from configuration import UserError
-from lora import adapter_weights
+from base.configuration import UserError
 from model import GPT
-from optimizer import make_optimizer, scale_learning_rates
+from text.batches import Batch
+from training.optimizer import make_optimizer, scale_learning_rates
+from weights.checkpointing import save_checkpoint
+from weights.lora import adapter_weights
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpointing import load_checkpoint, load_model
-from configuration import UserError
-from experts import MixtureOfExperts, grouped_mm, mixtures
+from base.configuration import UserError
+from layers.experts import MixtureOfExperts, grouped_mm, mixtures
 from model import GPT
+from weights.checkpointing import load_checkpoint, load_model
 
 TARGETS = ("qkv", "out", "up", "down")  # the linear layers of a block: of attention, of the MLP or its experts
 

@@ -20,9 +20,9 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 
-from configuration import UserError
-from prefetching import prefetch
-from tokenizer import BOS, EOS, PADDING, UNKNOWN
+from base.configuration import UserError
+from base.prefetching import prefetch
+from text.tokenizer import BOS, EOS, PADDING, UNKNOWN
 
 # ---------------------------------------------------------------------------------------------------- token files
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from configuration import UserError
-from tokenizer import codepoints
+from base.configuration import UserError
+from text.tokenizer import codepoints
 
 NOTHING = 0  # the code of a place that holds no character; gaps are closed before training
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import DATA, FAST, TINY, make_text
 
-import perplexity
+import evaluate
 from model import GPT, ModelConfig
 
 
@@ -13,7 +13,7 @@ def test_it_is_the_loss_of_every_position():
     torch.manual_seed(0)
     model = GPT(ModelConfig(vocab_size=20, block_size=6, n_layer=1, n_head=2, n_embd=16)).eval()
     ids = np.random.default_rng(0).integers(0, 20, 29)
-    found = perplexity.loss_by_position(model, ids, 4, batch_size=3)
+    found = evaluate.loss_by_position(model, ids, 4, batch_size=3)
     starts = [0, 7, 14, 22]
     for position in range(6):
         losses = []
@@ -26,7 +26,7 @@ def test_it_is_the_loss_of_every_position():
 def test_a_model_reads_beyond_its_window(prepared, call):
     (prepared / "new.txt").write_text(make_text(3000, seed=5), encoding="utf-8")
     assert call("train.py", "-t", "pretrain", *TINY, *FAST, *DATA, "--max_steps", "3").status == 0
-    result = call("perplexity.py", "new.txt", "--factor", "2.5", "--scaling", "yarn", "linear", "--windows", "5")
+    result = call("evaluate.py", "new.txt", "--factor", "2.5", "--scaling", "yarn", "linear", "--windows", "5")
     assert result.status == 0, result.err
     assert "none" in result.out and "yarn" in result.out and "(beyond)" in result.out and "36-40" in result.out
     assert (prepared / "perplexity.png").stat().st_size > 10_000
@@ -38,5 +38,5 @@ def test_a_model_reads_beyond_its_window(prepared, call):
         ("new.txt", "--scaling", "yam"): "invalid choice",
     }
     for argv, words in refusals.items():
-        result = call("perplexity.py", *argv)
+        result = call("evaluate.py", *argv)
         assert result.status == 1 and words in result.err and "Traceback" not in result.err

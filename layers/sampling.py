@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from configuration import UserError
+from base.configuration import UserError
 
 
 def check_sampling(

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from batches import Batch
-from configuration import UserError, did_you_mean
-from tasks import NOTHING, PROBLEMS, Instances, Problem, close_gaps, join
-from tokenizer import EOS, PADDING, CharTokenizer, codepoints
+from base.configuration import UserError, did_you_mean
+from problems.tasks import NOTHING, PROBLEMS, Instances, Problem, close_gaps, join
+from text.batches import Batch
+from text.tokenizer import EOS, PADDING, CharTokenizer, codepoints
 
 
 def find_problem(name: str) -> Problem:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from configuration import Config, UserError, option
+from base.configuration import Config, UserError, option
 
 SENTENCE_ENDS = ".!?。！？；…\n"
 CLOSING = "\"'”’」』）)】》"  # belongs to the sentence before it

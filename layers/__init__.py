@@ -1,0 +1,1 @@
+"""The parts of the network that model.py puts together."""

@@ -1,0 +1,1 @@
+"""Toy sequence problems: the table, what is drawn from it, its pictures."""

@@ -1,0 +1,1 @@
+"""Trained weights on disk: checkpoints and low-rank adapters."""
