@@ -28,7 +28,7 @@ quickstart: setup
 	$(PY) plot_loss.py -n $$(ls -tr train_*.log | tail -n 2) -o quickstart.png
 	@for question in "What is the colour of Zupin?" "57加20等于多少？" "单词onaw倒过来是什么？"; do \
 		echo "> $$question"; $(PY) inference.py -i -m checkpoint/sft.pt -t 0 -p "$$question"; done
-	$(PY) inference.py -m checkpoint/sft.pt --evaluate dataset/held_out.jsonl
+	$(PY) evaluate.py --questions dataset/held_out.jsonl -m checkpoint/sft.pt
 
 test: $(VENV)/.requirements-dev
 	$(PY) -m pytest -n logical --dist worksteal

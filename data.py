@@ -28,12 +28,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from base.configuration import Parser, UserError, find_config, read_json, run
+from base.configuration import Parser, UserError, find_config, read_json, run_main
 from base.files import atomic_write
 from text import corpus
-from text.batches import TokenFile, TokenFileWriter, TrainBatches
+from text.batches import TrainBatches
 from text.cleaning import Cleaner, CleaningConfig, split_at_sentences
 from text.corpus import BadLines, Source
+from text.token_files import TokenFile, TokenFileWriter
 from text.tokenizer import (
     SPECIAL_TOKENS,
     UNICODE_SIZE,
@@ -43,7 +44,7 @@ from text.tokenizer import (
     Tokenizer,
     load_tokenizer,
     mark_characters,
-    without_special,
+    remove_special_tokens,
 )
 
 COMPRESSED_SAMPLE = 1_000_000  # characters of the corpus that zlib and lzma are tried on
@@ -84,14 +85,14 @@ class Scan:
         longest = self.cleaner.config.split_documents
         for text, is_document in corpus.documents(source, bad_lines, progress):
             if is_document and longest and len(text) > longest:
-                for piece in split_at_sentences(without_special(text), longest):
+                for piece in split_at_sentences(remove_special_tokens(text), longest):
                     if piece.strip():
                         yield f"<|bos|>{piece.strip()}<|eos|>", True
             else:
                 yield text, is_document
 
     def see(self, text: str) -> None:
-        text = without_special(text) if self.stage == "pretrain" else text
+        text = remove_special_tokens(text) if self.stage == "pretrain" else text
         mark_characters(self.seen, text)
         self.n_characters += len(text)
         if len(self.sample) < COMPRESSED_SAMPLE:
@@ -130,7 +131,7 @@ def scan(stage: str, sources: list[Source], bad_lines: BadLines, cleaner: Cleane
             else:
                 for text, is_document in result.documents(source, bad_lines, progress):
                     if is_document:
-                        if not result.judge(text, without_special(text)):
+                        if not result.judge(text, remove_special_tokens(text)):
                             continue
                     else:
                         result.running_characters += len(text)
@@ -434,4 +435,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -1,25 +1,60 @@
-"""How well a model predicts a text, position by position: does it use a long context, and how far does it reach?
+"""How good is a model? Its perplexity on a text, position by position, or the share of questions it answers exactly.
 
 python evaluate.py book.txt -m checkpoint/pretrain.pt                                 within the trained window
 python evaluate.py book.txt -m checkpoint/pretrain.pt --factor 4                      four times as far, unscaled
 python evaluate.py book.txt -m checkpoint/pretrain.pt --factor 4 --scaling yarn ntk   and by rope_scaling: in columns
+python evaluate.py --questions dataset/held_out.jsonl -m checkpoint/sft.pt            exact match of greedy answers
 
-Prints perplexities and writes perplexity.png (-o).
+Perplexity by position shows whether a long context helps, and how far a model reads; a picture goes to perplexity.png.
 """
 
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from base.configuration import Parser, UserError, read_text, run
-from model import GPT, ROPE_SCALING
-from training.engine import find_device
+from base.configuration import Parser, UserError, escape_control_characters, read_text, run_main
+from base.devices import find_device
+from layers.rope import ROPE_SCALING
+from model import GPT
+from serving.text_generator import GenerationConfig, TextGenerator, load_text_generator
+from text.corpus import BadLines, Source, conversations
 from training.run_log import print_table
 from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
 
-N_RANGES = 8  # rows of the table
+N_RANGES = 8  # rows of the table of perplexities
+
+# ------------------------------------------------------------------------------------------------------ questions
+
+
+def exact_match(generator: TextGenerator, path: str, n_shown: int) -> tuple[int, int]:
+    """(right, all) greedy answers to the questions of a fine-tuning file; prints the first n_shown wrong ones.
+
+    Of a conversation the last answer is asked for, after the turns before it.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    asked = [messages for _, messages in conversations(Source(Path(path), is_jsonl=True), BadLines(0))]
+    if not asked:
+        raise UserError(f"{path}: no questions in it")
+    config = GenerationConfig(max_length=generator.model.config.block_size, temperature=0.0)
+    n_right = 0
+    for messages in tqdm(asked, desc="asking", unit="question", delay=1, leave=False, dynamic_ncols=True):
+        *history, question, expected = messages
+        answer = "".join(generator.answer(question["content"], config, history))
+        is_right = answer.strip() == expected["content"].strip()
+        n_right += is_right
+        if not is_right and n_shown > 0:
+            n_shown -= 1
+            said = escape_control_characters(answer)
+            tqdm.write(f"wrong: {question['content']!r} -> {said!r}, expected {expected['content']!r}")
+    return n_right, len(asked)
+
+
+# ------------------------------------------------------------------------------------------------------ perplexity
 
 
 @torch.inference_mode()
@@ -31,14 +66,43 @@ def loss_by_position(model: GPT, ids: np.ndarray, n_windows: int, batch_size: in
     total = torch.zeros(length - 1, dtype=torch.float64)
     for first in range(0, len(starts), batch_size):
         rows = np.stack([ids[start : start + length] for start in starts[first : first + batch_size]]).astype(np.int64)
-        windows = torch.from_numpy(rows).to(device)
+        windows = torch.from_numpy(rows).to(device)  # (B, block_size + 1)
         _, losses = model(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), reduction="none")
         total += losses.double().sum(0).cpu()
     return (total / len(starts)).numpy()
 
 
+def perplexity_by_position(path: str, file: str, factor: float, scalings: list[str], n_windows: int, device: str):
+    """Losses by position for each kind of RoPE scaling {name: (block_size,)}, and the window that was trained."""
+    checkpoint = load_checkpoint(path)
+    ids = load_checkpoint_tokenizer(checkpoint, path).encode(read_text(file), special=True)
+    trained = checkpoint["model_config"]["block_size"]
+    changes = {"block_size": math.floor(trained * factor), "rope_factor": factor}
+    if len(ids) <= changes["block_size"]:
+        raise UserError(f"{file}: {len(ids)} tokens do not fill a window of {changes['block_size']}")
+    if factor > 1 and not checkpoint["model_config"].get("use_rope", True):
+        raise UserError(f"{path}: learned positions end at {trained}: --factor needs RoPE")
+    losses = {}
+    for scaling in dict.fromkeys(["none", *scalings]):
+        model = load_model(checkpoint, path, **changes, rope_scaling=scaling).to(find_device(device)).eval()
+        if not model.config.is_causal:
+            raise UserError(f"{path}: with full attention there is no next token to predict")
+        losses[scaling] = loss_by_position(model, ids, n_windows)
+    return losses, trained
+
+
+def print_perplexities(losses: dict[str, np.ndarray], trained: int) -> None:
+    """A row for each range of positions, a column for each kind of scaling."""
+    rows = [("positions", *losses)]
+    block_size = len(losses["none"])
+    for part in np.array_split(np.arange(block_size), min(N_RANGES, block_size)):
+        values = (f"{math.exp(min(700.0, loss[part].mean())):.2f}" for loss in losses.values())
+        rows.append((f"{part[0] + 1}-{part[-1] + 1}" + (" (beyond)" if part[0] >= trained else ""), *values))
+    print_table(rows)
+
+
 def draw(path: str, losses: dict[str, np.ndarray], trained: int) -> None:
-    """Perplexity over position, a line for each way of reading on."""
+    """Perplexity over position, a line for each kind of scaling."""
     import matplotlib
 
     matplotlib.use("Agg")  # works without a display
@@ -59,42 +123,42 @@ def draw(path: str, losses: dict[str, np.ndarray], trained: int) -> None:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("file", help="a text that the model has not seen")
-    parser.add_argument("-m", "--model", default="checkpoint/pretrain.pt", help="checkpoint [checkpoint/pretrain.pt]")
-    parser.add_argument("-o", "--output", default="perplexity.png", help="picture to write [perplexity.png]")
-    parser.add_argument("--factor", type=float, default=1.0, help="window over that of the training [1]")
-    parser.add_argument(
-        "--scaling", nargs="+", choices=ROPE_SCALING, default=[], help="rope_scaling to try beside none"
+    parser.add_argument("text", nargs="?", metavar="TEXT", help="a text that the model has not seen: perplexity")
+    parser.add_argument("--questions", metavar="FILE", help="fine-tuning jsonl: exact match of greedy answers")
+    parser.add_argument("-m", "--model", metavar="FILE", help="checkpoint [checkpoint/pretrain.pt, or sft.pt]")
+    parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
+    group = parser.add_argument_group("Perplexity")
+    group.add_argument("-o", "--output", metavar="PNG", default="perplexity.png", help="picture to write [%(default)s]")
+    group.add_argument("--factor", metavar="X", type=float, default=1.0, help="window over the trained one [1]")
+    group.add_argument(
+        "--scaling", nargs="+", choices=ROPE_SCALING, default=[], help="kinds of RoPE scaling to try beside none"
     )
-    parser.add_argument("--windows", type=int, default=64, help="windows of the text to read [64]")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
+    group.add_argument("--windows", metavar="N", type=int, default=64, help="windows of the text to read [64]")
+    group = parser.add_argument_group("Questions")
+    group.add_argument("--lora", metavar="FILE", default="", help="answer with this adapter on the model")
+    group.add_argument("--show", metavar="N", type=int, default=5, help="wrong answers to print [5]")
     args, _ = parser.parse()
+    if bool(args.text) == bool(args.questions):
+        raise UserError("command line: name a text, or --questions FILE")
+    if args.questions:
+        warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}")
+        generator = load_text_generator(args.model or "checkpoint/sft.pt", args.device, True, lora=args.lora)
+        n_right, n = exact_match(generator, args.questions, args.show)
+        print(f"held-out exact match: {100 * n_right / n:.1f}% ({n_right}/{n})")
+        return
+    if args.lora:
+        raise UserError("command line: --lora is for --questions; inference.py --merge makes a model of an adapter")
     if not 1 <= args.factor <= 1024 or args.windows < 1:
         raise UserError("command line: --factor must be between 1 and 1024, --windows at least 1")
     if not args.output.endswith(".png") or not Path(args.output).parent.is_dir():
         raise UserError(f"{args.output}: must be a picture's name (.png) in a folder that exists")
-    checkpoint = load_checkpoint(args.model)
-    ids = load_checkpoint_tokenizer(checkpoint, args.model).encode(read_text(args.file), special=True)
-    trained = checkpoint["model_config"]["block_size"]
-    changes = {"block_size": math.floor(trained * args.factor), "rope_factor": args.factor}
-    if len(ids) <= changes["block_size"]:
-        raise UserError(f"{args.file}: {len(ids)} tokens do not fill a window of {changes['block_size']}")
-    if args.factor > 1 and not checkpoint["model_config"].get("use_rope", True):
-        raise UserError(f"{args.model}: learned positions end at {trained}: --factor needs RoPE")
-    losses = {}
-    for scaling in dict.fromkeys(["none", *args.scaling]):
-        model = load_model(checkpoint, args.model, **changes, rope_scaling=scaling).to(find_device(args.device)).eval()
-        if not model.config.is_causal:
-            raise UserError(f"{args.model}: with full attention there is no next token to predict")
-        losses[scaling] = loss_by_position(model, ids, args.windows)
-    rows = [("positions", *losses)]
-    for part in np.array_split(np.arange(changes["block_size"]), min(N_RANGES, changes["block_size"])):
-        values = (f"{math.exp(min(700.0, loss[part].mean())):.2f}" for loss in losses.values())
-        rows.append((f"{part[0] + 1}-{part[-1] + 1}" + (" (beyond)" if part[0] >= trained else ""), *values))
-    print_table(rows)
+    losses, trained = perplexity_by_position(
+        args.model or "checkpoint/pretrain.pt", args.text, args.factor, args.scaling, args.windows, args.device
+    )
+    print_perplexities(losses, trained)
     draw(args.output, losses, trained)
     print(args.output)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

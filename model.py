@@ -21,11 +21,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from base.configuration import Config, UserError, option
-from layers.experts import MixtureOfExperts, mixtures
+from layers.cache import KVCache
+from layers.experts import MixtureOfExperts, mixture_layers
+from layers.generation import generate_tokens
 from layers.head import Head
 from layers.masks import attention_mask, block_masks, positions_inside
 from layers.norm import RMSNorm, rms_norm
-from layers.sampling import check_sampling, filter_logits, penalise_repetition
+from layers.rope import ROPE_SCALING, apply_rope, rope_table
+from layers.sampling import check_sampling, sample
 
 SDP_KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -33,7 +36,6 @@ SDP_KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
-ROPE_SCALING = ("none", "linear", "ntk", "yarn")
 MLP_HIDDEN = {"swiglu": 8 / 3, "gelu": 4, "relu2": 4}  # width over n_embd: equal parameter counts
 
 
@@ -41,37 +43,47 @@ MLP_HIDDEN = {"swiglu": 8 / 3, "gelu": 4, "relu2": 4}  # width over n_embd: equa
 class ModelConfig(Config):
     """The shape of the network."""
 
-    block_size: int = option(256, "context window in tokens", minimum=1, maximum=1 << 20)
-    vocab_size: int | None = option(None, "number of tokens; null takes the tokenizer's", minimum=1, maximum=1 << 24)
-    n_layer: int = option(4, "depth", minimum=1, maximum=10_000)
+    block_size: int = option(256, "context window in tokens", minimum=1, maximum=1 << 20, section="Model")
+    vocab_size: int | None = option(None, "number of tokens; null: the tokenizer's", minimum=1, maximum=1 << 24)
+    n_layer: int = option(4, "number of transformer blocks (depth)", minimum=1, maximum=10_000)
     n_head: int = option(4, "attention heads", minimum=1)
-    n_embd: int = option(256, "width", minimum=1, maximum=1 << 20)
+    n_embd: int = option(256, "embedding dimension (width)", minimum=1, maximum=1 << 20)
     n_kv_head: int | None = option(None, "key/value heads (grouped-query attention); null: n_head", minimum=1)
     n_hidden: int | None = option(
-        None, "width of the MLP; null: 8/3 n_embd for swiglu, else 4 n_embd", minimum=1, maximum=1 << 22
+        None, "hidden dimension of the MLP; null: 8/3 n_embd for swiglu, else 4 n_embd", minimum=1, maximum=1 << 22
     )
     mlp: str = option("swiglu", "kind of MLP", choices=MLP_HIDDEN)
     dropout: float = option(0.0, "dropout rate", minimum=0.0, maximum=0.99)
     bias: bool = option(False, "biases in the linear layers")
-    use_rope: bool = option(True, "rotary positions (RoPE); false: learned positions")
-    rope_theta: float = option(10000.0, "base of the RoPE wavelengths", above=0.0)
-    rope_scaling: str = option("none", "reading further than trained: rope_factor x as far", choices=ROPE_SCALING)
-    rope_factor: float = option(
-        1.0, "block_size over that of the training, for rope_scaling", minimum=1.0, maximum=1024
-    )
-    attention_window: list[int] = option(
-        [], "newest tokens that a token looks at, itself included, layer by layer, again from the start; 0: all"
-    )
-    n_expert: int = option(0, "experts in each MLP (mixture of experts); 0: a dense MLP", minimum=0, maximum=1024)
-    n_expert_per_token: int = option(2, "experts that work on a token", minimum=1)
-    n_shared_expert: int = option(0, "experts that work on all tokens, beside those", minimum=0, maximum=64)
-    expert_balance: str = option("loss", "what keeps experts equally busy", choices=("loss", "bias", "none"))
-    router_loss_weight: float = option(0.01, "weight of the balancing loss", minimum=0.0)
-    expert_bias_rate: float = option(0.001, "step of the balancing biases", above=0.0)
     norm_eps: float = option(1e-5, "epsilon of RMSNorm", above=0.0)
     qk_norm: bool = option(True, "RMSNorm on queries and keys, per head")
     is_causal: bool = option(True, "causal attention; false: full attention")
+    attention_window: list[int] = option(
+        [], "sliding-window size of each layer, repeated over the layers; 0: full attention"
+    )
     tie_embeddings: bool = option(True, "token embedding and output layer share weights")
+
+    use_rope: bool = option(
+        True, "rotary position embeddings (RoPE); false: learned position embeddings", section="Positions"
+    )
+    rope_theta: float = option(10000.0, "base of the RoPE frequencies", above=0.0)
+    rope_scaling: str = option("none", "context extension beyond the trained window", choices=ROPE_SCALING)
+    rope_factor: float = option(
+        1.0, "for rope_scaling: block_size over the trained context window", minimum=1.0, maximum=1024
+    )
+
+    n_expert: int = option(
+        0, "experts in every MLP; 0: a dense MLP", minimum=0, maximum=1024, section="Mixture of experts"
+    )
+    n_expert_per_token: int = option(2, "experts that a token is routed to (top-k)", minimum=1)
+    n_shared_expert: int = option(0, "shared experts, which process every token", minimum=0, maximum=64)
+    expert_balance: str = option(
+        "loss",
+        "load balancing: auxiliary loss, bias on the router's choice (auxiliary-loss-free), or none",
+        choices=("loss", "bias", "none"),
+    )
+    router_loss_weight: float = option(0.01, "weight of the auxiliary loss", minimum=0.0)
+    expert_bias_rate: float = option(0.001, "update rate of the biases", above=0.0)
 
     def check(self) -> None:
         if self.n_kv_head is None:
@@ -104,90 +116,25 @@ class ModelConfig(Config):
 
     @property
     def windows(self) -> list[int]:
-        """Every layer's attention window; 0: none."""
+        """Every layer's sliding window; 0: full attention."""
         pattern = self.attention_window or [0]
         return [pattern[layer % len(pattern)] for layer in range(self.n_layer)]
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far, for every layer; of one with an attention window, the newest only."""
-
-    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.windows = config.windows
-        heads, room, size = config.n_kv_head, config.block_size, config.head_dim
-        new = lambda length: torch.empty(batch_size, heads, length, size, device=device, dtype=dtype)  # noqa: E731
-        self.keys = [new(0 if window else room) for window in self.windows]
-        self.values = [new(0 if window else room) for window in self.windows]
-        self.length = 0  # tokens seen; the model advances it after its last layer
-
-    def held(self, window: int) -> int:
-        """Tokens seen that a layer with this window still holds."""
-        return min(self.length, window - 1) if window else self.length
-
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append k, v of shape (B, n_kv_head, T, head_dim) to a layer; returns all that it holds, and them."""
-        window = self.windows[layer]
-        if window:
-            held = self.held(window)
-            k = torch.cat((self.keys[layer][:, :, :held], k), dim=2)
-            v = torch.cat((self.values[layer][:, :, :held], v), dim=2)
-            first = max(0, k.size(2) - (window - 1))
-            self.keys[layer], self.values[layer] = k[:, :, first:], v[:, :, first:]
-            return k, v
-        end = self.length + k.size(2)
-        self.keys[layer][:, :, self.length : end] = k
-        self.values[layer][:, :, self.length : end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-
-def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and signed sines (block_size, 1, head_dim) of rotary positions (Su et al. 2021, arXiv:2104.09864).
-
-    The half-rotation convention of Llama and Qwen: dimension i turns together with dimension i + head_dim / 2.
-    """
-    frequency, scale = rope_frequencies(config)
-    angle = torch.outer(torch.arange(config.block_size).float(), frequency)[:, None, :]
-    cos, sin = scale * angle.cos(), scale * angle.sin()
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-
-
-def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
-    """Angles per position (head_dim / 2,), and the factor on queries and keys, by rope_scaling.
-
-    linear: positions in between (Chen et al. 2023, arXiv:2306.15595). ntk: a larger base, which stretches the slow
-    dimensions and spares the fast ones. yarn: those that turn often in the trained window stay, those that never turn
-    once are interpolated, with a ramp between (Peng et al. 2023, arXiv:2309.00071, which describes all three).
-    """
-    D, factor, theta = config.head_dim, config.rope_factor, config.rope_theta
-    if config.rope_scaling == "ntk" and D > 2:
-        theta = theta * factor ** (D / (D - 2))
-    frequency = 1.0 / theta ** (torch.arange(0, D, 2).float() / D)
-    if config.rope_scaling == "linear":
-        return frequency / factor, 1.0
-    if config.rope_scaling != "yarn":
-        return frequency, 1.0
-    trained = config.block_size / factor
-    dimension = lambda turns: D * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))  # noqa: E731
-    low, high = max(0, math.floor(dimension(32))), min(D - 1, math.ceil(dimension(1)))
-    ramp = ((torch.arange(D // 2) - low) / max(0.001, high - low)).clamp(0, 1)  # 0: stays, 1: is interpolated
-    return frequency * (1 - ramp) + frequency / factor * ramp, 0.1 * math.log(factor) + 1
-
-
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x (B, T, n_head, head_dim) by its positions' angles, cos and signed sin ([B,] T, 1, head_dim)."""
-    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin).to(x.dtype)
-
-
 class Attention(nn.Module):
-    """Multi-head or grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245)."""
+    """Multi-head attention; with fewer key/value heads grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
+
+    Each token asks (query) and is asked (key); softmax(q k^T / sqrt(head_dim)) weighs the values of the tokens it sees.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
+        # one matrix for queries, keys and values of all heads: one large product is faster than many small ones
         n_heads = config.n_head + 2 * config.n_kv_head
         self.qkv = nn.Linear(config.n_embd, n_heads * config.head_dim, bias=config.bias)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        if config.qk_norm:
+        if config.qk_norm:  # bounds the attention logits, so that larger learning rates are stable (arXiv:2302.05442)
             self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
         self.residual_dropout = nn.Dropout(config.dropout)
@@ -198,7 +145,7 @@ class Attention(nn.Module):
         """Queries (B, n_head, T, head_dim), keys and values (B, n_kv_head, T, head_dim) of x (B, T, n_embd)."""
         config = self.config
         B, T, _ = x.shape
-        heads = self.qkv(x).view(B, T, -1, config.head_dim)
+        heads = self.qkv(x).view(B, T, -1, config.head_dim)  # (B, T, n_head + 2 n_kv_head, head_dim)
         qk, v = heads.split((config.n_head + config.n_kv_head, config.n_kv_head), dim=2)
         if config.qk_norm:  # queries and keys together: half the operations, which is what counts at T = 1
             weights = self.q_norm.weight.expand(config.n_head, -1), self.k_norm.weight.expand(config.n_kv_head, -1)
@@ -219,22 +166,23 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.project(x, rope)
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
+            k, v = cache.extend(self.layer, k, v)  # T new tokens see the cached ones too
+        # a single token comes last and sees every key: causal without a mask
         is_causal = config.is_causal and mask is None and T > 1
         dropout = config.dropout if self.training else 0.0
         if isinstance(mask, BlockMask):
             y = flex_attention(q, k, v, block_mask=mask, enable_gqa=config.n_kv_head < config.n_head)
         else:
-            if config.n_kv_head < config.n_head:
+            if config.n_kv_head < config.n_head:  # every key/value head serves a group of query heads
                 k, v = (t.repeat_interleave(config.n_head // config.n_kv_head, dim=1) for t in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, n_head, T, head_dim) -> heads side by side again
         return self.residual_dropout(self.out(y))
 
     def weights(
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """The attention weights (B, n_head, T, T) that forward() applies without ever forming them; row: query."""
+        """The attention weights (B, n_head, T, T) that forward() applies without ever storing them; row: query."""
         q, k, _ = self.project(x, rope)
         k = k.repeat_interleave(self.config.n_head // self.config.n_kv_head, dim=1)
         scores = q @ k.mT / math.sqrt(self.config.head_dim)
@@ -246,7 +194,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """swiglu (Shazeer 2020, arXiv:2002.05202), gelu, or relu2 (So et al. 2021, arXiv:2109.08668)."""
+    """Two linear layers around a nonlinearity, for every token by itself.
+
+    swiglu: silu(gate) * up, with a third matrix for the gate (Shazeer 2020, arXiv:2002.05202); gelu; or relu2, the
+    square of relu (So et al. 2021, arXiv:2109.08668).
+    """
 
     def __init__(self, config: ModelConfig, n_hidden: int) -> None:
         super().__init__()
@@ -269,7 +221,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then the MLP, each added to the residual stream."""
+    """Pre-norm transformer block: attention moves information between tokens, the MLP works on each by itself.
+
+    Both are added to the residual stream, whose gradient so reaches every layer undiminished.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -306,8 +261,10 @@ class GPT(nn.Module):
         self.use_flex = False  # flex attention where there are masks, once compiled
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.use_rope:
-            cos, sin = rope_table(config)
-            self.register_buffer("rope_cos", cos, persistent=False)
+            cos, sin = rope_table(
+                config.block_size, config.head_dim, config.rope_theta, config.rope_scaling, config.rope_factor
+            )
+            self.register_buffer("rope_cos", cos, persistent=False)  # computed anew, so not in checkpoints
             self.register_buffer("rope_sin", sin, persistent=False)
         else:
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
@@ -315,19 +272,22 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.lm_head = Head(config.n_embd, config.vocab_size)
-        if config.tie_embeddings:
+        if config.tie_embeddings:  # a token's embedding is also the direction that predicts it (arXiv:1608.05859)
             self.lm_head.weight = self.token_embedding.weight
         self._initialise()
         # counted here, because sharding (DeepSpeed's ZeRO-3) empties parameters later
         self._n_weights = sum(p.numel() for p in self.parameters())
         matrices = {name: p.numel() for name, p in self.blocks.named_parameters() if p.dim() >= 2}
         for name in matrices if config.n_expert else ():
-            if name.endswith(("mlp.up", "mlp.down")):  # of a token's experts
+            if name.endswith(("mlp.up", "mlp.down")):  # a token passes through n_expert_per_token experts only
                 matrices[name] = matrices[name] * config.n_expert_per_token // config.n_expert
         self._n_matrix_weights = sum(matrices.values()) + self.lm_head.weight.numel()
 
     def _initialise(self) -> None:
-        """Normal weights of std 0.02; projections onto the residual stream scaled by 1/sqrt(2 n_layer) (GPT-2)."""
+        """Normal weights of std 0.02; projections onto the residual stream scaled by 1/sqrt(2 n_layer) (GPT-2).
+
+        2 n_layer terms are added up in the residual stream: so scaled, its variance does not grow with depth.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -353,10 +313,10 @@ class GPT(nn.Module):
         x = self.token_embedding(idx)  # (B, T, n_embd)
         rope, positions = None, slice(start, end)
         if documents is not None and self.restart_positions:
-            positions = positions_inside(documents)
-        if self.config.use_rope:
+            positions = positions_inside(documents)  # (B, T)
+        if self.config.use_rope:  # inside of attention, on queries and keys
             rope = (self.rope_cos[positions], self.rope_sin[positions])
-        else:
+        else:  # once, on the input
             x = x + self.position_embedding.weight[positions]
         x = self.embedding_dropout(x)
         masks = self.masks(T, cache, documents, idx.device)
@@ -370,13 +330,13 @@ class GPT(nn.Module):
     def masks(
         self, T: int, cache: KVCache | None, documents: torch.Tensor | None, device: torch.device
     ) -> dict[int, torch.Tensor | BlockMask | None]:
-        """What T tokens after those of the cache may look at, by the layer's attention window."""
+        """By sliding window: which keys T tokens see, after those of the cache. None: SDPA's own causal mask does."""
         windows, is_causal = set(self.windows), self.config.is_causal
         drops = self.training and self.config.dropout > 0  # attention weights, which flex attention does not offer
         if self.use_flex and torch.compiler.is_compiling() and cache is None and not drops:
             return block_masks(T, windows, is_causal, documents, device)
-        held = {window: cache.held(window) if cache else 0 for window in windows}
-        return {w: attention_mask(T, held[w], w, is_causal, documents, device) for w in windows}
+        n_cached = {window: cache.n_cached(window) if cache else 0 for window in windows}
+        return {w: attention_mask(T, n_cached[w], w, is_causal, documents, device) for w in windows}
 
     def forward(
         self,
@@ -391,43 +351,31 @@ class GPT(nn.Module):
 
         loss_mask (B, T): 1 where a target counts, 0 where not; the mean is taken over those that count.
         reduction: "mean" or "sum" (scalars), or "none": (B, T), 0 where the mask is 0. documents: as in hidden().
-        In training, "mean" and "sum" hold the routers' balancing loss too, as often as targets count.
+        In training, "mean" and "sum" include the experts' load-balancing loss, times the number of targets in a sum.
         with_logits: false where only the loss ("mean" or "sum") is wanted: None instead, and much less memory.
         """
         hidden = self.hidden(idx, documents=documents)
         if targets is None:
             return self.lm_head(hidden), None
+        count = targets.numel() if loss_mask is None else loss_mask.sum().clamp(min=1)
         if not with_logits:
-            count = targets.numel() if loss_mask is None else loss_mask.sum().clamp(min=1)
             total = self.lm_head(hidden, targets, loss_mask) + self.router_loss() * count
             return None, total if reduction == "sum" else total / count
         logits = self.lm_head(hidden)
-        if loss_mask is None and reduction != "none":
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
-            return logits, loss + self.router_loss() * (targets.numel() if reduction == "sum" else 1)
         losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
         if loss_mask is not None:
             losses = losses * loss_mask
         if reduction == "none":
             return logits, losses
-        count = loss_mask.sum().clamp(min=1)
         total = losses.sum() + self.router_loss() * count
         return logits, total if reduction == "sum" else total / count
 
     def router_loss(self) -> torch.Tensor | float:
-        """The weighted balancing loss of the last forward pass, the mean over layers; 0 where there is none."""
+        """The weighted load-balancing loss of the last forward pass, averaged over layers; 0 where there is none."""
         if not (self.training and self.config.n_expert and self.config.expert_balance == "loss"):
             return 0.0
-        losses = [mixture.router_loss for mixture in mixtures(self)]
+        losses = [mixture.router_loss for mixture in mixture_layers(self)]
         return self.config.router_loss_weight * sum(losses) / len(losses)
-
-    def joined_rows(self, name: str, n_rows: int) -> list[int]:
-        """Rows of each of the matrices that the weight of this name joins, n_rows in all."""
-        if name.endswith("qkv.weight"):
-            kv = self.config.n_kv_head * self.config.head_dim
-            return [n_rows - 2 * kv, kv, kv]
-        is_gated = self.config.mlp == "swiglu" and name.endswith((".up", ".up.weight"))
-        return [n_rows // 2] * 2 if is_gated else [n_rows]
 
     def parameter_count(self) -> int:
         """Number of weights; tied ones count once."""
@@ -436,12 +384,12 @@ class GPT(nn.Module):
     def flops_per_token(self, sequence_length: int | None = None) -> int:
         """Floating-point operations to train on one token, forward and backward.
 
-        6 per weight of a matrix product (the embedding look-up is none; of experts, those at work), and 12 per layer,
+        6 per weight of a matrix product (the embedding look-up is none; of experts, the active ones), and 12 per layer,
         width and key attended to: Chowdhery et al. 2022, arXiv:2204.02311, appendix B; with causal attention only half
         of the keys count.
         """
         config, T = self.config, sequence_length or self.config.block_size
-        keys = 0.0  # that a token looks at in the mean, over all layers
+        keys = 0.0  # that a token attends to on average, summed over layers
         for window in config.windows:
             w = min(window, T) if window else T
             keys += w - w * w / (2 * T) if config.is_causal else min(T, 2 * w - 1 if window else T)
@@ -499,40 +447,9 @@ class GPT(nn.Module):
             )
         generator = torch.Generator(device=idx.device)
         generator.manual_seed(seed) if seed is not None else generator.seed()
-
-        def draw(logits: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
-            logits = penalise_repetition(logits.float(), window, repetition_penalty)
-            if temperature == 0:
-                return logits.argmax(-1)
-            probabilities = filter_logits(logits / temperature, top_k, top_p, min_p).softmax(-1)
-            return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-
-        return self._generate(idx, max_new_tokens, draw, stop_tokens, use_cache)
-
-    @torch.inference_mode()
-    def _generate(self, idx, max_new_tokens, draw, stop_tokens, use_cache) -> Iterator[torch.Tensor]:
-        block_size = self.config.block_size
-        window = idx[:, -block_size:]
-        dtype = self.lm_head.weight.dtype
-        cache = KVCache(self.config, idx.size(0), idx.device, dtype) if use_cache else None
-        unread = window  # what the cache has not seen
-        stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
-        stop = torch.tensor(stop_tokens, device=idx.device, dtype=torch.long)
-        tokens = window[:, -1]
-        for _ in range(max_new_tokens):
-            hidden = self.hidden(unread if use_cache else window, cache)
-            drawn = draw(self.lm_head(hidden[:, -1]), window)
-            tokens = torch.where(stopped, tokens, drawn)
-            yield tokens
-            stopped |= torch.isin(tokens, stop)
-            if len(stop_tokens) and stopped.all():
-                return
-            window = torch.cat((window, tokens[:, None]), dim=1)
-            unread = window[:, -1:]
-            if window.size(1) > block_size:
-                window = unread = window[:, -max(1, block_size - block_size // 4) :]
-                if use_cache:
-                    cache.length = 0
+        settings = temperature, top_k, top_p, min_p, repetition_penalty
+        draw = lambda logits, context: sample(logits, context, generator, *settings)  # noqa: E731
+        return generate_tokens(self, idx, max_new_tokens, draw, stop_tokens, use_cache)
 
 
 def check_token_ids(idx: torch.Tensor, vocab_size: int) -> None:

@@ -5,37 +5,15 @@ python plot_loss.py -n first.log resumed.log -o curves.png      a run and its re
 python plot_loss.py -n train_20260101_120000.log --follow       draws again as the training goes on
 """
 
-import json
 import time
 from pathlib import Path
 
 import numpy as np
 
-from base import configuration
-from base.configuration import Parser, UserError
+from base.configuration import Parser, UserError, run_main
+from base.logs import read_log, series, smooth
 
 PANELS = (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_s", "tokens/s"))
-
-
-def read_log(path: str) -> dict[str, list[dict]]:
-    """The records of a log by type; a last line that is still being written is left out."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: {'not a file' if Path(path).exists() else 'no such log'}")
-    records = {"header": [], "train": [], "val": []}
-    for part in [part for part in (f"{path}.1", path) if Path(part).is_file()]:  # a rotated log's first part is NAME.1
-        with open(part, encoding="utf-8", errors="replace") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    record = json.loads(line)
-                    records.setdefault(record["type"], []).append(record)
-                except (ValueError, KeyError, TypeError):
-                    if line.endswith("\n"):
-                        raise UserError(
-                            f"{part}: line {number} is not a log record; logs are the train_*.log files"
-                        ) from None
-    if not records["train"]:
-        raise UserError(f"{path}: no training steps in it yet")
-    return records
 
 
 def join_runs(paths: list[str]) -> dict[str, dict[str, list[dict]]]:
@@ -54,20 +32,6 @@ def join_runs(paths: list[str]) -> dict[str, dict[str, list[dict]]]:
         else:
             runs[Path(path).stem] = {**records, "stage": stage}
     return runs
-
-
-def series(records: list[dict], field: str) -> tuple[np.ndarray, np.ndarray]:
-    pairs = [(r["step"], r[field]) for r in records if r.get(field) is not None]
-    return np.array([step for step, _ in pairs]), np.array([value for _, value in pairs], dtype=float)
-
-
-def smooth(values: np.ndarray, span: int) -> np.ndarray:
-    """Mean over about `span` records around each one; nearer the ends over fewer, so that it never lags."""
-    values = np.asarray(values, dtype=float)
-    i = np.arange(len(values))
-    half = np.minimum(span // 2, np.minimum(i, len(values) - 1 - i))
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    return (total[i + half + 1] - total[i - half]) / (2 * half + 1)
 
 
 def draw(paths: list[str], output: str, log_x: bool, log_y: bool) -> None:
@@ -173,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    configuration.run(main)
+    run_main(main)

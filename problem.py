@@ -10,7 +10,7 @@
     python problem.py all                           every problem in turn, and a table of the results
 
 Training and held-out instances are told apart by a hash of the prompt, so that none is ever both. Fields not given take
-the value in the problem's entry, or else that of DEFAULTS in problem.py.
+the value in the problem's entry (problems/tasks.py), or else the customary one (problems/config.py).
 """
 
 import argparse
@@ -24,86 +24,20 @@ import numpy as np
 import torch
 
 import train
-from base.configuration import Parser, UserError, check_fields, fields_of, option, run
+from base.configuration import Parser, UserError, check_fields, fields_of, run_main
+from base.devices import find_device
 from model import GPT, ModelConfig
-from problems.instances import HeldOut, Source, TrainInstances, find_problem, parse_length
+from problems.config import ProblemConfig, find_problem, parse_length
+from problems.instances import HeldOut, InstanceSampler, exact_match
 from problems.plots import draw_attention, draw_results
 from problems.tasks import PROBLEMS, Problem
 from text.tokenizer import EOS, CharTokenizer
-from train import TrainConfig
-from training import preflight
+from training.config import TrainConfig
 from training.engine import Engine
-from training.grpo import Rollouts
-from training.losses import load_frozen, make_loss
 from training.run_log import print_table
-from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model, load_newest
-
-DEFAULTS = {
-    "batch_size": 256,
-    "gradient_accumulation_steps": 1,
-    "optimizer": "muon",
-    "learning_rate": 3e-3,
-    "min_lr": 0.0,
-    "weight_decay": 0.01,
-    "lr_schedule": "linear",
-    "warmup_iters": 20,
-    "max_steps": 1000,
-    "eval_interval": 100,
-    "eval_iters": 4,
-}
-BY_REWARD = {  # with --loss grpo, where the problem's entry says nothing else
-    "batch_size": 512,
-    "optimizer": "adamw",
-    "learning_rate": 6e-4,
-    "weight_decay": 0.0,
-    "warmup_iters": 5,
-    "max_steps": 350,
-    "eval_interval": 25,
-}
-SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 64}
-# fields of files and texts, which mean nothing here
-NO_FIELDS = (
-    *("dataset_path", "tokenizer_path", "overlong", "mask_documents", "pack_samples"),
-    *("restart_positions", "sample_tokens", "sample_prompt"),
-    *("teacher", "distill_temperature", "distill_weight", "dpo_beta", "dpo_chosen_weight", "simpo_gamma"),
-)
-LOSSES = ("next_token", "grpo")
-
-
-@dataclass
-class ProblemConfig(TrainConfig):
-    """What is asked, and how the network is trained to answer."""
-
-    problem: str = option("sort", "name of the problem")
-    length: str = option("", "length of the instances, N or A-B; empty: the problem's")
-    train_length: str = option("", "length in training; empty: length")
-    test_length: str = option("", "length in the test; empty: length, or train_length")
-    train_fraction: float = option(0.9, "share of all instances that training draws from", above=0.0, maximum=0.99)
-    test_instances: int = option(10_000, "held-out instances of the test, as far as there are so many", minimum=1)
-    reverse: bool = option(True, "add, multiply: write results from the last digit to the first")
-    pad: bool = option(True, "add, multiply: zeros before numbers, so that every digit has its place")
-    scratchpad: bool = option(True, "multiply, parity: write results on the way before the last one")
-    supervise: bool = option(True, "also learn what is found on the way (boolean, brackets); recall: ask for all keys")
-    leaf_probability: float = option(0.2, "boolean: that an operand is a mere 0 or 1", minimum=0.0, maximum=1.0)
-    modulus: int = option(97, "modular: p", minimum=2, maximum=10_000)
-    operation: str = option("+", "modular: (a operation b) mod p", choices=("+", "-", "*", "/"))
-
-    def check(self) -> None:
-        super().check()
-        problem = find_problem(self.problem)
-        if not problem.length and (self.length or self.train_length or self.test_length):
-            raise UserError(f"the problem {self.problem} has no length")
-        self.test_length = self.test_length or self.length or self.train_length or problem.length
-        self.train_length = self.train_length or self.length or problem.length
-        self.length = self.length or problem.length
-        for text in (self.length, self.train_length, self.test_length):
-            if parse_length(text)[-1] > problem.longest:
-                raise UserError(f"the length must be at most {problem.longest}, got {text}")
-
-    @property
-    def longest(self) -> int:
-        return max(parse_length(self.train_length)[-1], parse_length(self.test_length)[-1])
-
+from training.setup import problem_config
+from training.sources import check_window, problem_tokenizer
+from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
 
 # --------------------------------------------------------------------------------------------------------- answers
 
@@ -119,28 +53,6 @@ class Score(NamedTuple):
     def __str__(self) -> str:
         percent = 100.0 if self.n_right == self.n else min(99.99, 100 * self.share)  # 100.00 is said of all alone
         return f"{percent:.2f}% ({self.n_right}/{self.n})"
-
-
-@torch.inference_mode()
-def exact_match(model: GPT, held_out: HeldOut, engine: Engine) -> dict[int, np.ndarray]:
-    """Whether each held-out answer is right from its first character to its last (n,), by length.
-
-    One pass over prompt and true answer tells what greedy generation would say: as long as all was right so far, it has
-    seen the same tokens, and the first token that differs makes the answer wrong in both.
-    """
-    model.eval()
-    right = {}
-    for length in held_out.by_length:
-        parts = [np.empty(0, bool)]
-        for batch, answer_mask in held_out.examples(length):
-            batch = batch.to(engine.device)
-            with engine.autocast():
-                said = model(batch.idx)[0].argmax(-1)
-            same = (said == batch.targets) | ~answer_mask.to(engine.device)
-            parts.append(same.all(1).cpu().numpy())
-        right[length] = np.concatenate(parts)
-    model.train()
-    return right
 
 
 def total(right: dict[int, np.ndarray]) -> Score:
@@ -202,7 +114,8 @@ def show_examples(solver: Solver, held_out: HeldOut, right: dict[int, np.ndarray
 class Outcome(NamedTuple):
     """What came of a problem: a row of the table that `all` prints."""
 
-    config: ProblemConfig
+    config: TrainConfig
+    settings: ProblemConfig
     score: Score
     n_parameters: int
     minutes: float
@@ -210,117 +123,42 @@ class Outcome(NamedTuple):
     COLUMNS = ("problem", "length", "exact match", "parameters", "minutes", "seed")
 
     def row(self) -> tuple[str, ...]:
-        trained, tested = self.config.train_length, self.config.test_length
+        trained, tested = self.settings.train_length, self.settings.test_length
         lengths = trained if trained == tested else f"{trained}, tested on {tested}"
-        problem, seed = self.config.problem, str(self.config.random_seed)
-        return problem, lengths, str(self.score), f"{self.n_parameters:,}", f"{self.minutes:.1f}", seed
-
-
-def make_config(name: str, overrides: dict[str, Any], stored: dict[str, Any]) -> tuple[ProblemConfig, dict[str, Any]]:
-    """The config of a problem, and the model fields asked for; stored: a checkpoint's training config, or nothing."""
-    problem = find_problem(name)
-    for option_name in overrides:
-        owners = [other for other, entry in PROBLEMS.items() if option_name in entry.options]
-        if owners and name not in owners:
-            raise UserError(f"command line: --{option_name} belongs to {', '.join(owners)}, not to {name}")
-        if option_name in NO_FIELDS:
-            raise UserError(f"command line: --{option_name} means nothing here: problem.py makes its own data")
-    known = fields_of(ProblemConfig)
-    explicit = {key: value for key, value in overrides.items() if key not in known}
-    given = {key: value for key, value in overrides.items() if key in known}
-    if stored and "length" in given:
-        stored = {key: value for key, value in stored.items() if key != "test_length"}
-    base = stored or {"stage": f"problem_{name}", **DEFAULTS, **problem.training}
-    if given.get("loss") not in (None, *LOSSES):
-        raise UserError(f"command line: --loss {given['loss']} means nothing here: it is one of {', '.join(LOSSES)}")
-    if given.get("loss") == "grpo" and not stored:
-        base |= {"stage": f"problem_{name}_grpo", **BY_REWARD, **problem.by_reward}
-    try:
-        return ProblemConfig(**{**base, **given, "problem": name}), explicit
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
-
-
-def make_tokenizer(problem: Problem) -> CharTokenizer:
-    return CharTokenizer("".join(sorted(set(problem.alphabet))))
-
-
-def set_up(config: ProblemConfig, explicit: dict[str, Any]) -> train.Run:
-    """A train.Run whose batches are generated: new, or from a checkpoint."""
-    problem = find_problem(config.problem)
-    tokenizer = make_tokenizer(problem)
-    source = Source(config, tokenizer)
-    needed = source.window()
-    if explicit.get("is_causal", problem.is_causal) != problem.is_causal:
-        raise UserError(f"{config.problem} is defined with is_causal {str(problem.is_causal).lower()}: see its entry")
-    engine = Engine(config)
-    engine.command = f"python {Path(sys.argv[0]).name}"  # (train.py -t grpo ends here too)
-    if config.from_checkpoint:
-        checkpoint = load_newest(config.from_checkpoint)
-        if load_checkpoint_tokenizer(checkpoint, config.from_checkpoint).to_dict() != tokenizer.to_dict():
-            raise UserError(f"{config.from_checkpoint}: its alphabet is not that of {config.problem}")
-        model, adapter = train.restore_model(config, explicit, checkpoint)
-    else:
-        checkpoint = adapter = None
-        shape = {**SHAPE, **problem.shape, "is_causal": problem.is_causal, "block_size": needed, **explicit}
-        model = train.make_model(config, shape, tokenizer)
-    check_window(needed, model.config, config)
-    validation = HeldOut(
-        source, "val", parse_length(config.train_length), (config.eval_iters or 40) * config.batch_size
-    )
-    train.set_reference(config, checkpoint)
-    loss = make_loss(config, engine, tokenizer, [])
-    if config.loss == "grpo":
-        reference = load_frozen("from_checkpoint", config.reference, tokenizer, engine.device)
-        batches = Rollouts(source, model, reference, engine)
-    else:
-        batches = TrainInstances(source)
-    result = train.Run(config, model, tokenizer, batches, validation, engine, loss, adapter)
-
-    def measure() -> dict[str, float]:
-        accuracy = {"accuracy": total(exact_match(model, validation, engine)).share}
-        return accuracy | (batches.figures() if config.loss == "grpo" else {})
-
-    result.measure = measure
-    train.start(result, checkpoint)
-    return result
-
-
-def check_window(needed: int, model_config: ModelConfig, config: ProblemConfig) -> None:
-    if needed > model_config.block_size:
-        raise UserError(
-            f"{config.problem}: length {config.longest} needs a window of {needed} tokens, "
-            f"block_size is {model_config.block_size}"
-        )
+        seed = str(self.config.random_seed)
+        return self.settings.problem, lengths, str(self.score), f"{self.n_parameters:,}", f"{self.minutes:.1f}", seed
 
 
 def load_solver(path: str | Path, device: torch.device, name: str, needed: int = 0) -> Solver:
-    """A trained model; where its positions are rotary, its window is widened to what is needed."""
+    """A trained model; with rotary positions its window is widened to what is needed."""
     checkpoint = load_checkpoint(path)
     tokenizer = load_checkpoint_tokenizer(checkpoint, path)
     problem = find_problem(name)
-    if tokenizer.to_dict() != make_tokenizer(problem).to_dict():
+    if tokenizer.fingerprint() != problem_tokenizer(problem).fingerprint():
         raise UserError(f"{path}: its alphabet is not that of {name}")
     shape = checkpoint["model_config"]
     changes = {"block_size": max(needed, shape["block_size"])} if shape.get("use_rope") else {}
     return Solver(load_model(checkpoint, path, **changes).to(device), tokenizer, problem, device)
 
 
-def stored_config(path: str | Path) -> dict[str, Any]:
-    """The training config in a checkpoint of a problem; raises UserError where it is none."""
+def stored_fields(path: str | Path) -> dict[str, Any]:
+    """The fields that a checkpoint of a problem was trained with; raises UserError where it is none."""
     values = load_checkpoint(path)["train_config"]
     if "problem" not in values:
         raise UserError(f"{path}: not a checkpoint of problem.py")
-    return check_fields(values, fields_of(ProblemConfig), f"{path}: train_config")
+    return check_fields(values, fields_of(TrainConfig) | fields_of(ProblemConfig), f"{path}: train_config")
 
 
-def test(path: str | Path, config: ProblemConfig, plot: bool, example: str | None, log: Path | None) -> Score:
+def test(
+    path: str | Path, config: TrainConfig, settings: ProblemConfig, plot: bool, example: str | None, log: Path | None
+) -> Score:
     """Test a checkpoint on held-out instances, print what it gets wrong and right, draw the pictures."""
     engine = Engine(config)
-    source = Source(config, make_tokenizer(find_problem(config.problem)))
-    solver = load_solver(path, engine.device, config.problem, source.window())
-    check_window(source.window(), solver.model.config, config)
-    held_out = HeldOut(source, "test", parse_length(config.test_length), config.test_instances)
+    sampler = InstanceSampler(settings, problem_tokenizer(find_problem(settings.problem)))
+    solver = load_solver(path, engine.device, settings.problem, sampler.window())
+    check_window(sampler, solver.model.config)
+    lengths, shared = parse_length(settings.test_length), {"batch_size": config.batch_size, "seed": config.random_seed}
+    held_out = HeldOut(sampler, "test", lengths, settings.test_instances, **shared)
     right = exact_match(solver.model, held_out, engine)
     show_examples(solver, held_out, right)
     unit = solver.problem.unit
@@ -330,50 +168,42 @@ def test(path: str | Path, config: ProblemConfig, plot: bool, example: str | Non
             print(f"{length:3} {unit}: {score if score.n else 'no instance is held out'}")
     if plot:
         example = example or text_of(next(i.prompt[-1] for i in held_out.by_length.values() if len(i.prompt)))
-        draw(solver, config, log, right, example)
+        draw(solver, config.stage, settings, log, right, example)
     return total(right)
 
 
-def draw(solver: Solver, config: ProblemConfig, log: Path | None, right: dict[int, np.ndarray], example: str) -> None:
-    """Write <stage>.png and <stage>_attention.png."""
-    trained = parse_length(config.train_length)
+def draw(
+    solver: Solver, name: str, settings: ProblemConfig, log: Path | None, right: dict[int, np.ndarray], example: str
+) -> None:
+    """Write NAME.png and NAME_attention.png."""
+    trained = parse_length(settings.train_length)
     by_length = {length: float(r.mean()) for length, r in right.items() if len(r)}
-    title = f"{config.problem}, trained on {config.train_length or 'all'} {solver.problem.unit}"
-    draw_results(f"{config.stage}.png", title, log, by_length, trained, solver.problem.unit)
+    title = f"{settings.problem}, trained on {settings.train_length or 'all'} {solver.problem.unit}"
+    draw_results(f"{name}.png", title, log, by_length, trained, solver.problem.unit)
     ids = solver.encode(example)
-    maps = solver.model.attention_maps(ids)[:, 0].float().cpu().numpy()
-    title = f"{config.problem}: {example} \N{RIGHTWARDS ARROW} {solver.answer(example)}"
-    draw_attention(f"{config.stage}_attention.png", title, maps, list(solver.tokenizer.decode(ids[0].tolist())))
-    print(f"pictures: {config.stage}.png, {config.stage}_attention.png")
+    maps = solver.model.attention_maps(ids)[:, 0].float().cpu().numpy()  # (n_layer, n_head, T, T)
+    title = f"{settings.problem}: {example} \N{RIGHTWARDS ARROW} {solver.answer(example)}"
+    draw_attention(f"{name}_attention.png", title, maps, list(solver.tokenizer.decode(ids[0].tolist())))
+    print(f"pictures: {name}.png, {name}_attention.png")
 
 
 def solve(name: str, overrides: dict[str, Any], plot: bool, example: str | None) -> Outcome | None:
     """Train on a problem and test the best checkpoint; None where the training was interrupted."""
-    config, explicit = make_config(name, overrides, {})
-    training = set_up(config, explicit)
-    preflight.report(training)
-    log = train.train_with_log(training, sys.argv[1:])
-    if training.stopped:
+    asked = problem_config(name, overrides)
+    run = train.train_stage(asked, Engine)
+    if run.stopped:
         return None
-    score = test(training.best_path, config, plot, example, log)
-    minutes = (time.perf_counter() - training.began) / 60
-    return Outcome(config, score, training.model.parameter_count(), minutes)
-
-
-def train_on(values: dict[str, Any], overrides: dict[str, Any]) -> None:
-    """python train.py -t NAME, of a config that names a problem: as python problem.py with its fields as options."""
-    values = check_fields(values, {**fields_of(ModelConfig), **fields_of(ProblemConfig)}, "config")
-    outcome = solve(values.pop("problem"), {**values, **overrides}, False, None)
-    if outcome:
-        print(f"accuracy: {outcome.score}")
+    score = test(run.best_path, asked.training, asked.settings, plot, example, run.log_path)
+    minutes = (time.perf_counter() - run.began) / 60
+    return Outcome(asked.training, asked.settings, score, run.model.parameter_count(), minutes)
 
 
 def list_problems() -> None:
     rows = [("problem", "shows", "example", "attention", "length", "options")]
     for name, problem in PROBLEMS.items():
-        config, _ = make_config(name, {}, {})
-        source = Source(config, make_tokenizer(problem))
-        instances = source.draw(np.random.default_rng(0), 1, parse_length(config.train_length)[-1], "test")
+        settings = ProblemConfig(problem=name)
+        sampler = InstanceSampler(settings, problem_tokenizer(problem))
+        instances = sampler.draw(np.random.default_rng(0), 1, parse_length(settings.train_length)[-1], "test")
         example = f"{text_of(instances.prompt[0])} -> {text_of(instances.answer[0])}"
         length = f"{problem.length} {problem.unit}" if problem.length else ""
         kind = "causal" if problem.is_causal else "full"
@@ -414,7 +244,7 @@ def trained_problems(folder: str) -> dict[str, Path]:
 
 
 def main() -> None:
-    parser = Parser(__doc__, ModelConfig, ProblemConfig)
+    parser = Parser(__doc__, ProblemConfig, TrainConfig, ModelConfig)
     parser.add_argument("problem", nargs="?", default=argparse.SUPPRESS, help="a problem of the table, or all")
     parser.add_argument("--list", action="store_true", help="print the table of problems")
     parser.add_argument("--checkpoint", metavar="FILE", help="test this one instead of training; alone: talk to it")
@@ -429,9 +259,8 @@ def main() -> None:
     elif args.checkpoint:
         test_checkpoint(args, name, overrides)
     elif name is None:
-        config = TrainConfig(**{k: v for k, v in overrides.items() if k in ("device", "save_checkpoint_to")})
-        paths = trained_problems(config.save_checkpoint_to)
-        converse(paths, Engine(config).device, next(iter(paths)))
+        paths = trained_problems(overrides.get("save_checkpoint_to", "checkpoint"))
+        converse(paths, find_device(overrides.get("device", "auto")), next(iter(paths)))
     elif name == "all":
         outcomes = []
         for each in PROBLEMS:
@@ -448,17 +277,19 @@ def main() -> None:
 
 
 def test_checkpoint(args: argparse.Namespace, name: str | None, overrides: dict[str, Any]) -> None:
-    stored = stored_config(args.checkpoint)
+    """Test a trained model on its own problem; without a problem's name, talk to it."""
+    stored = stored_fields(args.checkpoint)
     if "train_fraction" in overrides:
         raise UserError("command line: --train_fraction with --checkpoint: what it was trained on stays as it was")
-    config, explicit = make_config(name or stored["problem"], {**overrides, "from_checkpoint": ""}, stored)
-    if explicit:
-        raise UserError(f"command line: --{next(iter(explicit))} with --checkpoint: a trained model keeps its shape")
+    asked = problem_config(name or stored["problem"], {**overrides, "from_checkpoint": ""}, stored)
+    if asked.model:
+        raise UserError(f"command line: --{next(iter(asked.model))} with --checkpoint: a trained model keeps its shape")
+    config, settings = asked.training, asked.settings
     if name is None:
-        converse({config.problem: Path(args.checkpoint)}, Engine(config).device, config.problem)
+        converse({settings.problem: Path(args.checkpoint)}, find_device(config.device), settings.problem)
     else:
-        print(f"accuracy: {test(args.checkpoint, config, args.plot, args.example, None)}")
+        print(f"accuracy: {test(args.checkpoint, config, settings, args.plot, args.example, None)}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -2,8 +2,8 @@
 
     python train.py -t pretrain                             config/pretrain.json on the model of config/model.json
     python train.py -t sft                                  fine-tunes what pretraining left
-    python train.py -t pretrain --batch_size 32 --n_layer 6 any field of the two configs can be overridden
-    python train.py -t pretrain --from_checkpoint checkpoint/pretrain_last.pt       goes on where it stopped
+    python train.py -t pretrain --batch_size 32 --n_layer 6 any field can be overridden
+    python train.py -t pretrain --from_checkpoint checkpoint/pretrain_last.pt       resumes where it stopped
     python train.py -t pretrain --check                     can this set-up learn at all? overfits one batch
 
 Writes checkpoint/<stage>.pt whenever the validation loss falls, checkpoint/<stage>_last.pt as it goes, and a log
@@ -20,93 +20,40 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from base.configuration import Parser, UserError, check_fields, fields_of, find_config, read_json, run
+from base.configuration import Parser, UserError, run_main
+from base.devices import device_name, dtype_name
 from base.files import hold_lock
-from layers.experts import count_tokens
+from layers.experts import count_expert_tokens
 from model import GPT, ModelConfig
-from text.batches import Batch, TokenFile, TrainBatches, ValidationBatches, upcoming
-from text.tokenizer import Tokenizer, load_tokenizer
+from problems.config import ProblemConfig
+from text.batches import Batch, prefetch_steps
 from training import preflight
 from training.config import TrainConfig
-from training.engine import Engine, Loss, dtype_name
-from training.losses import BY_TOKEN, REFERENCED, make_loss, next_token
+from training.engine import Engine
+from training.losses import PER_TOKEN_LOSSES
 from training.run_log import Console, RunLog, StopRequest
-from weights import lora
-from weights.checkpointing import SaveError, keep_previous, load_checkpoint_tokenizer, load_model, load_newest
-
-
-@dataclass
-class State:
-    """Where a run stands: all that must survive a restart beside weights, optimizer and random states."""
-
-    step: int = 0
-    samples: int = 0  # the position in the data
-    tokens: int = 0
-    best_val_loss: float = math.inf
-    evals_without_gain: int = 0
-    skipped_steps: int = 0  # whose loss or gradient was not finite
-
+from training.setup import Run, RunConfig, State, build_run, read_configs
+from weights.checkpointing import SaveError, keep_previous
 
 # ------------------------------------------------------------------------------------------------------ the loop
-
-
-@dataclass
-class Run:
-    """Everything the loop needs; what differs between stages is in batches, validation and config.loss."""
-
-    config: TrainConfig
-    model: GPT
-    tokenizer: Tokenizer
-    batches: Any  # TrainBatches, or whatever else has at(position) and samples_per_step
-    validation: Any  # an iterable of Batch, the same ones every time
-    engine: Engine
-    loss: Loss = next_token
-    adapter: dict[str, Any] | None = None  # settings and base of the LoRA adapter that is trained
-    state: State = field(default_factory=State)
-    continues: bool = False  # an earlier run of the same stage
-    changes: list[str] = field(default_factory=list)  # fields that are not as they were in that one
-    data_sizes: list[int] | None = None  # tokens of every training file
-    tokens_per_character: float | None = None  # of the validation data, for bits per character
-    expert_counts: torch.Tensor | None = None  # tokens of each layer's experts since the last evaluation
-    matmul_flops: float | None = None  # the device's measured rate, for mfu
-    measure: Callable[[], dict[str, float]] | None = None  # further figures for the records of evaluations
-    stopped: bool = False  # by a signal
-    began: float = field(default_factory=time.perf_counter)
-    written: set[Path] = field(default_factory=set)
-
-    @property
-    def name(self) -> str:
-        """What its checkpoints are called."""
-        return self.config.stage + ("_lora" if self.config.use_lora else "")
-
-    @property
-    def best_path(self) -> Path:
-        """The checkpoint of the lowest validation loss."""
-        return Path(self.config.save_checkpoint_to) / f"{self.name}.pt"
-
-    @property
-    def last_path(self) -> Path:
-        """The checkpoint to go on from."""
-        name = f"{self.name}_last" + ("" if self.engine.writes_shards else ".pt")
-        return Path(self.config.save_checkpoint_to) / name
 
 
 def train(run: Run, log: RunLog) -> State:
     """THE training loop: batch, loss, backward, step; sometimes evaluate, sometimes save."""
     config, engine, state = run.config, run.engine, run.state
     deadline = run.began + 60 * config.max_minutes if config.max_minutes else math.inf
-    steps = upcoming(run.batches, state.samples, pin_memory=engine.device.type == "cuda")
+    steps = prefetch_steps(run.batches, state.samples, pin_memory=engine.device.type == "cuda")
     evaluated = saved = -1
     skipped_in_a_row = 0
     done = config.max_steps is not None and state.step >= config.max_steps
     with StopRequest() as stop, contextlib.closing(steps):
         while not done:
+            # this process's micro-batches of the global batch; how many targets the whole step has, on all processes
             step_began = time.perf_counter()
             micro_batches = next(steps)
             local = sum(batch.count for batch in micro_batches), sum(batch.idx.numel() for batch in micro_batches)
@@ -116,17 +63,20 @@ def train(run: Run, log: RunLog) -> State:
             if stopping or late:
                 break
 
+            # summed losses over the step's count: accumulation, uneven masks and processes add up to the exact mean
             lr_scale = config.lr_scale(state.step)
             loss = torch.zeros((), device=engine.device)
             for i, batch in enumerate(micro_batches, 1):
                 loss += engine.forward_backward(run.loss, batch, count, is_last=i == len(micro_batches))
             (loss,) = engine.sum_over_ranks(loss.item())
-            grad_norm = engine.step(lr_scale)  # which moves nothing where the norm is not finite
+            grad_norm = engine.step(lr_scale)  # clips; leaves the weights alone where the norm is not finite
             count_experts(run)
+
+            # one bad batch is skipped; many in a row mean that the run has diverged
             skipped_in_a_row = 0 if math.isfinite(loss) and math.isfinite(grad_norm) else skipped_in_a_row + 1
             state.skipped_steps += skipped_in_a_row > 0
-            if skipped_in_a_row == 1 and engine.dtype != torch.float16:  # float16's scaler tries how far it can go
-                log.say(f"step {state.step + 1:,}: skipped, as the loss is {loss:g}, the gradient's norm {grad_norm:g}")
+            if skipped_in_a_row == 1 and engine.dtype != torch.float16:  # there the scaler overflows on purpose
+                log.message(f"step {state.step + 1:,}: skipped: loss {loss:g}, gradient norm {grad_norm:g}")
             if skipped_in_a_row > config.max_skipped_steps:
                 raise diverged(run, loss, grad_norm)
             state.step += 1
@@ -134,8 +84,9 @@ def train(run: Run, log: RunLog) -> State:
             state.tokens += int(n_tokens)
             done = config.max_steps is not None and state.step >= config.max_steps
 
+            # every now and then: log, evaluate (and save the best), save
             if state.step == 1 and not config.from_checkpoint and config.loss == "next_token":
-                preflight.judge_first_loss(loss, run.model.config.vocab_size)
+                preflight.check_first_loss(loss, run.model.config.vocab_size)
             log.bar.update()
             if state.step % config.log_interval == 0 or done:
                 seconds = time.perf_counter() - step_began
@@ -154,17 +105,17 @@ def train(run: Run, log: RunLog) -> State:
     return state
 
 
+def has_reached_its_end(config: TrainConfig, state: State) -> bool:
+    """Whether an evaluation ends the run: early stopping, or as good as was asked for."""
+    impatient = config.patience is not None and state.evals_without_gain >= config.patience
+    return impatient or (config.target_val_loss is not None and state.best_val_loss <= config.target_val_loss)
+
+
 def count_experts(run: Run) -> None:
     """Add up the tokens of every expert; a mixture that is balanced by biases adjusts them."""
     if run.model.config.n_expert:
-        counts = count_tokens(run.model, run.engine.sum_over_ranks)
+        counts = count_expert_tokens(run.model, run.engine.sum_over_ranks)
         run.expert_counts = counts if run.expert_counts is None else run.expert_counts + counts
-
-
-def has_reached_its_end(config: TrainConfig, state: State) -> bool:
-    """Whether an evaluation ends the run: no gain for too long, or as good as was asked for."""
-    impatient = config.patience is not None and state.evals_without_gain >= config.patience
-    return impatient or (config.target_val_loss is not None and state.best_val_loss <= config.target_val_loss)
 
 
 def diverged(run: Run, loss: float, grad_norm: float) -> UserError:
@@ -191,22 +142,31 @@ def train_record(
         "tokens_per_s": tokens_per_s,
         "ms_per_step": 1000 * seconds,
         "gflops": flops / 1e9,
+        # model FLOPs utilization (Chowdhery et al. 2022): of what a matrix product alone reaches on this device
         "mfu": flops / run.matmul_flops / run.engine.world_size if run.matmul_flops else None,
     }
 
 
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
 @torch.no_grad()
 def evaluate(run: Run) -> tuple[float, float]:
-    """Mean validation loss per target in nats, and its standard error, with samples as the independent units."""
+    """Mean validation loss per target in nats, and its standard error.
+
+    Targets of one sample depend on each other, so samples are the independent units: with s_i the summed loss of sample
+    i and c_i its number of targets, the mean is the ratio sum(s) / sum(c), and its variance by the delta method is
+    sum((s_i - mean c_i)^2) / sum(c)^2. Five sums over all processes are enough for both.
+    """
     engine, network = run.engine, run.engine.network
     network.eval()
-    sums = torch.zeros(5, dtype=torch.float64)  # over samples, with s their loss and c their count: s, c, ss, sc, cc
+    sums = torch.zeros(5, dtype=torch.float64)
     for batch in run.validation:
         batch = batch.to(engine.device)
         with engine.autocast():
-            losses = run.loss(network, batch, "none")
+            losses = run.loss(network, batch, "none")  # (B, T) per target, or (B, 1) per pair or answer
         s = losses.double().sum(1).cpu()
-        c = what_counts(batch, losses).double().sum(1).cpu()
+        c = target_counts(batch, losses).double().sum(1).cpu()
         sums += torch.stack([s.sum(), c.sum(), (s * s).sum(), (s * c).sum(), (c * c).sum()])
     network.train()
     s, c, ss, sc, cc = engine.sum_over_ranks(*sums.tolist())
@@ -214,8 +174,8 @@ def evaluate(run: Run) -> tuple[float, float]:
     return mean, math.sqrt(max(0.0, ss - 2 * mean * sc + mean * mean * cc)) / c
 
 
-def what_counts(batch: Batch, losses: torch.Tensor) -> torch.Tensor:
-    """1 where a loss counts: (B, T) per target, or (pairs, 1)."""
+def target_counts(batch: Batch, losses: torch.Tensor) -> torch.Tensor:
+    """1 where a loss is of a target that counts, in the losses' shape: (B, T) per target, or (B, 1) per pair."""
     if losses.shape != batch.targets.shape:
         return torch.full_like(losses, batch.count > 0)
     return torch.ones_like(losses) if batch.loss_mask is None else batch.loss_mask
@@ -237,28 +197,27 @@ def evaluate_and_save(run: Run, log: RunLog) -> None:
         "tokens": state.tokens,
     }
     line = f"step {state.step:,}: val loss {val_loss:.4f} ± {standard_error:.4f}"
-    if config.loss in BY_TOKEN:
+    if config.loss in PER_TOKEN_LOSSES:
         record["perplexity"] = math.exp(min(val_loss, 700))
         line += f", perplexity {record['perplexity']:.2f}"
-    if run.tokens_per_character:
-        record["bits_per_character"] = val_loss * run.tokens_per_character / math.log(2)
+    if run.source.tokens_per_character:  # unlike the loss, this compares across tokenizers
+        record["bits_per_character"] = val_loss * run.source.tokens_per_character / math.log(2)
         line += f", {record['bits_per_character']:.3f} bits/character"
     if run.expert_counts is not None:
-        shares = run.expert_counts / run.expert_counts.sum(1, keepdim=True)
+        shares = run.expert_counts / run.expert_counts.sum(1, keepdim=True)  # (layers, experts)
         record["expert_load"], run.expert_counts = shares.tolist(), None
         line += f", busiest expert {shares.max() * shares.size(1):.2f}x the mean"
-    if run.measure:
-        figures = run.measure()
-        record.update(figures)
-        line += "".join(f", {n} {v:.2%}" if "accuracy" in n else f", {n} {v:.3f}" for n, v in figures.items())
+    for metrics in (run.source.metrics, getattr(run.loss, "metrics", dict), getattr(run.batches, "metrics", dict)):
+        record |= (measured := metrics())
+        line += "".join(f", {n} {v:.2%}" if "accuracy" in n else f", {n} {v:.3f}" for n, v in measured.items())
     if improved and not save_or_warn(run, run.best_path, log):
         improved, state.best_val_loss = False, before  # so that the next good one is saved
     log.write(record)
-    log.say(line + (f" -> {run.best_path}" if improved else f" (best {state.best_val_loss:.4f})"))
+    log.message(line + (f" -> {run.best_path}" if improved else f" (best {state.best_val_loss:.4f})"))
     if config.sample_tokens:
-        model = run.engine.whole_model()
+        model = run.engine.full_model()
         if run.engine.is_main:
-            log.say(f"  sample: {sample_text(run, model)!r}")
+            log.message(f"  sample: {sample_text(run, model)!r}")
 
 
 def sample_text(run: Run, model: GPT) -> str:
@@ -269,6 +228,9 @@ def sample_text(run: Run, model: GPT) -> str:
     text = run.tokenizer.decode([tokens.item() for tokens in steps])
     model.train()
     return text
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
 
 
 def save_or_warn(run: Run, path: Path, log: RunLog, must: bool = False) -> bool:
@@ -284,14 +246,14 @@ def save_or_warn(run: Run, path: Path, log: RunLog, must: bool = False) -> bool:
     failure = failure or SaveError(f"{path}: another process could not write it")
     if must or run.config.stop_on_failed_save:
         raise failure
-    log.say(f"warning: {failure}; training goes on to the next save")
+    log.message(f"warning: {failure}; training goes on to the next save")
     return False
 
 
 def save(run: Run, path: Path) -> None:
     """Write a checkpoint. What an earlier run left under this name is kept as NAME.bak."""
     state = run.state
-    if run.engine.is_main and path not in run.written and path.exists() and not run.continues:
+    if run.engine.is_main and path not in run.written and path.exists() and not run.is_resumed:
         backup = path.with_name(path.name + ".bak")
         if backup.is_dir():
             shutil.rmtree(backup)
@@ -305,10 +267,10 @@ def save(run: Run, path: Path) -> None:
             "step": state.step,
             "model_config": run.model.config.to_dict(),
             **({"lora": run.adapter} if run.adapter else {}),
-            "train_config": run.config.to_dict(),
+            "train_config": run.config_values(),
             "tokenizer": run.tokenizer.to_dict(),
             "data": {
-                "sizes": run.data_sizes,
+                "sizes": run.source.sizes,
                 "samples": state.samples,
                 "tokens": state.tokens,
                 "evals_without_gain": state.evals_without_gain,
@@ -319,228 +281,9 @@ def save(run: Run, path: Path) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------ setting up
-
-
-def read_configs(args: Any, overrides: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any], dict[str, Any]]:
-    """The training config, the model fields that were asked for explicitly, and the model config file's.
-
-    The file of -t may hold model fields too (a preset in one file); then the model config is read only if -m names it.
-    """
-    train_fields, model_fields = fields_of(TrainConfig), fields_of(ModelConfig)
-    path = find_config(args.training)
-    values = {**check_fields(read_json(path), {**model_fields, **train_fields}, str(path)), **overrides}
-    explicit = {name: value for name, value in values.items() if name not in train_fields}
-    values = {name: value for name, value in values.items() if name in train_fields}
-    defaults = {}
-    if args.model or not explicit.keys() - overrides.keys():
-        model_path = find_config(args.model or "model")
-        defaults = check_fields(read_json(model_path), model_fields, str(model_path))
-        if args.model:
-            explicit = {**defaults, **explicit}
-    try:
-        config = TrainConfig(**{"stage": path.stem, **values})
-    except UserError as error:
-        raise UserError(f"{path}, with the command line: {error}") from None
-    if not config.dataset_path:
-        config.dataset_path = [[f"dataset/{config.stage}_train.bin", f"dataset/{config.stage}_val.bin"]]
-    return config, explicit, defaults
-
-
-def make_model(config: TrainConfig, shape: dict[str, Any], tokenizer: Tokenizer) -> GPT:
-    """A new network of the given shape for the tokenizer's vocabulary."""
-    changes = {} if config.dropout is None else {"dropout": config.dropout}
-    if shape.get("vocab_size") not in (None, tokenizer.vocab_size):
-        raise UserError(
-            f"vocab_size is {shape['vocab_size']}, the tokenizer has {tokenizer.vocab_size} tokens; leave it out"
-        )
-    model_config = ModelConfig(**{**shape, "vocab_size": tokenizer.vocab_size, **changes})
-    preflight.check_size(model_config)
-    return GPT(model_config, config.sdp_kernel)
-
-
-def restore_model(
-    config: TrainConfig, explicit: dict[str, Any], checkpoint: dict[str, Any]
-) -> tuple[GPT, dict[str, Any] | None]:
-    """The network of a checkpoint, and what is to be said of its adapter, if it gets one.
-
-    Raises UserError where a model field was asked to be another.
-    """
-    where = config.from_checkpoint
-    changes = {} if config.dropout is None else {"dropout": config.dropout}
-    for name, value in explicit.items():
-        trained = checkpoint["model_config"].get(name, fields_of(ModelConfig)[name].default)
-        if value is not None and value != trained:
-            raise UserError(
-                f"{name} is {value} here, {trained} in {where}: a trained model keeps its shape; leave {name} out"
-            )
-    is_adapter = "lora" in checkpoint
-    if is_adapter and not config.use_lora:
-        raise UserError(
-            f"{where}: an adapter; --use_lora true goes on with it, inference.py --merge makes a model of it"
-        )
-    base, base_path = lora.load_base(checkpoint, where) if is_adapter else (checkpoint, where)
-    model = load_model(base, base_path, config.sdp_kernel, **changes)
-    if not config.use_lora:
-        return model, None
-    settings = lora.settings_of(config)
-    if not is_adapter:
-        adapter = {"settings": settings, "base": base_path, "fingerprint": lora.fingerprint(model)}
-        lora.attach(model, settings)
-        return model, adapter
-    if settings != checkpoint["lora"]["settings"]:
-        raise UserError(f"{where}: an adapter with {checkpoint['lora']['settings']}; a run keeps them")
-    lora.load_adapter(checkpoint, model, where)
-    return model, checkpoint["lora"]
-
-
-def open_data(
-    config: TrainConfig, tokenizer: Tokenizer, tokenizer_from: str
-) -> tuple[list[TokenFile], list[TokenFile]]:
-    """The training and the validation files; raises UserError unless they were prepared with this tokenizer."""
-    pairs = [(TokenFile(train_path), TokenFile(val_path)) for train_path, val_path in config.dataset_path]
-    for file in (file for pair in pairs for file in pair):
-        if file.header.get("tokenizer") != tokenizer.fingerprint():
-            raise UserError(
-                f"{file.path} was prepared with another vocabulary ({file.header.get('vocab_size')} tokens) "
-                f"than that of {tokenizer_from} ({tokenizer.vocab_size}); prepare it again"
-            )
-    return [train for train, _ in pairs], [val for _, val in pairs]
-
-
-def set_reference(config: TrainConfig, checkpoint: dict[str, Any] | None) -> None:
-    """What a loss measures from, if not named: where the run began, also when it goes on."""
-    if config.reference or config.loss not in (*REFERENCED, "grpo"):
-        return
-    is_same = checkpoint is not None and checkpoint["train_config"].get("stage") == config.stage
-    before = checkpoint["train_config"].get("reference") if is_same else None
-    config.reference = before or config.from_checkpoint
-
-
-def set_up(config: TrainConfig, explicit: dict[str, Any], defaults: dict[str, Any], engine: Engine) -> Run:
-    """Model, data and engine for a stage, new or from a checkpoint."""
-    checkpoint = adapter = None
-    if config.from_checkpoint:
-        checkpoint = load_newest(config.from_checkpoint)
-        tokenizer = load_checkpoint_tokenizer(checkpoint, config.from_checkpoint)
-        model, adapter = restore_model(config, explicit, checkpoint)
-    else:
-        tokenizer = load_tokenizer(config.tokenizer_path)
-        model = make_model(config, {**defaults, **explicit}, tokenizer)
-    if not model.config.is_causal:
-        raise UserError("is_causal is false: with full attention a model sees the very token it is to predict")
-    model.restart_positions = config.restart_positions
-    train_files, val_files = open_data(config, tokenizer, config.from_checkpoint or config.tokenizer_path)
-    shared = {
-        "block_size": model.config.block_size,
-        "vocab_size": model.config.vocab_size,
-        "batch_size": config.batch_size,
-        "seed": config.random_seed,
-        "overlong": config.overlong,
-        "rank": engine.rank,
-        "world_size": engine.world_size,
-        "pad_to": model.config.block_size if engine.use_compile else 16,
-        "mask_documents": config.mask_documents,
-    }
-    steps, pack_samples = config.gradient_accumulation_steps, config.pack_samples
-    batches = TrainBatches(train_files, accumulation_steps=steps, pack_samples=pack_samples, **shared)
-    validation = ValidationBatches(val_files, eval_iters=config.eval_iters, **shared)
-    n_characters = sum(file.header["n_characters"] for file in val_files)
-    set_reference(config, checkpoint)
-    loss = make_loss(config, engine, tokenizer, [*batches.datasets, *validation.datasets])
-    run = Run(config, model, tokenizer, batches, validation, engine, loss, adapter)
-    run.measure = getattr(loss, "figures", None)
-    if config.loss in BY_TOKEN:
-        run.tokens_per_character = sum(file.header["n_loss_tokens"] for file in val_files) / max(1, n_characters)
-    run.data_sizes = [file.header["n_tokens"] for file in train_files]
-    start(run, checkpoint)
-    return run
-
-
-def start(run: Run, checkpoint: dict[str, Any] | None) -> None:
-    """Hand the model to the engine, and take over where a checkpoint of the same stage stood."""
-    preflight.choose_attention(run.config, run.model, run.engine)
-    run.engine.prepare(run.model)
-    is_same_kind = checkpoint is not None and ("lora" in checkpoint) == run.config.use_lora
-    if is_same_kind and checkpoint["train_config"].get("stage") == run.config.stage:
-        run.continues = True
-        trained_with = checkpoint["train_config"].get("optimizer")
-        if trained_with != run.config.optimizer:
-            raise UserError(
-                f"optimizer is {run.config.optimizer} here, {trained_with} in {run.config.from_checkpoint}: "
-                "a run keeps its optimizer; or give this one another --stage name to start from the weights alone"
-            )
-        data = checkpoint["data"]
-        if data.get("sizes", run.data_sizes) != run.data_sizes:  # (checkpoints of earlier versions lack them)
-            raise UserError(
-                f"dataset_path: the training files have {run.data_sizes} tokens, those of {run.config.from_checkpoint} "
-                f"had {data['sizes']}: a run keeps its data; or give this one another --stage name to start from "
-                "the weights alone"
-            )
-        run.changes = changed_fields(run.config, checkpoint["train_config"])
-        run.engine.load_state_dict(checkpoint)
-        run.state = State(
-            step=checkpoint["step"],
-            samples=data["samples"],
-            tokens=data["tokens"],
-            best_val_loss=checkpoint["best_val_loss"],
-            evals_without_gain=data["evals_without_gain"],
-            skipped_steps=data.get("skipped_steps", 0),
-        )
-
-
-def changed_fields(config: TrainConfig, before: dict[str, Any]) -> list[str]:
-    """Fields of a continued run that are not as they were; where things lie, and when to stop, do not count."""
-    places = {"from_checkpoint", "save_checkpoint_to", "dataset_path", "tokenizer_path", "log_to"}
-    now = config.to_dict()
-    names = [name for name in now if name in before and name not in places and now[name] != before[name]]
-    return [f"{name} {before[name]} -> {now[name]}" for name in names]
-
-
-def train_with_log(run: Run, argv: list[str]) -> Path | None:
-    """The loop, with a log around it and, after it, what to do next; returns the log's path."""
-    config, engine = run.config, run.engine
-    header = {
-        "stage": config.stage,
-        "train_config": config.to_dict(),
-        "model_config": run.model.config.to_dict(),
-        "n_parameters": run.model.parameter_count(),
-        "resumed_from_step": run.state.step,
-        "environment": {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "device": preflight.device_name(engine.device),
-            "dtype": dtype_name(engine.dtype),
-            "threads": torch.get_num_threads(),
-            "processes": engine.world_size,
-        },
-    }
-    with own_checkpoints(run):
-        steps = run.state.step, config.max_steps
-        log = RunLog(engine.is_main, config.log_to, config.stage, *steps, header, config.max_log_mb)
-        try:
-            state = train(run, log)
-        except (MemoryError, RuntimeError) as error:
-            if not preflight.is_out_of_memory(error):
-                raise
-            raise UserError(preflight.how_to_fit(run)) from None
-        finally:
-            log.close()
-    if engine.is_main and state.step:
-        best, last = run.best_path, run.last_path
-        reached = f"best validation loss {state.best_val_loss:.4f} ({best})"
-        reached = reached if math.isfinite(state.best_val_loss) else "not evaluated yet"
-        print(f"step {state.step:,}, {reached}; log: {log.path}")
-        print(
-            f"to go on: {engine.command} {shlex.join(without_flag(argv, '--from_checkpoint'))} --from_checkpoint {last}"
-        )
-    return log.path
-
-
 @contextlib.contextmanager
-def own_checkpoints(run: Run) -> Iterator[None]:
-    """Keep other runs from writing this stage's checkpoints; what a killed one left half written is removed."""
+def lock_checkpoints(run: Run) -> Iterator[None]:
+    """Keep other runs from writing this stage's checkpoints; temporary files that a killed run left are removed."""
     if not run.engine.is_main:
         yield
         return
@@ -557,6 +300,51 @@ def own_checkpoints(run: Run) -> Iterator[None]:
         ) from None
 
 
+# ------------------------------------------------------------------------------------------------------ a whole run
+
+
+def train_with_log(run: Run, argv: list[str]) -> None:
+    """The loop, with a log around it and, after it, what to do next."""
+    config, engine = run.config, run.engine
+    header = {
+        "stage": config.stage,
+        "train_config": run.config_values(),
+        "model_config": run.model.config.to_dict(),
+        "n_parameters": run.model.parameter_count(),
+        "resumed_from_step": run.state.step,
+        "environment": {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "device": device_name(engine.device),
+            "dtype": dtype_name(engine.dtype),
+            "threads": torch.get_num_threads(),
+            "processes": engine.world_size,
+        },
+    }
+    with lock_checkpoints(run):
+        steps = run.state.step, config.max_steps
+        log = RunLog(engine.is_main, config.log_to, config.stage, *steps, header, config.max_log_mb)
+        run.log_path = log.path
+        try:
+            state = train(run, log)
+        except (MemoryError, RuntimeError) as error:
+            if not preflight.is_out_of_memory(error):
+                raise
+            raise UserError(preflight.out_of_memory_advice(run)) from None
+        finally:
+            log.close()
+    if engine.is_main and state.step:
+        best, last = run.best_path, run.last_path
+        reached = f"best validation loss {state.best_val_loss:.4f} ({best})"
+        reached = reached if math.isfinite(state.best_val_loss) else "not evaluated yet"
+        print(f"step {state.step:,}, {reached}; log: {log.path}")
+        command = f"{engine.launcher} {Path(sys.argv[0]).name} {shlex.join(without_flag(argv, '--from_checkpoint'))}"
+        print(f"to go on: {command} --from_checkpoint {last}")
+        if best in run.written:
+            print(f"to try it: {run.source.next_command(best)}")
+
+
 def without_flag(argv: list[str], flag: str) -> list[str]:
     """The arguments less one flag and its value."""
     kept, skip = [], False
@@ -567,41 +355,39 @@ def without_flag(argv: list[str], flag: str) -> list[str]:
     return kept
 
 
+def train_stage(asked: RunConfig, make_engine: Callable[[TrainConfig], Engine]) -> Run:
+    """Build the run that was asked for on an engine, report what is about to be trained, and train it."""
+    run = build_run(asked, make_engine(asked.training))
+    with contextlib.redirect_stdout(Console(sys.stdout)), contextlib.redirect_stderr(Console(sys.stderr)):
+        if run.engine.is_main:
+            preflight.report(run)
+        train_with_log(run, sys.argv[1:])
+    return run
+
+
 def make_parser() -> Parser:
     """The options of the training scripts: a flag for every field, and what to read and to do."""
-    parser = Parser(sys.modules["__main__"].__doc__ or __doc__, ModelConfig, TrainConfig)
+    parser = Parser(sys.modules["__main__"].__doc__ or __doc__, TrainConfig, ModelConfig, ProblemConfig)
     parser.add_argument(
-        "-t", "--training", default="pretrain", help="training config: NAME of config/NAME.json, or a path"
+        "-t", "--training", metavar="NAME", help="training config: config/NAME.json, or a path [pretrain]"
     )
-    parser.add_argument("-m", "--model", default=None, help="model config, likewise [default: model]")
+    parser.add_argument("-m", "--model", metavar="NAME", help="model config, likewise [model]")
     parser.add_argument("--check", action="store_true", help="overfit one batch, to see whether the set-up can learn")
     return parser
 
 
-def train_stage(args: Any, overrides: dict[str, Any], make_engine: Callable[[TrainConfig], Engine]) -> None:
-    """What the command line asks for, on an engine."""
-    config, explicit, defaults = read_configs(args, overrides)
-    engine = make_engine(config)
-    run = set_up(config, explicit, defaults, engine)
+def run_command(args: Any, overrides: dict[str, Any], make_engine: Callable[[TrainConfig], Engine]) -> None:
+    """What the command line of a training script asks for, on an engine."""
+    asked = read_configs(args.training, args.model, overrides)
     if args.check:
-        preflight.check_learning(run, run.loss)
-        return
-    with contextlib.redirect_stdout(Console(sys.stdout)), contextlib.redirect_stderr(Console(sys.stderr)):
-        if engine.is_main:
-            preflight.report(run)
-        train_with_log(run, sys.argv[1:])
+        preflight.check_learning(build_run(asked, make_engine(asked.training)))
+    else:
+        train_stage(asked, make_engine)
 
 
 def main() -> None:
-    args, overrides = make_parser().parse()
-    values = read_json(find_config(args.training))
-    if isinstance(values, dict) and "problem" in values:  # instances are generated, answers can be checked
-        import problem
-
-        problem.train_on(values, overrides)
-        return
-    train_stage(args, overrides, Engine)
+    run_command(*make_parser().parse(), Engine)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import train
-from base.configuration import UserError, run
+from base.configuration import UserError, run_main
 from model import GPT
 from text.batches import Batch
 from training.distributed import GroupEngine, launch
@@ -34,7 +34,7 @@ from weights.lora import attach, settings_of
 class DDPEngine(GroupEngine):
     """One process of several, each with the whole model; their gradients are averaged once a step."""
 
-    command = "python -m torch.distributed.run --nproc_per_node N train_ddp.py"
+    launcher = "python -m torch.distributed.run --nproc_per_node N"
     can_shard = True
 
     def __init__(self, config: Any) -> None:
@@ -72,6 +72,8 @@ class FSDPEngine(DDPEngine):
     Fully sharded data parallelism as in Rajbhandari et al. 2019 (arXiv:1910.02054), by torch's fully_shard.
     """
 
+    shards_parameters = True
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         if self.dtype == torch.float16:
@@ -97,7 +99,7 @@ class FSDPEngine(DDPEngine):
     def state_dict(self) -> dict[str, Any]:
         return gathered(super().state_dict())
 
-    def whole_model(self) -> GPT | None:
+    def full_model(self) -> GPT | None:
         weights = gathered(self.model.state_dict())
         if not self.is_main:
             return None
@@ -127,11 +129,12 @@ def gathered(value: Any) -> Any:
 
 def main() -> None:
     if "RANK" in os.environ:
-        launch(*train.make_parser().parse(), lambda config: (FSDPEngine if config.fsdp else DDPEngine)(config))
+        engine = lambda config: (FSDPEngine if config.fsdp else DDPEngine)(config)  # noqa: E731
+        launch(lambda: train.run_command(*train.make_parser().parse(), engine))
         return
-    print(f"one process; to start several: {DDPEngine.command}", file=sys.stderr)
+    print(f"one process; to start several: {DDPEngine.launcher} train_ddp.py", file=sys.stderr)
     train.main()
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -29,13 +29,14 @@ from typing import Any
 import torch
 
 import train
-from base.configuration import Parser, UserError, find_config, read_json, read_text, run
+from base.configuration import Parser, UserError, find_config, read_json, read_text, run_main
+from base.devices import dtype_name
 from model import GPT
 from text.batches import Batch
 from training.distributed import GroupEngine, launch
-from training.engine import Loss, dtype_name
+from training.engine import Loss
 from training.optimizer import make_optimizer, scale_learning_rates
-from weights.checkpointing import MOMENTS, SaveError, as_plain, finish_sharded, save_shard
+from weights.checkpointing import MOMENTS, SaveError, finish_sharded, save_shard, to_torch_state
 
 NO_CLIPPING = 1e30  # a norm that no gradient has: DeepSpeed measures the norm only where it clips
 
@@ -46,7 +47,7 @@ class DeepSpeedEngine(GroupEngine):
     Rajbhandari et al. 2019 (arXiv:1910.02054), Ren et al. 2021 (arXiv:2101.06840) for the offload.
     """
 
-    command = "deepspeed train_deepspeed.py"
+    launcher = "deepspeed"
 
     def __init__(self, config: Any, path: Path) -> None:
         if config.device.startswith("cpu"):
@@ -56,7 +57,7 @@ class DeepSpeedEngine(GroupEngine):
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         self.settings = merge_settings(read_json(path), path, config, self.dtype, self.world_size)
         self.zero = self.settings["zero_optimization"].get("stage", 0)
-        self.writes_shards = self.zero > 0
+        self.writes_shards, self.shards_parameters = self.zero > 0, self.zero == 3
         if self.zero and config.use_lora:
             raise UserError(
                 f"use_lora: an adapter is too small to be cut up by ZeRO stage {self.zero} of {path}: use train_ddp.py"
@@ -181,7 +182,7 @@ class DeepSpeedEngine(GroupEngine):
             if self.is_main:  # to gather takes every process; to keep it, one
                 weights[name] = whole.pop("weight").cpu()
                 states[index] = {key: value.cpu() for key, value in whole.items()}
-        return {**self.values(), **as_plain(weights, states, self.names, self.groups, self.optimizer_step())}
+        return {**self.values(), **to_torch_state(weights, states, self.names, self.groups, self.optimizer_step())}
 
     def values(self) -> dict[str, Any]:
         return {"scaler": self.scaler.state_dict(), "rng": self.random_states()}
@@ -274,7 +275,7 @@ class DeepSpeedEngine(GroupEngine):
         else:
             safe_set_full_optimizer_state(p, whole, moment) if moment else safe_set_full_fp32_param(p, whole)
 
-    def whole_model(self) -> GPT | None:
+    def full_model(self) -> GPT | None:
         if self.zero < 3 and not self.is_half:
             return self.model
         weights = self.state_dict()["model"]
@@ -479,11 +480,13 @@ def main() -> None:
             relaunch(args, sys.argv[1:])
         return  # the first process of this host starts them all
     if "RANK" not in os.environ:
-        print(f"one process; to start one for every GPU: {DeepSpeedEngine.command}", file=sys.stderr)
+        print(
+            f"one process; to start one for every GPU: {DeepSpeedEngine.launcher} train_deepspeed.py", file=sys.stderr
+        )
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         os.environ.update(alone)
-    launch(args, overrides, lambda config: DeepSpeedEngine(config, path))
+    launch(lambda: train.run_command(args, overrides, lambda config: DeepSpeedEngine(config, path)))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

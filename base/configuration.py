@@ -8,6 +8,7 @@ wrong, where, and what to do; main() functions run under run(), which prints it 
 import argparse
 import dataclasses
 import difflib
+import functools
 import io
 import json
 import os
@@ -34,10 +35,15 @@ def option(
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
+    section: str = "",
 ) -> Any:
-    """A config field: its default, its meaning in one line, the values it allows (minimum <= value, above < value)."""
+    """A config field: its default, its meaning in one line, the values it allows (minimum <= value, above < value).
+
+    section: heading in --help of this field and the ones after it, until another begins.
+    """
     metadata = {
         "help": help,
+        "section": section,
         "choices": tuple(choices) if choices else None,
         "minimum": minimum,
         "above": above,
@@ -80,6 +86,21 @@ class Field:
         if self.is_list:
             return "a list"
         return " or ".join(names.get(t, str(t)) for t in parts) + (" or null" if self.optional else "")
+
+    @property
+    def metavar(self) -> str:
+        """How --help writes the value: true|false, N, X, LIST or TEXT."""
+        return {bool: "true|false", int: "N", float: "X", list: "LIST"}.get(self.plain_type, "TEXT")
+
+    @property
+    def help_text(self) -> str:
+        """Meaning, allowed values and default, for argparse."""
+        text = self.metadata["help"]
+        if self.metadata["choices"]:
+            text += f" ({', '.join(self.metadata['choices'])})"
+        if self.default not in (None, "", []):
+            text += f" [{self.default if isinstance(self.default, str) else json.dumps(self.default)}]"
+        return text.replace("%", "%%")
 
     @property
     def is_list(self) -> bool:
@@ -245,22 +266,36 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, and a `--field value` flag for every field of the given config classes."""
 
     def __init__(self, doc: str, *classes: type) -> None:
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=36)
+        super().__init__(description=doc, formatter_class=layout, allow_abbrev=False)
         self.known: dict[str, Field] = {}
         for cls in classes:
-            group = self.add_argument_group(f"{cls.__name__} fields", (cls.__doc__ or "").split("\n")[0])
+            group = None
             for name, field in fields_of(cls).items():
-                self.known[name] = field
-                if name in [action.dest for action in self._actions]:
-                    continue  # `dropout` is a field of both: the training config's overrides the model's
-                text = field.metadata["help"]
-                if field.metadata["choices"]:
-                    text += f" ({', '.join(field.metadata['choices'])})"
-                text += f" [default: {json.dumps(field.default)}]"
-                metavar = field.plain_type.__name__.upper()
-                group.add_argument(
-                    f"--{name}", metavar=metavar, help=text.replace("%", "%%"), default=argparse.SUPPRESS
-                )
+                section = field.metadata["section"]
+                if section or group is None:
+                    group = self.add_argument_group(section or (cls.__doc__ or cls.__name__).split("\n")[0])
+                if name not in self.known:  # `dropout` is a field of both: the training config's overrides the model's
+                    self.known[name] = field
+                    group.add_argument(
+                        f"--{name}", metavar=field.metavar, help=field.help_text, default=argparse.SUPPRESS
+                    )
+
+    def format_usage(self) -> str:
+        """One line: the script's own options, and that every field is one too."""
+        parts = []
+        for action in (*self._positionals._group_actions, *self._optionals._group_actions):
+            name = action.option_strings[0] if action.option_strings else ""
+            value = "" if action.nargs == 0 else action.metavar or action.dest.upper()
+            if action.help != argparse.SUPPRESS and action.dest != "help":
+                text = " ".join(filter(None, (name, value)))
+                parts.append(text if action.required and name else f"[{text}]")
+        return " ".join(["usage:", self.prog, *parts, *(["[--FIELD VALUE ...]"] if self.known else [])]) + "\n"
+
+    def format_help(self) -> str:
+        """The usage line, what the script does, its own options, and the fields by section."""
+        self.usage = self.format_usage().removeprefix("usage: ").strip().replace("%", "%%")
+        return super().format_help()
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"command line: {message} (--help lists the options)")
@@ -276,7 +311,7 @@ class Parser(argparse.ArgumentParser):
         return args, check_fields(given, self.known, "command line")
 
 
-def harmless(text: str) -> str:
+def escape_control_characters(text: str) -> str:
     """The text with control characters spelled out, so that no output can take over the terminal."""
     if text.isprintable():
         return text
@@ -290,7 +325,7 @@ def silence(stream: typing.TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def run(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None]) -> None:
     """Run a script: a user's mistake ends in one line on standard error and status 1, never in a traceback."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # UTF-8 whatever the platform's default
         if isinstance(stream, io.TextIOWrapper):
@@ -299,7 +334,7 @@ def run(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except UserError as error:
-        sys.exit(f"error: {harmless(str(error))}")
+        sys.exit(f"error: {escape_control_characters(str(error))}")
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

@@ -18,7 +18,7 @@ from pathlib import Path
 from measuring import ROOT, show
 from time_to_loss import train_once
 
-from base.configuration import UserError, run
+from base.configuration import UserError, run_main
 
 
 def main() -> None:
@@ -53,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

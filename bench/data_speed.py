@@ -16,7 +16,7 @@ from pathlib import Path
 
 from measuring import ROOT, make_text, show
 
-from base.configuration import UserError, run
+from base.configuration import UserError, run_main
 
 MEASURED = """
 import os, resource, runpy, sys
@@ -62,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

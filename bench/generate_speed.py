@@ -13,9 +13,9 @@ import time
 import torch
 from measuring import device_name, memory_bandwidth, show, synchronise
 
-from base.configuration import UserError, run
+from base.configuration import UserError, run_main
+from base.devices import find_device, find_dtype
 from model import GPT, ModelConfig
-from training.engine import find_device, find_dtype
 
 SHAPES = {  # layers, heads, width, block, vocabulary
     "10M": (6, 6, 384, 256, 65),
@@ -70,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

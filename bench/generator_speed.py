@@ -2,15 +2,16 @@
 
     python bench/generator_speed.py             every problem at its default setting; the last line is JSON
 
-In training the generator runs in a thread of its own (batches.upcoming), so what it really costs is less than this.
+In training the generator runs in a thread of its own (prefetch_steps), so what it really costs is less than this.
 """
 
 import time
 
 from measuring import show
 
-import problem
 from problems.tasks import PROBLEMS
+from training.engine import Engine
+from training.setup import build_run, problem_config
 
 N_STEPS = 10
 
@@ -18,8 +19,8 @@ N_STEPS = 10
 def main() -> None:
     rows, shares = [("problem", "generator ms", "training ms", "generator / training")], {}
     for name in PROBLEMS:
-        config, _ = problem.make_config(name, {}, {})
-        run = problem.set_up(config, {})
+        asked = problem_config(name, {})
+        run = build_run(asked, Engine(asked.training))
 
         steps = [run.batches.at(i * run.batches.samples_per_step) for i in range(N_STEPS)]
         began = time.perf_counter()

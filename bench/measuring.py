@@ -13,7 +13,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from training.preflight import best_seconds, device_name, matmul_flops, synchronise  # noqa: E402
+from base.devices import device_name, synchronise  # noqa: E402
+from training.preflight import best_seconds, matmul_flops  # noqa: E402
 from training.run_log import print_table  # noqa: E402
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from measuring import ROOT, newest_records, show
 
-import inference
-from base.configuration import UserError, run
+from base.configuration import UserError, run_main
+from serving.text_generator import GenerationConfig, load_text_generator
 from training.losses import PREFERENCES
 
 SHAPE = ["--n_layer", "2", "--n_head", "4", "--n_embd", "64", "--block_size", "32"]
@@ -52,10 +52,10 @@ def command(script: str, *arguments: str) -> None:
 
 def shares(checkpoint: str, n: int = 200) -> tuple[float, float]:
     """Of answers drawn to new words: how many are polite, and how many of all repeat the word."""
-    speaker = inference.load_speaker(checkpoint, "cpu", True, [])
+    generator = load_text_generator(checkpoint, "cpu", True, [])
     polite = right = 0
     for i, pair in enumerate(make_pairs(n, seed=1)):
-        answer = "".join(speaker.answer(pair["prompt"], inference.Settings(max_length=32, temperature=1.0, seed=i)))
+        answer = "".join(generator.answer(pair["prompt"], GenerationConfig(max_length=32, temperature=1.0, seed=i)))
         polite += answer.startswith("gladly")
         right += answer in (pair["chosen"], pair["rejected"])
     return polite / n, right / n
@@ -96,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

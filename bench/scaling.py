@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from measuring import ROOT, make_text, newest_records, show
 
-from base.configuration import run
+from base.configuration import run_main
 
 BASE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 16}
 DOUBLED = {"block_size": (64, 128, 256, 512), "n_embd": (64, 128, 256, 512), "batch_size": (4, 16, 64)}
@@ -74,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from measuring import ROOT, newest_records, show
 
-from base.configuration import UserError, run
+from base.configuration import UserError, run_main
 
 
 def train_once(arguments: list[str]) -> tuple[float, float, int, float]:
@@ -73,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

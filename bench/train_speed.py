@@ -19,8 +19,10 @@ from pathlib import Path
 from measuring import ROOT, device_name, make_text, matmul_flops, newest_records, show, synchronise
 
 import train
-from base.configuration import UserError, run
-from training.engine import Engine, find_device
+from base.configuration import UserError, run_main
+from base.devices import find_device
+from training.engine import Engine
+from training.setup import Run, build_run, read_configs
 
 WARM_UP = 3
 SHAPES = {  # layers, heads, width, block, batch, vocabulary
@@ -46,10 +48,11 @@ def loop_seconds(arguments: list[str], steps: int) -> float:
     return statistics.median(times[WARM_UP:])
 
 
-def parts_seconds(arguments: list[str], steps: int) -> tuple[dict[str, float], float, train.Run]:
+def parts_seconds(arguments: list[str], steps: int) -> tuple[dict[str, float], float, Run]:
     """Median seconds of a step's parts, the matrix product's FLOP/s, and the run."""
-    config, explicit, defaults = train.read_configs(*train.make_parser().parse(arguments))
-    training = train.set_up(config, explicit, defaults, Engine(config))
+    args, overrides = train.make_parser().parse(arguments)
+    asked = read_configs(args.training, args.model, overrides)
+    training = build_run(asked, Engine(asked.training))
     engine, times = training.engine, {part: [] for part in ("data", "forward", "backward", "optimizer")}
     peak = matmul_flops(engine.device, engine.dtype)
 
@@ -125,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

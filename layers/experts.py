@@ -73,17 +73,17 @@ class MixtureOfExperts(nn.Module):
         self.choice_bias += self.config.expert_bias_rate * (counts.mean() - counts).sign()
 
 
-def mixtures(model: nn.Module) -> list[MixtureOfExperts]:
+def mixture_layers(model: nn.Module) -> list[MixtureOfExperts]:
     return [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
 
 
 @torch.no_grad()
-def count_tokens(model: nn.Module, sum_over_ranks: Callable[..., list[float]]) -> torch.Tensor:
+def count_expert_tokens(model: nn.Module, sum_over_ranks: Callable[..., list[float]]) -> torch.Tensor:
     """Tokens that each expert got since the last call, (layers, experts), on all processes.
 
     Rebalances where the balance is kept by biases, so it is to be called once after every step.
     """
-    layers = mixtures(model)
+    layers = mixture_layers(model)
     local = torch.stack([layer.counts for layer in layers])
     counts = torch.tensor(sum_over_ranks(*local.flatten().tolist())).view_as(local)
     for layer, row in zip(layers, counts, strict=True):

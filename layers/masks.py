@@ -19,11 +19,11 @@ def attention_mask(
     if documents is None and not (window and window < seen + T) and not (is_causal and seen and T > 1):
         return None
     queries, keys = torch.arange(seen, seen + T, device=device)[:, None], torch.arange(seen + T, device=device)
-    mask = may_look(queries, keys, window, is_causal)
+    mask = is_visible(queries, keys, window, is_causal)
     return mask if documents is None else mask & (documents[:, None, :, None] == documents[:, None, None, :])
 
 
-def may_look(query: torch.Tensor, key: torch.Tensor, window: int, is_causal: bool) -> torch.Tensor:
+def is_visible(query: torch.Tensor, key: torch.Tensor, window: int, is_causal: bool) -> torch.Tensor:
     """Whether the token at one place may look at the one at another, if they are of the same document."""
     distance = query - key
     mask = distance >= 0 if is_causal else torch.ones_like(distance, dtype=torch.bool)
@@ -41,7 +41,7 @@ def block_masks(
             return None
 
         def sees(b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            mask = may_look(query, key, window, is_causal)
+            mask = is_visible(query, key, window, is_causal)
             return mask if documents is None else mask & (documents[b, query] == documents[b, key])
 
         return create_block_mask(sees, None if documents is None else len(documents), None, T, T, device=device)

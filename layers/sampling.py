@@ -1,4 +1,4 @@
-"""How the next token is drawn from a model's logits."""
+"""How the next token is sampled from a model's logits."""
 
 import math
 
@@ -23,12 +23,32 @@ def check_sampling(
             raise UserError(f"{name} must be {rule}, got {value}")
 
 
-def penalise_repetition(logits: torch.Tensor, window: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Logits (B, vocab_size) with those of tokens in the window (B, T) made less likely (CTRL, arXiv:1909.05858)."""
+def sample(
+    logits: torch.Tensor,
+    context: torch.Tensor,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+) -> torch.Tensor:
+    """Tokens (B,) drawn from logits (B, vocab_size); context (B, T): the tokens so far, for the repetition penalty."""
+    logits = penalise_repetition(logits.float(), context, repetition_penalty)
+    if temperature == 0:  # greedy decoding: the limit of a temperature that goes to 0
+        return logits.argmax(-1)
+    # below 1 the temperature sharpens the distribution, above 1 it flattens it
+    probabilities = filter_logits(logits / temperature, top_k, top_p, min_p).softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+
+
+def penalise_repetition(logits: torch.Tensor, context: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Logits (B, vocab_size) with those of tokens in the context (B, T) made less likely (CTRL, arXiv:1909.05858)."""
     if penalty == 1.0:
         return logits
-    seen = logits.gather(1, window)
-    return logits.scatter(1, window, torch.where(seen > 0, seen / penalty, seen * penalty))
+    seen = logits.gather(1, context)
+    # dividing a negative logit would make its token likelier
+    return logits.scatter(1, context, torch.where(seen > 0, seen / penalty, seen * penalty))
 
 
 def filter_logits(
@@ -36,7 +56,7 @@ def filter_logits(
 ) -> torch.Tensor:
     """Logits (B, vocab_size) with -inf for the tokens that are not to be drawn; the likeliest always stays.
 
-    top_k: only the k likeliest. top_p: the fewest whose probabilities sum to p (arXiv:1904.09751).
+    top_k: only the k likeliest. top_p: the fewest whose probabilities sum to p (nucleus sampling, arXiv:1904.09751).
     min_p: those at least min_p times as likely as the likeliest (arXiv:2407.01082).
     """
     if top_k is not None and top_k < logits.size(-1):
@@ -45,9 +65,9 @@ def filter_logits(
     if top_p is not None and top_p < 1.0:
         ordered, order = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities  # probability of all the likelier ones
-        unwanted = (before >= top_p).scatter(1, order, before >= top_p)
-        logits = logits.masked_fill(unwanted, -math.inf)
+        before = probabilities.cumsum(-1) - probabilities  # probability of all likelier tokens together
+        is_outside = (before >= top_p).scatter(1, order, before >= top_p)  # back to the vocabulary's order
+        logits = logits.masked_fill(is_outside, -math.inf)
     if min_p is not None and min_p > 0.0:
         threshold = logits.max(-1, keepdim=True).values + math.log(min_p)
         logits = logits.masked_fill(logits < threshold, -math.inf)

@@ -1,8 +1,9 @@
-"""The instances of toy problems: drawn from one split or another, and encoded as batches.
+"""The instances of toy problems: drawn from the training, validation or test split, and encoded as batches.
 
-source = Source(config, tokenizer)          # config: a problem.ProblemConfig
-TrainInstances(source).at(position)         # the micro-batches of a step
-HeldOut(source, "test", lengths, n)         # what training never sees
+sampler = InstanceSampler(ProblemConfig(problem="sort"), tokenizer)
+batches = TrainInstances(sampler, batch_size=256, accumulation_steps=1, seed=1337)
+batches.at(position)                                    # the micro-batches of a step
+HeldOut(sampler, "test", lengths, 10_000, batch_size=256, seed=1337)        # what training never sees
 """
 
 from collections.abc import Iterator
@@ -11,28 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from base.configuration import UserError, did_you_mean
-from problems.tasks import NOTHING, PROBLEMS, Instances, Problem, close_gaps, join
+from base.configuration import UserError
+from problems.config import ProblemConfig, find_problem, parse_length
+from problems.tasks import NOTHING, Instances, close_gaps, join
 from text.batches import Batch
 from text.tokenizer import EOS, PADDING, CharTokenizer, codepoints
-
-
-def find_problem(name: str) -> Problem:
-    if name not in PROBLEMS:
-        raise UserError(f"no problem named {name!r}{did_you_mean(name, PROBLEMS)} (--list shows them)")
-    return PROBLEMS[name]
-
-
-def parse_length(text: str) -> range:
-    """The lengths that "N" or "A-B" stands for; empty: one, 0, for a problem without lengths."""
-    first, _, last = text.partition("-")
-    try:
-        lengths = range(int(first or 0), int(last or first or 0) + 1)
-    except ValueError:
-        lengths = range(0)
-    if not lengths or (text and lengths[0] < 1):
-        raise UserError(f"a length must be N or A-B, from 1 on, got {text!r}")
-    return lengths
 
 
 class Examples(NamedTuple):
@@ -56,11 +40,12 @@ def hash_rows(codes: np.ndarray) -> np.ndarray:
     return hashes ^ hashes >> np.uint64(29)
 
 
-class Source:
+class InstanceSampler:
     """Draws the instances of a problem from one split or another, and encodes them."""
 
-    def __init__(self, config: Any, tokenizer: CharTokenizer) -> None:
-        self.config, self.problem = config, find_problem(config.problem)
+    def __init__(self, config: ProblemConfig, tokenizer: CharTokenizer, answers_only: bool = False) -> None:
+        """answers_only: intermediate results are no targets, whatever config.supervise says."""
+        self.config, self.problem, self.answers_only = config, find_problem(config.problem), answers_only
         codes = codepoints(tokenizer.characters)
         self.id_of = np.zeros(codes.max() + 1, np.int64)
         self.id_of[codes] = tokenizer.encode(tokenizer.characters)
@@ -110,7 +95,7 @@ class Source:
     def encode(self, instances: Instances) -> Examples:
         """Token ids, targets and masks. Causal: prompt, answer, <|eos|>; else the answer stands under the prompt."""
         ids, targets = self.ids(instances.prompt), self.ids(instances.answer)
-        is_marked = instances.marks is not None and self.config.loss != "grpo"  # a reward is for answers alone
+        is_marked = instances.marks is not None and not self.answers_only
         marks = self.ids(instances.marks) if is_marked else np.zeros_like(ids)
         if self.problem.is_causal:
             end = np.full((len(ids), 1), EOS)
@@ -139,49 +124,115 @@ class Source:
 
 
 class TrainInstances:
-    """Training batches without end, each a pure function of the position; a micro-batch has one length."""
+    """Training batches without end, each a pure function of the position in the data; a micro-batch has one length.
+
+    As with token files, the global batch does not depend on the number of processes: the micro-batches of a step are
+    dealt to the ranks in turn.
+    """
 
     samples_per_epoch = None
+    datasets = ()
 
-    def __init__(self, source: Source) -> None:
-        self.source, self.config = source, source.config
-        self.lengths = parse_length(self.config.train_length)
-        self.samples_per_step = self.config.batch_size * self.config.gradient_accumulation_steps
+    def __init__(
+        self,
+        sampler: InstanceSampler,
+        *,
+        batch_size: int,
+        accumulation_steps: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.sampler, self.batch_size, self.accumulation_steps, self.seed = (
+            sampler,
+            batch_size,
+            accumulation_steps,
+            seed,
+        )
+        self.rank, self.world_size = rank, world_size
+        self.lengths = parse_length(sampler.config.train_length)
+        self.samples_per_step = batch_size * accumulation_steps
         for length in self.lengths:
-            if not len(source.draw(np.random.default_rng(0), 1, length, "train").prompt):
+            if not len(sampler.draw(np.random.default_rng(0), 1, length, "train").prompt):
                 raise UserError(f"no instance of length {length} falls to training; raise train_fraction or length")
 
     def at(self, position: int) -> list[Batch]:
-        """The micro-batches of the step that begins after `position` samples."""
+        """This process's micro-batches of the step that begins after `position` samples."""
         batches = []
-        for micro_step in range(self.config.gradient_accumulation_steps):
-            rng = np.random.default_rng([self.config.random_seed, position + micro_step * self.config.batch_size])
+        for micro_step in range(self.rank, self.accumulation_steps, self.world_size):
+            rng = np.random.default_rng([self.seed, position + micro_step * self.batch_size])
             length = int(rng.choice(self.lengths))
-            instances = self.source.draw(rng, self.config.batch_size, length, "train")
-            batches.append(self.source.encode(instances).batch)
+            instances = self.sampler.draw(rng, self.batch_size, length, "train")
+            batches.append(self.sampler.encode(instances).batch)
         return batches
 
 
 class HeldOut:
     """Distinct instances that training never sees, as many of each length as there are, up to a number in all."""
 
-    def __init__(self, source: Source, split: str, lengths: range, n: int) -> None:
-        self.source, self.batch_size = source, source.config.batch_size
-        rng = np.random.default_rng([source.config.random_seed, SPLITS.index(split)])
+    def __init__(
+        self,
+        sampler: InstanceSampler,
+        split: str,
+        lengths: range,
+        n: int,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.sampler, self.batch_size, self.rank, self.world_size = sampler, batch_size, rank, world_size
+        rng = np.random.default_rng([seed, SPLITS.index(split)])
         self.by_length: dict[int, Instances] = {}
         for i, length in enumerate(lengths):  # what the shorter lengths lack, the longer ones give
             quota = -(-n // (len(lengths) - i))
-            self.by_length[length] = source.draw(rng, quota, length, split)
+            self.by_length[length] = sampler.draw(rng, quota, length, split)
             n -= len(self.by_length[length].prompt)
         if not any(len(instances.prompt) for instances in self.by_length.values()):
             raise UserError("no instance is held out: raise the length, or lower train_fraction")
 
-    def examples(self, length: int) -> Iterator[Examples]:
-        instances = self.by_length[length]
-        for start in range(0, len(instances.prompt), self.batch_size):
+    def examples(self) -> Iterator[tuple[int, Examples]]:
+        """This process's batches, each with the length of its instances.
+
+        Every process gets equally many, because a sharded model's forward pass needs all of them: where the batches run
+        out, a repeated one with an empty loss mask (count 0) fills the place.
+        """
+        places = [
+            (length, start)
+            for length, instances in self.by_length.items()
+            for start in range(0, len(instances.prompt), self.batch_size)
+        ]
+        for turn in range(0, len(places), self.world_size):
+            is_spare = turn + self.rank >= len(places)
+            length, start = places[0 if is_spare else turn + self.rank]
             rows = slice(start, start + self.batch_size)
-            yield self.source.encode(Instances(*(None if part is None else part[rows] for part in instances)))
+            parts = [None if part is None else part[rows] for part in self.by_length[length]]
+            batch, answer_mask = self.sampler.encode(Instances(*parts))
+            if is_spare:
+                batch = batch._replace(loss_mask=torch.zeros_like(batch.loss_mask), count=0)
+            yield length, Examples(batch, answer_mask)
 
     def __iter__(self) -> Iterator[Batch]:
-        for length in self.by_length:
-            yield from (examples.batch for examples in self.examples(length))
+        for _, examples in self.examples():
+            yield examples.batch
+
+
+@torch.inference_mode()
+def exact_match(model: torch.nn.Module, held_out: HeldOut, engine: Any) -> dict[int, np.ndarray]:
+    """Whether each of this process's held-out answers is right from first to last character (n,), by length.
+
+    One pass over prompt and true answer tells what greedy decoding would say: as long as every token so far was right,
+    decoding has seen the same tokens; and the first wrong token makes the answer wrong in both.
+    """
+    model.eval()
+    right: dict[int, list[np.ndarray]] = {length: [np.empty(0, bool)] for length in held_out.by_length}
+    for length, (batch, answer_mask) in held_out.examples():
+        batch = batch.to(engine.device)
+        with engine.autocast():
+            predicted = model(batch.idx)[0].argmax(-1)  # (B, T)
+        matches = (predicted == batch.targets) | ~answer_mask.to(engine.device)
+        if batch.count:
+            right[length].append(matches.all(1).cpu().numpy())
+    model.train()
+    return {length: np.concatenate(parts) for length, parts in right.items()}

@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-import plot_loss
+from base.logs import read_log, series, smooth
 
 matplotlib.use("Agg")  # works without a display
 import matplotlib.pyplot as plt
@@ -23,14 +23,14 @@ def draw_results(
     axes = dict(zip(panels, grid[0], strict=True))
     figure.suptitle(title)
     if log:
-        records = plot_loss.read_log(str(log))
-        steps, losses = plot_loss.series(records["train"], "loss")
+        records = read_log(str(log))
+        steps, losses = series(records["train"], "loss")
         axes["loss"].plot(steps, losses, alpha=0.25)
-        axes["loss"].plot(steps, plot_loss.smooth(losses, max(1, len(losses) // 50)), color="C0", label="training")
-        axes["loss"].plot(*plot_loss.series(records["val"], "val_loss"), "o:", color="C1", label="held out")
+        axes["loss"].plot(steps, smooth(losses, max(1, len(losses) // 50)), color="C0", label="training")
+        axes["loss"].plot(*series(records["val"], "val_loss"), "o:", color="C1", label="held out")
         axes["loss"].set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
         axes["loss"].legend()
-        steps, shares = plot_loss.series(records["val"], "accuracy")
+        steps, shares = series(records["val"], "accuracy")
         axes["accuracy"].plot(steps, 100 * shares, "o-", color="C1")
         axes["accuracy"].set(xlabel="step", ylabel="exact match, held out (%)", ylim=(-2, 102))
     if "length" in axes:

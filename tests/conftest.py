@@ -12,7 +12,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from base.configuration import run
+import train
+from base.configuration import run_main
+from training.setup import RunConfig, read_configs
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -50,7 +52,7 @@ def call(work, monkeypatch, capsys):
         status = 0
         message = ""
         try:
-            run(module.main)
+            run_main(module.main)
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
             message = f"{end.code}\n" if isinstance(end.code, str) else ""
@@ -58,6 +60,12 @@ def call(work, monkeypatch, capsys):
         return Result(status, out, err + message)
 
     return calling
+
+
+def asked_by(*argv: str) -> RunConfig:
+    """What a command line of train.py asks for."""
+    args, overrides = train.make_parser().parse(list(argv))
+    return read_configs(args.training, args.model, overrides)
 
 
 def start_script(script: str, *argv: str, cwd: Path, **options) -> subprocess.Popen:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, read_log
 
-from base.configuration import run
+from base.configuration import run_main
 from training import losses
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for when DeepSpeed is imported
@@ -130,7 +130,7 @@ def be_script(
     first()
     module = importlib.import_module(script.removesuffix(".py"))
     sys.argv = [script, *argv]
-    run(module.main)
+    run_main(module.main)
 
 
 def nothing() -> None:

@@ -280,7 +280,6 @@ def test_shards_of_strangers_run_no_code(call, trained, script, part):
         (["-l", "x"], ["max_length must be an integer"]),
         (["--num_samples", "0"], ["num_samples"]),
         (["--device", "cuda:7"], ["cuda:7"]),
-        (["--evaluate", "none.jsonl"], ["none.jsonl"]),
         (["-p", ""], ["empty"]),
         (["--promt", "x"], ["--promt", 'did you mean "--prompt"']),
     ],

@@ -8,8 +8,8 @@ from conftest import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from text.batches import TokenFile
 from text.cleaning import N_SHINGLE, Cleaner, CleaningConfig, split_at_sentences
+from text.token_files import TokenFile
 from text.tokenizer import load_tokenizer
 
 letters = random.Random(5)

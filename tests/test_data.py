@@ -14,16 +14,8 @@ from hypothesis import strategies as st
 from base.configuration import UserError
 from base.prefetching import prefetch
 from model import GPT, ModelConfig
-from text.batches import (
-    TokenFile,
-    TokenFileWriter,
-    TrainBatches,
-    ValidationBatches,
-    collate,
-    document_numbers,
-    pack,
-    upcoming,
-)
+from text.batches import TrainBatches, ValidationBatches, collate, document_numbers, pack, prefetch_steps
+from text.token_files import TokenFile, TokenFileWriter
 from text.tokenizer import BOS, EOS, PADDING, RESPONSE, UNKNOWN, load_tokenizer
 
 
@@ -302,13 +294,13 @@ def test_partial_validation_is_the_same_part_every_time(prepared):
 
 def test_prefetching_gives_the_same_batches_and_passes_errors_on(prepared):
     batches = reader(prepared)
-    ahead = upcoming(batches, 8)
+    ahead = prefetch_steps(batches, 8)
     for position in range(8, 80, batches.samples_per_step):
         assert torch.equal(next(ahead)[1].idx, batches.at(position)[1].idx)
     ahead.close()
 
     with pytest.raises(UserError, match="outside the vocabulary"):
-        next(upcoming(reader(prepared, vocab_size=8), 0))
+        next(prefetch_steps(reader(prepared, vocab_size=8), 0))
 
 
 def test_prefetched_items_are_all_there_and_an_abandoned_thread_ends():

@@ -8,20 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_samples, make_text, write_jsonl
+from conftest import asked_by, make_samples, make_text, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import problem
-import train
 from base.configuration import Config, UserError, fields_of
 from model import ModelConfig
+from problems.config import ProblemConfig
 from text import corpus
-from text.batches import TokenFile
-from train import TrainConfig
+from text.token_files import TokenFile
+from training.config import TrainConfig
 from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
 
-CLASSES = (TrainConfig, ModelConfig, problem.ProblemConfig)
+CLASSES = (TrainConfig, ModelConfig, ProblemConfig)
 FIELDS = [(cls, name) for cls in CLASSES for name in fields_of(cls)]
 STRANGE = [None, {}, [], [1], [["a"]], "", "x", "1", True, -1, 0, 0.5, 1e30, 10**400, float("nan"), float("inf")]
 
@@ -59,16 +58,15 @@ field_names = st.sampled_from([name for cls in CLASSES[:2] for name in fields_of
 @given(st.dictionaries(field_names, json_values, max_size=4) | json_values, st.integers(0, 200))
 def test_any_config_file_is_read_or_refused_by_name(values, cut):
     """JSON of all kinds, and parts of it."""
-    parser = train.make_parser()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "c.json")
         path.write_text(json.dumps(values)[: cut or None], encoding="utf-8")
         try:
-            config, explicit, _ = train.read_configs(*parser.parse(["-t", str(path)]))
+            asked = asked_by("-t", str(path))
         except UserError as error:
             assert "\n" not in str(error) and str(error).startswith(str(path))
         else:
-            assert isinstance(config, TrainConfig) and explicit.keys() <= fields_of(ModelConfig).keys()
+            assert isinstance(asked.training, TrainConfig) and asked.model.keys() <= fields_of(ModelConfig).keys()
 
 
 messages = st.lists(

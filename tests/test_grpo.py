@@ -8,9 +8,12 @@ import torch
 from conftest import ROOT, read_log
 from processes import newest_log
 
-import problem
+from problems.config import SHAPE
 from training import grpo
+from training.engine import Engine
 from training.grpo import PolicyLoss, group_advantages, policy_loss, reward
+from training.setup import make_model, problem_config
+from training.sources import ToyProblem
 from weights.checkpointing import load_checkpoint
 
 EASY = ["sort", "--length", "3", "--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--device", "cpu"]
@@ -59,14 +62,13 @@ def test_rewards_are_for_what_is_right():
 
 
 def rollouts(name: str, **overrides):
-    config, _ = problem.make_config(
-        name, {"loss": "grpo", "device": "cpu", "batch_size": 32, "grpo_group": 8, **overrides}, {}
-    )
-    source = problem.Source(config, problem.make_tokenizer(problem.find_problem(name)))
+    given = {"loss": "grpo", "device": "cpu", "batch_size": 32, "grpo_group": 8, **overrides}
+    asked = problem_config(name, given)
+    source = ToyProblem(asked.training, asked.settings, None)
     torch.manual_seed(0)
-    shape = {**problem.SHAPE, "is_causal": source.problem.is_causal, "block_size": source.window()}
-    model = problem.train.make_model(config, shape, problem.make_tokenizer(source.problem))
-    return grpo.Rollouts(source, model, model, problem.Engine(config))
+    shape = {**SHAPE, "is_causal": source.problem.is_causal, "block_size": source.sampler.window()}
+    model = make_model(asked.training, shape, source.tokenizer)
+    return grpo.Rollouts(source.sampler, model, model, Engine(asked.training))
 
 
 @pytest.mark.parametrize("name", ["sort", "add", "boolean", "parity"])
@@ -89,7 +91,7 @@ def test_answers_are_drawn_from_the_model_and_judged(name):
 def test_prompts_of_every_length_get_their_turn():
     """A batch has one length; over many batches the lengths come as often as among all instances."""
     made = rollouts("boolean", length="2", grpo_group=16)
-    drawn = made.source.draw(np.random.default_rng(0), 4000, 2, "train").prompt
+    drawn = made.sampler.draw(np.random.default_rng(0), 4000, 2, "train").prompt
     expected = np.bincount((drawn > 0).sum(axis=1), minlength=30) / 4000
     lengths = [made.prompts(np.random.default_rng(i))[0].shape[1] for i in range(300)]
     found = np.bincount(lengths, minlength=30) / 300
@@ -99,8 +101,8 @@ def test_prompts_of_every_length_get_their_turn():
 
 def test_values_on_the_way_are_not_rewarded():
     """What supervision shows at inner brackets counts neither in training nor in validation."""
-    source = rollouts("boolean").source
-    examples = source.encode(source.draw(np.random.default_rng(0), 8, 3, "val"))
+    sampler = rollouts("boolean").sampler
+    examples = sampler.encode(sampler.draw(np.random.default_rng(0), 8, 3, "val"))
     assert torch.equal(examples.batch.loss_mask.bool(), examples.answer_mask)
     assert (examples.answer_mask.sum(1) == 2).all()  # the value and <|eos|>
 
@@ -139,7 +141,9 @@ def test_the_preset_is_the_same_by_train_py(half_trained, call):
     options = ["--max_steps", "2", "--batch_size", "32", "--device", "cpu"]
     (half_trained / "g.json").write_text((ROOT / "config" / "grpo.json").read_text().replace("{", '{"length": "3",', 1))
     result = call("train.py", "-t", "g.json", *options)
-    assert result.status == 0 and result.out.splitlines()[-1].startswith("accuracy: "), result.err
+    assert result.status == 0 and result.out.splitlines()[-1] == (
+        "to try it: python problem.py sort --checkpoint checkpoint/problem_sort_grpo.pt"
+    ), result.err
     assert call("problem.py", *BY_REWARD, *options, "--stage", "direct").status == 0
     one, two = (load_checkpoint(f"checkpoint/{name}_last.pt")["model"] for name in ("problem_sort_grpo", "direct"))
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -5,9 +5,9 @@ import torch
 from conftest import write_jsonl
 
 import inference
-from base.configuration import harmless
-from inference import Settings, Speaker, until_stop
+from base.configuration import escape_control_characters
 from model import GPT, ModelConfig
+from serving.text_generator import GenerationConfig, TextGenerator, load_text_generator, until_stop
 from text.tokenizer import CharTokenizer
 from weights.checkpointing import save_checkpoint
 
@@ -50,10 +50,10 @@ def test_one_shot_prints_the_answer_alone(call, checkpoint):
 
 
 def test_max_length_counts_the_prompt(checkpoint):
-    speaker = inference.load_speaker(str(checkpoint), "cpu", False, [])
+    generator = load_text_generator(str(checkpoint), "cpu", False, [])
     drawn = []
-    speaker.tokenizer.stream = lambda ids: (drawn.append(i) or "x" for i in ids)  # count the tokens
-    text = "".join(speaker.answer("abc", Settings(max_length=13, seed=3)))
+    generator.tokenizer.stream = lambda ids: (drawn.append(i) or "x" for i in ids)  # count the tokens
+    text = "".join(generator.answer("abc", GenerationConfig(max_length=13, seed=3)))
     assert len(text) <= 10 and len(drawn) == len(text)
 
 
@@ -70,17 +70,17 @@ def test_prompts_longer_than_the_window_are_read_from_their_end(call, checkpoint
 
 
 def test_special_tokens_in_a_prompt_are_plain_characters(checkpoint):
-    speaker = inference.load_speaker(str(checkpoint), "cpu", True, [])
-    ids = speaker.prompt_ids("a<|eos|>b", [])
+    generator = load_text_generator(str(checkpoint), "cpu", True, [])
+    ids = generator.prompt_ids("a<|eos|>b", [])
     assert ids.count(3) == 0 and ids[0] == 4 and ids[-1] == 5
 
 
 def test_history_is_trimmed_by_whole_turns(checkpoint):
-    speaker = inference.load_speaker(str(checkpoint), "cpu", True, [])
+    generator = load_text_generator(str(checkpoint), "cpu", True, [])
     turn = [{"role": "user", "content": "abcd"}, {"role": "assistant", "content": "efg"}]
-    ids = speaker.prompt_ids("last", turn * 10)
+    ids = generator.prompt_ids("last", turn * 10)
     assert len(ids) <= 24 and ids[0] == 4
-    expected, _ = speaker.tokenizer.encode_chat([*turn, {"role": "user", "content": "last"}])
+    expected, _ = generator.tokenizer.encode_chat([*turn, {"role": "user", "content": "last"}])
     assert ids == expected.tolist()
 
 
@@ -94,19 +94,19 @@ def test_stop_texts_are_found_across_pieces(stop):
 
 
 def test_control_characters_are_shown_harmless():
-    assert harmless("a\x1b[31mb\x07\u202e") == "a\\x1b[31mb\\x07\\u202e"
-    assert harmless("plain 你好\n\t🙂") == "plain 你好\n\t🙂"
+    assert escape_control_characters("a\x1b[31mb\x07\u202e") == "a\\x1b[31mb\\x07\\u202e"
+    assert escape_control_characters("plain 你好\n\t🙂") == "plain 你好\n\t🙂"
 
 
 def test_a_session_streams_keeps_history_and_obeys_commands(checkpoint, monkeypatch, capsys):
-    speaker = inference.load_speaker(str(checkpoint), "cpu", True, [])
+    generator = load_text_generator(str(checkpoint), "cpu", True, [])
     asked = []
 
     def answer(prompt, settings, history=()):
         asked.append((prompt, settings.temperature, len(history)))
         return iter(["ok"])
 
-    monkeypatch.setattr(Speaker, "answer", lambda self, *args: answer(*args))
+    monkeypatch.setattr(TextGenerator, "answer", lambda self, *args: answer(*args))
     lines = [
         "hello",
         "",
@@ -120,7 +120,7 @@ def test_a_session_streams_keeps_history_and_obeys_commands(checkpoint, monkeypa
     ]
     typed = itertools.chain(lines, ["/help", "/quit", "never"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-    inference.converse(speaker, Settings(), profile=True)
+    inference.converse(generator, GenerationConfig(), profile=True)
     out, err = capsys.readouterr()
     assert asked == [("hello", 0.8, 0), ("again", 0.8, 2), ("new", 0.1, 0)]
     assert out == "ok\nok\nok\n"
@@ -129,13 +129,13 @@ def test_a_session_streams_keeps_history_and_obeys_commands(checkpoint, monkeypa
 
 
 def test_exact_match_is_counted(call, checkpoint):
-    speaker = inference.load_speaker(str(checkpoint), "cpu", True, [])
-    greedy = lambda q: "".join(speaker.answer(q, Settings(max_length=32, temperature=0.0)))  # noqa: E731
+    generator = load_text_generator(str(checkpoint), "cpu", True, [])
+    greedy = lambda q: "".join(generator.answer(q, GenerationConfig(max_length=32, temperature=0.0)))  # noqa: E731
     rows = [{"question": q, "answer": greedy(q).strip() or "nothing"} for q in ("aa", "bb")]
     rows.append({"question": "cc", "answer": "something else"})
     write_jsonl(checkpoint.parent / "q.jsonl", rows)
     right = sum(bool(greedy(row["question"]).strip()) for row in rows[:2])
-    result = call("inference.py", "-m", checkpoint, "--evaluate", "q.jsonl")
+    result = call("evaluate.py", "-m", checkpoint, "--questions", "q.jsonl")
     assert result.out.splitlines()[-1] == f"held-out exact match: {100 * right / 3:.1f}% ({right}/3)"
 
 

@@ -7,6 +7,7 @@ from processes import train_on
 
 from base.configuration import UserError
 from model import GPT, ModelConfig
+from serving.text_generator import GenerationConfig, load_text_generator
 from weights import lora
 from weights.checkpointing import load_checkpoint, load_model
 
@@ -153,17 +154,15 @@ def test_answers_with_adapters_switched_and_merged(base, call):
     assert call("inference.py", "-m", "merged.pt", *ask).out == answers[0]
     assert "exists already" in call("inference.py", *merge).err
 
-    import inference
-
-    speaker = inference.load_speaker("checkpoint/base.pt", "cpu", True, [])
+    generator = load_text_generator("checkpoint/base.pt", "cpu", True)
     for path, expected in (
         ("checkpoint/s1_lora_last.pt", answers[0]),
         ("checkpoint/s2_lora_last.pt", answers[1]),
         ("", plain),
     ):
-        inference.use_adapter(speaker.model, path)
-        settings = inference.Settings(max_length=16, temperature=0.0)
-        assert "".join(speaker.answer("q1 aaa", settings)) + "\n" == expected
+        generator.use_adapter(path)
+        settings = GenerationConfig(max_length=16, temperature=0.0)
+        assert "".join(generator.answer("q1 aaa", settings)) + "\n" == expected
 
 
 def test_what_does_not_belong_together_is_refused(base, call):

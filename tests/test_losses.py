@@ -9,11 +9,12 @@ import torch
 from conftest import FAST, TINY, make_text, read_log, write_jsonl
 from processes import newest_log, train_on
 
-import inference
-import train
 from model import GPT, ModelConfig
-from text.batches import TokenFile, TrainBatches, ValidationBatches
+from serving.text_generator import GenerationConfig, load_text_generator
+from text.batches import TrainBatches, ValidationBatches
+from text.token_files import TokenFile
 from training import losses
+from training.config import TrainConfig
 from training.losses import Distillation, Preference
 from weights.checkpointing import load_checkpoint
 
@@ -48,10 +49,10 @@ def pairs(work, call):
 
 def share_of_polite_answers(checkpoint: str) -> float:
     """Of drawn answers to new prompts."""
-    speaker = inference.load_speaker(checkpoint, "cpu", True, [])
+    generator = load_text_generator(checkpoint, "cpu", True, [])
     prompts = [row["prompt"] for row in make_pairs(40, seed=1)]
-    settings = [inference.Settings(max_length=32, temperature=1.0, seed=i) for i in range(40)]
-    answers = ["".join(itertools.islice(speaker.answer(*asked), 3)) for asked in zip(prompts, settings, strict=True)]
+    settings = [GenerationConfig(max_length=32, temperature=1.0, seed=i) for i in range(40)]
+    answers = ["".join(itertools.islice(generator.answer(*asked), 3)) for asked in zip(prompts, settings, strict=True)]
     return sum(answer.startswith("yes") for answer in answers) / len(answers)
 
 
@@ -87,19 +88,19 @@ def test_preference_loss_is_the_formula(pairs, kind):
     options = {"block_size": 32, "vocab_size": file.header["vocab_size"], "batch_size": 5, "seed": 1}
     batches = TrainBatches([file], accumulation_steps=1, **options)
     model, reference = (small_model(file.header["vocab_size"], seed) for seed in (0, 1))
-    losses.remember_reference(reference, batches.datasets[0], 7, torch.device("cpu"))
+    losses.compute_reference_margins(reference, batches.datasets[0], 7, torch.device("cpu"))
     (batch,) = batches.at(0)
     total = 0.0
     for chosen, rejected, _ in (batches.sample(i) for i in range(5)):
         w, l = ([by_hand(m, t.tolist(), k.tolist()) for m in (model, reference)] for t, k in (chosen, rejected))  # noqa: E741
         total += loss_by_hand(kind, w, l, (chosen[1].sum(), rejected[1].sum()))
-    config = train.TrainConfig(loss=kind, dpo_beta=0.3, dpo_chosen_weight=0.5, simpo_gamma=0.7)
+    config = TrainConfig(loss=kind, dpo_beta=0.3, dpo_chosen_weight=0.5, simpo_gamma=0.7)
     loss = Preference(config, lambda *values: list(values))
     rows = [batches.sample(i).chosen for i in range(5)]
     likely = sum(by_hand(model, tokens.tolist(), mask.tolist()) / mask.sum() for tokens, mask in rows)
     assert loss(model, batch, "sum").item() == pytest.approx(total - 0.5 * likely, rel=1e-4)
     assert loss(model, batch, "none").sum().item() == pytest.approx(total, rel=1e-4) and batch.count == 5
-    assert loss.figures()["preference_accuracy"] in [i / 5 for i in range(6)]
+    assert loss.metrics()["preference_accuracy"] in [i / 5 for i in range(6)]
 
 
 @pytest.mark.parametrize(("kind", "beta"), [("dpo", "0.3"), ("simpo", "2"), ("orpo", "0.5")])

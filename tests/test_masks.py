@@ -12,7 +12,7 @@ from layers.masks import attention_mask, block_masks
 from model import GPT, ModelConfig
 from training.config import TrainConfig
 from training.engine import Engine
-from training.preflight import choose_attention, why_not_flex
+from training.preflight import choose_attention, flex_attention_problem
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="flex attention's kernels are for GPUs")
 SHAPE = {"vocab_size": 50, "block_size": 300, "n_layer": 2, "n_head": 4, "n_embd": 64, "n_kv_head": 2}
@@ -92,7 +92,7 @@ def test_both_forms_allow_the_same(window, is_causal):
 
 def test_where_flex_attention_does_not_work_masks_stay_with_sdpa(capsys):
     engine = Engine(TrainConfig(device="cpu"))
-    reason = why_not_flex(ModelConfig(**SHAPE), engine)
+    reason = flex_attention_problem(ModelConfig(**SHAPE), engine)
     assert reason == "NotImplementedError"  # torch trains by it on GPUs alone
     model = GPT(ModelConfig(**SHAPE))
     choose_attention(TrainConfig(pack_samples=True), model, engine)

@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from base.configuration import UserError
-from layers.experts import count_tokens, mixtures
+from layers.cache import KVCache
+from layers.experts import count_expert_tokens, mixture_layers
 from layers.norm import rms_norm
 from layers.sampling import filter_logits, penalise_repetition
-from model import GPT, SDP_KERNELS, KVCache, ModelConfig
+from model import GPT, SDP_KERNELS, ModelConfig
 
 SMALL = {"vocab_size": 50, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 
@@ -179,7 +180,7 @@ def test_attention_equals_a_naive_loop(is_causal):
 def test_rope_scores_depend_on_the_distance_alone():
     model = make(block_size=64)
     attention = model.blocks[0].attention
-    from model import apply_rope
+    from layers.rope import apply_rope
 
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
     assert attention.config.head_dim == 8
@@ -325,7 +326,7 @@ def test_experts_are_balanced_by_either_means():
         model = GPT(ModelConfig(**SMALL, **options, router_loss_weight=1.0, expert_bias_rate=0.01))
         with torch.no_grad():
             model.token_embedding.weight[:, 0] += 0.2  # something that all tokens have in common
-            for mixture in mixtures(model):
+            for mixture in mixture_layers(model):
                 mixture.router.weight[0, 0] += 1.0
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         for step in range(60):
@@ -333,7 +334,7 @@ def test_experts_are_balanced_by_either_means():
             model(idx, idx)[1].backward()
             optimizer.step()
             optimizer.zero_grad()
-            counts = count_tokens(model, lambda *values: list(values))
+            counts = count_expert_tokens(model, lambda *values: list(values))
         assert counts.sum() == 2 * 8 * 16
         shares[balance] = (counts / counts.sum(1, keepdim=True)).max().item()
     assert max(shares["loss"], shares["bias"]) < 0.45 < 0.7 < shares["none"], shares

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 from model import GPT, ModelConfig
-from train import TrainConfig
+from training.config import TrainConfig
 
 PRESETS = [
     path

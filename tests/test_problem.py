@@ -13,24 +13,33 @@ from conftest import ROOT, read_log, run_script
 import problem
 from problems import instances as drawing
 from problems import tasks
+from problems.config import parse_length
+from problems.instances import HeldOut, InstanceSampler, TrainInstances, exact_match
 from problems.tasks import PROBLEMS, Instances, Problem, spell
 from text.tokenizer import EOS
+from training.config import TrainConfig
+from training.engine import Engine
+from training.setup import problem_config
+from training.sources import problem_tokenizer
 from weights.checkpointing import load_checkpoint
 
 QUICK = ["--device", "cpu", "--n_embd", "32", "--batch_size", "64", "--eval_interval", "50", "--warmup_iters", "5"]
 
 
-def make_source(name, **overrides):
-    config, _ = problem.make_config(name, overrides, {})
-    return problem.Source(config, problem.make_tokenizer(PROBLEMS[name]))
+def make_sampler(name, **given):
+    return InstanceSampler(problem_config(name, given).settings, problem_tokenizer(PROBLEMS[name]))
+
+
+def make_batches(name, **shared):
+    return TrainInstances(make_sampler(name), batch_size=8, accumulation_steps=2, seed=1337, **shared)
 
 
 def draw_texts(name, n=300, split="train", **overrides):
     """(prompt, answer) texts of n instances of every length of the problem."""
-    source = make_source(name, **overrides)
+    sampler = make_sampler(name, **overrides)
     pairs = []
-    for length in problem.parse_length(source.config.train_length):
-        instances = source.draw(np.random.default_rng(length), n, length, split)
+    for length in parse_length(sampler.config.train_length):
+        instances = sampler.draw(np.random.default_rng(length), n, length, split)
         pairs += [
             (problem.text_of(p), problem.text_of(a)) for p, a in zip(instances.prompt, instances.answer, strict=True)
         ]
@@ -115,8 +124,8 @@ def test_options_change_the_answers(name, overrides, obvious):
 
 
 def test_every_closing_bracket_is_marked_with_its_value():
-    source = make_source("boolean")
-    instances = source.draw(np.random.default_rng(0), 200, 4, "train")
+    sampler = make_sampler("boolean")
+    instances = sampler.draw(np.random.default_rng(0), 200, 4, "train")
     for prompt, marks in zip(instances.prompt, instances.marks, strict=True):
         text = problem.text_of(prompt)
         opened = []
@@ -181,10 +190,19 @@ def test_modular_splits_the_whole_table_by_the_train_fraction():
 
 
 def test_the_split_is_the_same_for_every_seed():
-    first, second = make_source("sort", random_seed=1), make_source("sort", random_seed=2)
-    instances = first.draw(np.random.default_rng(0), 500, 6, "test")
-    hashes = drawing.hash_rows(instances.prompt)
-    assert (second.split_of(hashes) == drawing.SPLITS.index("test")).all()
+    sampler = make_sampler("sort")
+    trained = {
+        problem.text_of(prompt)
+        for seed in (1, 2)
+        for prompt in sampler.draw(np.random.default_rng(seed), 3000, 3, "train").prompt
+    }
+    held_out = {
+        problem.text_of(prompt)
+        for seed in (3, 4)
+        for instances in HeldOut(sampler, "test", range(3, 4), 100, batch_size=8, seed=seed).by_length.values()
+        for prompt in instances.prompt
+    }
+    assert len(trained) > 800 and held_out and not trained & held_out
 
 
 def test_hashes_do_not_depend_on_what_stands_behind_the_text():
@@ -195,8 +213,7 @@ def test_hashes_do_not_depend_on_what_stands_behind_the_text():
 
 
 def test_batches_are_a_function_of_the_position():
-    batches = problem.TrainInstances(make_source("add", gradient_accumulation_steps=2, batch_size=8))
-    again = problem.TrainInstances(make_source("add", gradient_accumulation_steps=2, batch_size=8))
+    batches, again = make_batches("add"), make_batches("add")
     again.at(0)
     for first, second in zip(batches.at(160), again.at(160), strict=True):
         assert torch.equal(first.idx, second.idx) and torch.equal(first.targets, second.targets)
@@ -204,15 +221,15 @@ def test_batches_are_a_function_of_the_position():
 
 
 def test_encoding_shifts_causal_answers_and_leaves_full_ones_in_place():
-    source = make_source("q", length="2")
-    batch, answer_mask = source.encode(Instances(spell(np.array([[8, 0]])), spell(np.array([[3]]))))
-    text = source.problem.alphabet
+    sampler = make_sampler("q", length="2")
+    batch, answer_mask = sampler.encode(Instances(spell(np.array([[8, 0]])), spell(np.array([[3]]))))
+    text = sampler.problem.alphabet
     ids = {character: 6 + i for i, character in enumerate(sorted(text))}
     assert batch.idx.tolist() == [[ids["8"], ids["0"], ids["3"]]]
     assert batch.targets.tolist() == [[0, ids["3"], EOS]]
     assert answer_mask.tolist() == [[False, True, True]] and batch.count == 2
-    source = make_source("sort", length="2")
-    batch, answer_mask = source.encode(Instances(spell(np.array([[8, 0]])), spell(np.array([[0, 8]]))))
+    sampler = make_sampler("sort", length="2")
+    batch, answer_mask = sampler.encode(Instances(spell(np.array([[8, 0]])), spell(np.array([[0, 8]]))))
     assert batch.targets.tolist() == [batch.idx[0].flip(0).tolist()] and answer_mask.all()
 
 
@@ -282,11 +299,9 @@ def test_a_wider_test_needs_rotary_positions(sorted_model, call):
 def test_exact_match_is_what_greedy_generation_says(work, call):
     """The answers of a half-trained model, character by character, against the one pass of the test."""
     assert call("problem.py", "add", "--length", "1-2", "--max_steps", "300", *QUICK).status == 0
-    config, _ = problem.make_config("add", {"length": "1-2", "device": "cpu"}, {})
-    source = problem.Source(config, problem.make_tokenizer(PROBLEMS["add"]))
-    held_out = problem.HeldOut(source, "test", range(1, 3), 150)
+    held_out = HeldOut(make_sampler("add", length="1-2"), "test", range(1, 3), 150, batch_size=64, seed=1337)
     solver = problem.load_solver("checkpoint/problem_add.pt", torch.device("cpu"), "add")
-    right = problem.exact_match(solver.model, held_out, problem.Engine(config))
+    right = exact_match(solver.model, held_out, Engine(TrainConfig(device="cpu")))
     n_right = 0
     for length, verdicts in right.items():
         prompt, answer, _ = held_out.by_length[length]
@@ -383,8 +398,8 @@ def test_a_checkpoint_of_another_kind_is_refused(prepared, call):
 
 
 def test_a_small_space_is_tested_whole():
-    held_out = problem.HeldOut(make_source("sort", length="2"), "test", range(2, 3), 10_000)
-    source = make_source("sort", length="2")
+    held_out = HeldOut(make_sampler("sort", length="2"), "test", range(2, 3), 10_000, batch_size=256, seed=1337)
+    sampler = make_sampler("sort", length="2")
     everything = np.array([[a, b] for a in range(10) for b in range(10)])
-    expected = source.split_of(drawing.hash_rows(spell(everything))) == drawing.SPLITS.index("test")
+    expected = sampler.split_of(drawing.hash_rows(spell(everything))) == drawing.SPLITS.index("test")
     assert len(held_out.by_length[2].prompt) == expected.sum() > 0

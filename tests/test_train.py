@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from conftest import FAST, ROOT, TINY, Result, make_samples, read_log, run_script, start_script, write_jsonl
 
-import train
 from model import GPT, ModelConfig
-from text.batches import TokenFile, TrainBatches
+from text.batches import TrainBatches
+from text.token_files import TokenFile
+from training.config import TrainConfig
+from training.engine import Engine
 from training.losses import next_token
 from training.optimizer import SCHEDULES, Muon, make_optimizer, orthogonalise, schedule
 from training.run_log import StopRequest
@@ -102,7 +104,7 @@ def test_a_step_equals_one_large_batch_whatever_the_masks(prepared):
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
 
     model.zero_grad()
-    engine = train.Engine(train.TrainConfig(device="cpu"))
+    engine = Engine(TrainConfig(device="cpu"))
     engine.prepare(model)
     count = sum(batch.count for batch in micro)
     loss = sum(engine.forward_backward(next_token, batch, count, False).item() for batch in micro)
@@ -385,7 +387,7 @@ def test_muon_treats_joined_matrices_as_if_they_were_apart(shape):
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=50, n_embd=16, n_head=2, n_layer=1, n_hidden=24, **shape)
     model = GPT(config)
-    optimizer = make_optimizer(model, train.TrainConfig(optimizer="muon", weight_decay=0.1), torch.device("cpu"))
+    optimizer = make_optimizer(model, TrainConfig(optimizer="muon", weight_decay=0.1), torch.device("cpu"))
     kv = config.n_kv_head * config.head_dim
     gate = [24, 24] if config.mlp == "swiglu" else [24]
     sizes = {"qkv.weight": [16, kv, kv], "out.weight": [16], "up.weight": gate, "down.weight": [16]}
@@ -412,7 +414,7 @@ def test_muon_treats_joined_matrices_as_if_they_were_apart(shape):
 def test_weight_decay_is_on_matrices_only():
     model = GPT(ModelConfig(vocab_size=50, n_embd=16, n_head=2, n_layer=1, bias=True))
     for name in ("adamw", "sgd", "muon"):
-        optimizer = make_optimizer(model, train.TrainConfig(optimizer=name), torch.device("cpu"))
+        optimizer = make_optimizer(model, TrainConfig(optimizer=name), torch.device("cpu"))
         grouped = [p for group in optimizer.param_groups for p in group["params"]]
         assert len({id(p) for p in grouped}) == len(grouped) == len(list(model.parameters()))
         for group in optimizer.param_groups:
@@ -449,5 +451,5 @@ def test_the_road_from_a_text_file_to_an_answer(tmp_path):
 def test_help_lists_every_field():
     process = start_script("train.py", "--help", cwd=ROOT)
     out, _ = process.communicate(timeout=60)
-    for name in (*ModelConfig.__dataclass_fields__, *train.TrainConfig.__dataclass_fields__):
+    for name in (*ModelConfig.__dataclass_fields__, *TrainConfig.__dataclass_fields__):
         assert f"--{name}" in out

@@ -7,15 +7,16 @@ import signal
 import psutil
 import pytest
 import torch
-from conftest import DATA, FAST, TINY, read_log
-from processes import assert_close, curves, finish, newest_log, start, train_on, wait_for, worker
+from conftest import DATA, FAST, TINY, asked_by, read_log
+from processes import assert_close, curves, end_of, finish, newest_log, start, train_on, wait_for, worker
 
-import train
 from base.configuration import UserError
-from text.batches import TokenFile, ValidationBatches
+from text.batches import ValidationBatches
+from text.token_files import TokenFile
 from train_ddp import DDPEngine
-from training.distributed import check_accumulation, has_lost_contact
+from training.distributed import check_accumulation, is_communication_error
 from training.losses import next_token
+from training.setup import build_run
 from weights.checkpointing import load_checkpoint
 
 ARGUMENTS = [*TINY, *FAST, "--optimizer", "adamw", "--eval_interval", "10", "--gradient_accumulation_steps", "4"]
@@ -148,22 +149,21 @@ def test_the_nearest_accumulations_that_work_are_named(steps, world_size, says):
 
 
 def test_lost_contact_is_told_from_other_errors():
-    assert has_lost_contact(torch.distributed.DistBackendError("x"))
-    assert has_lost_contact(
+    assert is_communication_error(torch.distributed.DistBackendError("x"))
+    assert is_communication_error(
         RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer")
     )
-    assert not has_lost_contact(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_communication_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_gradients_are_exchanged_with_the_last_micro_batch_only(prepared, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", "0")
-    arguments = train.make_parser().parse(["-t", "pretrain", *ARGUMENTS])
-    config, explicit, defaults = train.read_configs(*arguments)
-    engine = DDPEngine(config)
+    asked = asked_by("-t", "pretrain", *ARGUMENTS)
+    engine = DDPEngine(asked.training)
     try:
-        run = train.set_up(config, explicit, defaults, engine)
+        run = build_run(asked, engine)
         exchanged, taken = [], []
 
         def hook(state, bucket):
@@ -190,3 +190,45 @@ def test_processes_evaluate_as_often_as_one_another_on_everything_once(prepared,
     rows = sorted(row.tolist() for batches in of_ranks for batch in batches if batch.count for row in batch.idx[:, :4])
     alone = sorted(row.tolist() for batch in ValidationBatches([file], **shared) for row in batch.idx[:, :4])
     assert rows == alone
+
+
+@pytest.mark.parametrize(
+    ("options", "process_options"),
+    [
+        (["--problem", "add", "--length", "1-2"], []),
+        (["--problem", "sort", "--length", "3"], ["--fsdp", "true"]),
+        (["--problem", "sort", "--length", "3", "--loss", "grpo", "--from_checkpoint", "sorter.pt"], []),
+    ],
+)
+def test_a_toy_problem_on_two_processes_is_that_of_one(work, call, options, process_options):
+    """Micro-batches and validation are dealt out; losses, accuracy and reward are those of all together."""
+    shape = ["--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--device", "cpu"]
+    assert call("train.py", "--problem", "sort", "--length", "3", *shape, "--max_steps", "3").status == 0
+    (work / "checkpoint" / "problem_sort.pt").rename(work / "sorter.pt")
+    steps = ["--max_steps", "4", "--eval_interval", "2", "--eval_iters", "3", "--batch_size", "32"]
+    arguments = [*options, *(shape if "grpo" not in options else shape[-2:]), *steps]
+    arguments += ["--gradient_accumulation_steps", "2", "--optimizer", "adamw"]
+    assert call("train.py", *arguments).status == 0
+    one, records = curves(newest_log(work)), read_log(newest_log(work), "val")
+    assert_close(one, train_on(2, work, *arguments, *process_options), 1e-4)
+    for record, other in zip(records, read_log(newest_log(work), "val"), strict=True):
+        for field in {"accuracy", "reward"} & record.keys():
+            assert other[field] == pytest.approx(record[field], abs=1e-6)
+
+
+def test_rewards_need_the_whole_model_on_every_process(work, call):
+    shape = ["--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--device", "cpu"]
+    assert call("train.py", "--problem", "sort", "--length", "3", *shape, "--max_steps", "1").status == 0
+    options = [
+        "--problem",
+        "sort",
+        "--length",
+        "3",
+        "--loss",
+        "grpo",
+        "--from_checkpoint",
+        "checkpoint/problem_sort.pt",
+    ]
+    options += ["--device", "cpu", "--fsdp", "true", "--gradient_accumulation_steps", "2", "--batch_size", "32"]
+    statuses, said = end_of(2, work, *options, "--max_steps", "1")
+    assert statuses == [1, 1] and "loss grpo needs the whole model on every process" in said[0]

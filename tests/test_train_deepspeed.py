@@ -5,13 +5,12 @@ import sys
 
 import pytest
 import torch
-from conftest import DATA, FAST, TINY, start_script
+from conftest import DATA, FAST, TINY, asked_by, start_script
 from processes import assert_close, curves, end_of, finish, newest_log, start, train_on
 
-import train
 import train_deepspeed
 from base.configuration import UserError
-from weights.checkpointing import finish_sharded, load_checkpoint, load_newest, save_shard
+from weights.checkpointing import finish_sharded, load_checkpoint, load_checkpoint_or_previous, save_shard
 
 pytest.importorskip("deepspeed")
 
@@ -157,7 +156,7 @@ def test_a_hostfile_after_the_script_starts_the_launcher(prepared):
 
 
 def merged(settings, *argv, world_size=2, dtype=torch.float32):
-    config, _, _ = train.read_configs(*train.make_parser().parse([*ARGUMENTS, "--optimizer", "adamw", *argv]))
+    config = asked_by(*ARGUMENTS, "--optimizer", "adamw", *argv).training
     return train_deepspeed.merge_settings(settings, "ds.json", config, dtype, world_size)
 
 
@@ -284,8 +283,8 @@ def test_a_damaged_sharded_checkpoint_falls_back_to_its_predecessor(work, capsys
         save_shard(work, step, 0, 1, {"w": {"shape": (2, 2), "start": 0, **share}})
         finish_sharded(work, 1, {"step": step, **values})
     assert sorted(folder.name for folder in work.glob("step_*")) == ["step_2_of_1", "step_3_of_1"]
-    assert load_newest(work)["step"] == 3
+    assert load_checkpoint_or_previous(work)["step"] == 3
     (work / "step_3_of_1" / "rank_0.pt").write_bytes(b"")
-    older = load_newest(work)
+    older = load_checkpoint_or_previous(work)
     assert older["step"] == 2 and torch.equal(older["model"]["w"], torch.full((2, 2), 2.0))
     assert "rank_0.pt: " in (said := capsys.readouterr().err) and "going on from its predecessor, step 2" in said

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from base.configuration import UserError
 from base.prefetching import prefetch
-from text.tokenizer import Messages, may_have_special
+from text.tokenizer import Messages, may_contain_special
 
 CHUNK = 1 << 20  # bytes of a file held at a time
 LONGEST_DOCUMENT = 1 << 24  # characters; a longer one is treated as running text
@@ -178,7 +178,7 @@ def documents(
     held = ""
     for chunk in text_chunks(source, progress):
         held += chunk
-        if may_have_special(held):
+        if may_contain_special(held):
             *units, held = document_edge.split(held)
             yield from delimited(units)
         too_long = LONGEST_DOCUMENT if held.startswith("<|bos|>") else CHUNK // 2

@@ -33,14 +33,14 @@ special_pattern = re.compile("(" + "|".join(re.escape(token) for token in SPECIA
 Messages = list[dict[str, str]]
 
 
-def may_have_special(text: str) -> bool:
+def may_contain_special(text: str) -> bool:
     """False where a text cannot hold a special token: one character is looked for much faster than two."""
     return "|" in text and "<|" in text
 
 
-def without_special(text: str, instead: str = "") -> str:
+def remove_special_tokens(text: str, instead: str = "") -> str:
     """A text with something else in place of its special tokens."""
-    return special_pattern.sub(instead, text) if may_have_special(text) else text
+    return special_pattern.sub(instead, text) if may_contain_special(text) else text
 
 
 class Tokenizer(ABC):
@@ -56,7 +56,7 @@ class Tokenizer(ABC):
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         """Token ids of a text; with special=True, special tokens in it become their ids."""
-        if not (special and may_have_special(text)):
+        if not (special and may_contain_special(text)):
             return self._encode_plain(text)
         pieces = special_pattern.split(text)  # plain, special, plain, special, ..., plain
         parts = []
@@ -167,7 +167,7 @@ class CharTokenizer(Tokenizer):
         """A vocabulary of every distinct character of the texts, special tokens aside, in code point order."""
         seen = np.zeros(UNICODE_SIZE, dtype=bool)
         for text in texts:
-            mark_characters(seen, without_special(text))
+            mark_characters(seen, remove_special_tokens(text))
         return cls.from_seen(seen)
 
     @classmethod
@@ -256,7 +256,7 @@ class BPETokenizer(Tokenizer):
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        plain = (without_special(text, "\n") for text in texts)
+        plain = (remove_special_tokens(text, "\n") for text in texts)
         tokenizer.train_from_iterator(plain, trainer)
         return cls(tokenizer.to_str())
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import train
 from base.configuration import UserError
 from model import GPT
 from training.engine import Engine
@@ -78,18 +77,18 @@ def check_accumulation(accumulation_steps: int, world_size: int) -> None:
         )
 
 
-def has_lost_contact(error: RuntimeError) -> bool:
+def is_communication_error(error: RuntimeError) -> bool:
     """Whether an error of torch's comes from the processes' talking to each other."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()
 
 
-def launch(args: Any, overrides: dict[str, Any], make_engine: Callable[[Any], Engine]) -> None:
-    """train.train_stage in one process of several; explains lost contact, and says which process met an error."""
+def launch(work: Callable[[], None]) -> None:
+    """Do this process's share of a job's work; explains lost contact, and says which process met an error."""
     rank = int(os.environ["RANK"])
     try:
-        train.train_stage(args, overrides, make_engine)
+        work()
     except RuntimeError as error:
-        if not has_lost_contact(error):
+        if not is_communication_error(error):
             raise
         first_line = str(error).strip().split("\n")[0]
         raise UserError(

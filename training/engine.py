@@ -14,28 +14,23 @@ from typing import Any
 import torch
 
 from base.configuration import UserError
+from base.devices import find_device, find_dtype
 from model import GPT
 from text.batches import Batch
 from training.optimizer import make_optimizer, scale_learning_rates
 from weights.checkpointing import save_checkpoint
 from weights.lora import adapter_weights
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 Loss = Callable[[torch.nn.Module, Batch, str], torch.Tensor]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """float32, float16 or bfloat16: as a config says it."""
-    return str(dtype).removeprefix("torch.")
 
 
 class Engine:
     """One process, one device. config: a TrainConfig (device, dtype, compile, random_seed, grad_clip, optimizer's)."""
 
     rank, world_size = 0, 1
-    command = "python train.py"
+    launcher = "python"  # what the command line begins with, before the script's name
     can_shard = False
+    shards_parameters = False  # between passes no process has the whole model
     writes_shards = False  # <stage>_last is a folder of every process's share, not a file
 
     def __init__(self, config: Any) -> None:
@@ -126,7 +121,7 @@ class Engine:
         if self.is_main:
             save_checkpoint(path, {**state, **values})
 
-    def whole_model(self) -> GPT | None:
+    def full_model(self) -> GPT | None:
         """The model on one device, for sampling; None on all processes but the main one where that takes a copy."""
         return self.model
 
@@ -156,26 +151,3 @@ class Engine:
         if self.scaler.is_enabled() and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.set_random_states(checkpoint["rng"])
-
-
-def find_device(name: str) -> torch.device:
-    """The device that a name stands for; raises UserError where it does not exist."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device {name!r} is not a device's name; use auto, cpu, cuda, cuda:1 or mps") from None
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= counts.get(device.type, 0):
-        raise UserError(f"device {name!r} does not exist here: {counts.get(device.type, 0)} of its kind; try auto")
-    return device
-
-
-def find_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Precision of the matrix products; auto: bfloat16 or float16 where a CUDA card computes it fast, else float32."""
-    if name != "auto":
-        return DTYPES[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.float32

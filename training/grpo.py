@@ -1,10 +1,11 @@
-"""Learning from a reward that can be checked: group-relative policy optimisation (Shao et al. 2024, arXiv:2402.03300).
+"""Learning from a reward that can be checked: group-relative policy optimization (Shao et al. 2024, arXiv:2402.03300).
 
     python problem.py sort --loss grpo --from_checkpoint checkpoint/problem_sort.pt
 
-For each prompt the model draws a group of answers. Each is worth what is right of it; its advantage is its reward
-against the mean of its group. Tokens of answers with an advantage are made likelier, those of the others less likely.
-No answer is ever shown to the model, no second network judges: what it can do now and then, it learns to do always.
+For each prompt the model (the policy) samples a group of completions, and each gets a reward for what is right of it.
+Its advantage is its reward relative to the mean of its group: no value network is needed, as in PPO, to say what was to
+be expected. Tokens of completions with a positive advantage are made likelier, the others less likely. The model never
+sees a right answer: what it gets right now and then, it learns to get right always.
 """
 
 import numpy as np
@@ -13,65 +14,76 @@ import torch.nn.functional as F
 
 from base.configuration import UserError
 from model import GPT
-from problems.instances import Source, parse_length
+from problems.config import parse_length
+from problems.instances import InstanceSampler
 from text.batches import Batch
 from text.tokenizer import EOS, PADDING
 from training.engine import Engine
 
 
 def log_probabilities(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """log p of every target that counts (B, T), else 0."""
+    """log p of every target (B, T); 0 where the loss mask is 0."""
     return -model(batch.idx, batch.targets, batch.loss_mask, "none")[1]
 
 
 def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Rewards (B,), group after group, as distances from their group's mean in its standard deviations."""
+    """Rewards (B,), group after group, standardized within their group: (r - mean) / std."""
     groups = rewards.view(-1, group_size)
     spread = groups.std(dim=1, correction=0, keepdim=True)
+    # where all completions of a group got the same reward, all advantages are 0: there is nothing to learn from it
     return ((groups - groups.mean(dim=1, keepdim=True)) / (spread + 1e-6)).flatten()
 
 
-def reward(drawn: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
-    """What answers (B, A) are worth, 0 to 1: half for the share of right tokens, half for being right throughout."""
-    counts = answers != PADDING
-    right = (drawn == answers) | ~counts
-    share = (right & counts).sum(1) / counts.sum(1)
-    return (share + (drawn == answers).all(1)) / 2
+def reward(completions: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    """Reward (B,) in 0..1 of completions (B, A): half for the share of right tokens, half for an exact match.
+
+    The share alone would pay for answers that are nearly right; an exact match alone is too rare to begin with.
+    """
+    is_target = answers != PADDING
+    right = (completions == answers) | ~is_target
+    share = (right & is_target).sum(1) / is_target.sum(1)
+    return (share + (completions == answers).all(1)) / 2
 
 
 class Rollouts:
-    """Training batches made of the model's own answers to a problem's prompts, as it is at that moment."""
+    """Training batches of the model's own completions of a problem's prompts, judged by their reward."""
 
     samples_per_epoch = None
-    is_live = True  # not to be made ahead
+    datasets = ()
+    is_on_policy = True  # made by the model as it is at that step, so not to be prefetched
 
-    def __init__(self, source: Source, model: GPT, reference: GPT, engine: Engine) -> None:
-        self.source, self.model, self.reference, self.engine = source, model, reference, engine
-        self.config = config = source.config
+    def __init__(self, sampler: InstanceSampler, model: GPT, reference: GPT, engine: Engine) -> None:
+        self.sampler, self.model, self.reference, self.engine = sampler, model, reference, engine
+        self.config = config = engine.config
         if config.batch_size % config.grpo_group:
             raise UserError(f"batch_size ({config.batch_size}) must be divisible by grpo_group ({config.grpo_group})")
-        self.lengths = parse_length(config.train_length)
+        if engine.shards_parameters:  # every forward pass would need all processes, and they sample different lengths
+            raise UserError("loss grpo needs the whole model on every process: not with fsdp or ZeRO stage 3")
+        self.lengths = parse_length(sampler.config.train_length)
         self.samples_per_step = config.batch_size * config.gradient_accumulation_steps
-        self.kept: tuple[int, list[Batch]] = (-1, [])
-        self.rewards: list[float] = []
+        self.kept: tuple[int, list[Batch]] = (-1, [])  # position of the newest rollouts, and their micro-batches
+        self.rewards: list[float] = []  # mean rewards of the micro-batches since the last evaluation
 
     def at(self, position: int) -> list[Batch]:
-        """The step's micro-batches; grpo_updates steps in a row learn from the same answers."""
-        first = position - position % (self.samples_per_step * self.config.grpo_updates)
+        """This process's micro-batches of the step; grpo_updates consecutive steps share one set of completions."""
+        config, engine = self.config, self.engine
+        first = position - position % (self.samples_per_step * config.grpo_updates)
         if self.kept[0] != first:
-            steps = range(self.config.gradient_accumulation_steps)
-            self.kept = first, [self.roll_out(first + step * self.config.batch_size) for step in steps]
+            micro_steps = range(engine.rank, config.gradient_accumulation_steps, engine.world_size)
+            self.kept = first, [self.roll_out(first + step * config.batch_size) for step in micro_steps]
         return self.kept[1]
 
     def prompts(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of prompts of one length (n, T), and of their answers (n, A), with <|eos|> where they are drawn."""
+        """Token ids of prompts of one length (n, T), and of their answers (n, A), <|eos|> included if causal."""
         n = self.config.batch_size // self.config.grpo_group
-        instances = self.source.draw(rng, 16 * n, int(rng.choice(self.lengths)), "train")
-        prompts, answers = self.source.ids(instances.prompt), self.source.ids(instances.answer)
+        instances = self.sampler.draw(rng, 16 * n, int(rng.choice(self.lengths)), "train")
+        prompts, answers = self.sampler.ids(instances.prompt), self.sampler.ids(instances.answer)
         lengths = (prompts != PADDING).sum(axis=1)
-        alike = np.resize(np.flatnonzero(lengths == lengths[0]), n)  # so that each length comes as often as it is drawn
+        # generation takes prompts of equal length: those as long as the first drawn one, so that every length
+        # occurs as often as it is drawn
+        alike = np.resize(np.flatnonzero(lengths == lengths[0]), n)
         prompts, answers = prompts[alike, : lengths[alike[0]]], answers[alike]
-        if not self.source.problem.is_causal:
+        if not self.sampler.problem.is_causal:
             return prompts, answers[:, : prompts.shape[1]]
         answers = np.pad(answers, ((0, 0), (0, 1)), constant_values=PADDING)
         answers[np.arange(n), (answers != PADDING).sum(axis=1)] = EOS
@@ -79,72 +91,74 @@ class Rollouts:
 
     @torch.no_grad()
     def roll_out(self, place: int) -> Batch:
-        """Draw a group of answers to every prompt, and judge them."""
+        """Sample a group of completions of every prompt, and their rewards. place: position in the data, the seed."""
         rng = np.random.default_rng([self.config.random_seed, place])
         group, device = self.config.grpo_group, self.engine.device
         prompts, answers = (torch.from_numpy(ids).repeat_interleave(group, 0).to(device) for ids in self.prompts(rng))
         self.model.eval()
         seed = int(rng.integers(1 << 62))
-        draw = self.draw if self.source.problem.is_causal else self.draw_at_once
-        batch, drawn = draw(prompts, answers, seed)
-        rewards = reward(drawn, answers)
+        sample = self.sample if self.sampler.problem.is_causal else self.sample_in_one_pass
+        batch, completions = sample(prompts, answers, seed)
+        rewards = reward(completions, answers)
         self.rewards.append(rewards.mean().item())
         old, reference = log_probabilities(self.model, batch), log_probabilities(self.reference, batch)
         self.model.train()
         return batch._replace(reference=reference, old=old, advantage=group_advantages(rewards, group))
 
-    def draw(self, prompts: torch.Tensor, answers: torch.Tensor, seed: int) -> tuple[Batch, torch.Tensor]:
-        """Answers drawn token by token, up to <|eos|> or the right answer's length; and the batch to learn from."""
+    def sample(self, prompts: torch.Tensor, answers: torch.Tensor, seed: int) -> tuple[Batch, torch.Tensor]:
+        """Completions (B, A), token by token up to <|eos|> or the answer's length, and the batch to learn from."""
         steps = self.model.generate(prompts, answers.size(1), temperature=1.0, stop_tokens=(EOS,), seed=seed)
-        drawn = torch.stack(list(steps), dim=1)
-        drawn = F.pad(drawn, (0, answers.size(1) - drawn.size(1)), value=EOS)
-        is_end = (drawn == EOS).int()
-        mask = is_end.cumsum(1) - is_end == 0  # up to the first <|eos|>, itself included
-        drawn = drawn * mask  # (PADDING is 0)
-        whole = torch.cat((prompts, drawn), dim=1)
+        completions = torch.stack(list(steps), dim=1)
+        completions = F.pad(completions, (0, answers.size(1) - completions.size(1)), value=EOS)
+        is_end = (completions == EOS).int()
+        mask = is_end.cumsum(1) - is_end == 0  # 1 up to the first <|eos|>, itself included
+        completions = completions * mask  # (PADDING is 0)
+        whole = torch.cat((prompts, completions), dim=1)
         loss_mask = torch.cat((torch.zeros_like(prompts[:, 1:]), mask), dim=1).float()
-        return Batch(whole[:, :-1].contiguous(), whole[:, 1:].contiguous(), loss_mask, len(whole)), drawn
+        return Batch(whole[:, :-1].contiguous(), whole[:, 1:].contiguous(), loss_mask, len(whole)), completions
 
-    def draw_at_once(self, prompts: torch.Tensor, answers: torch.Tensor, seed: int) -> tuple[Batch, torch.Tensor]:
-        """With full attention an answer is one pass: every position of it is drawn for itself."""
+    def sample_in_one_pass(self, prompts: torch.Tensor, answers: torch.Tensor, seed: int) -> tuple[Batch, torch.Tensor]:
+        """With full attention one pass gives a distribution at every position, each sampled independently."""
         mask = answers != PADDING
         probabilities = self.model(prompts)[0].float().softmax(-1)
         generator = torch.Generator(prompts.device).manual_seed(seed)
-        drawn = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator).view_as(prompts) * mask
-        return Batch(prompts, drawn, mask.float(), len(prompts)), drawn
+        completions = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator).view_as(prompts) * mask
+        return Batch(prompts, completions, mask.float(), len(prompts)), completions
 
-    def figures(self) -> dict[str, float]:
-        """The mean reward of the answers drawn since the last call."""
-        rewards, self.rewards = self.rewards, []
-        return {"reward": float(np.mean(rewards)) if rewards else 0.0}
+    def metrics(self) -> dict[str, float]:
+        """The mean reward of the completions sampled since the last call, over all processes."""
+        total, n = self.engine.sum_over_ranks(sum(self.rewards), float(len(self.rewards)))
+        self.rewards = []
+        return {"reward": total / n if n else 0.0}
 
 
 def policy_loss(
     new: torch.Tensor, old: torch.Tensor, reference: torch.Tensor, advantage: torch.Tensor, clip: float, beta: float
 ) -> torch.Tensor:
-    """The loss of every token (B, T), of log-probabilities (B, T) and advantages (B,).
+    """The loss of every token (B, T), from log-probabilities (B, T) and advantages (B,).
 
-    The clipped surrogate of PPO (Schulman et al. 2017, arXiv:1707.06347), and beta times an estimate of the divergence
-    from the reference that is never negative: r - log r - 1, with r = p_reference / p.
+    PPO's clipped surrogate (Schulman et al. 2017, arXiv:1707.06347): -min(r A, clip(r, 1 - eps, 1 + eps) A) with the
+    ratio r = p_new / p_old, plus beta times an unbiased, non-negative estimate of KL(new || reference):
+    q - log q - 1 with q = p_reference / p_new (Schulman 2020, "Approximating KL divergence").
     """
     ratio = (new - old).exp()
     advantage = advantage[:, None]
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    away = reference - new
-    return beta * (away.exp() - away - 1) - surrogate
+    log_q = reference - new
+    return beta * (log_q.exp() - log_q - 1) - surrogate
 
 
 class PolicyLoss:
-    """policy_loss, the mean over each answer's tokens; validation measures the share of wrong answers."""
+    """policy_loss, averaged over each completion's tokens; validation measures the share of wrong answers."""
 
     def __init__(self, clip: float, beta: float) -> None:
         self.clip, self.beta = clip, beta
 
     def __call__(self, model: torch.nn.Module, batch: Batch, reduction: str) -> torch.Tensor:
         if reduction == "none":
-            said = model(batch.idx)[0].argmax(-1)
-            right = (said == batch.targets) | (batch.loss_mask == 0)
-            return 1 - right.all(1, keepdim=True).float()
+            predicted = model(batch.idx)[0].argmax(-1)
+            right = (predicted == batch.targets) | (batch.loss_mask == 0)
+            return 1 - right.all(1, keepdim=True).float()  # (B, 1)
         new = log_probabilities(model, batch)
         losses = policy_loss(new, batch.old, batch.reference, batch.advantage, self.clip, self.beta)
         return ((losses * batch.loss_mask).sum(1) / batch.loss_mask.sum(1)).sum()

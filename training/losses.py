@@ -25,7 +25,7 @@ def next_token(model: torch.nn.Module, batch: Batch, reduction: str) -> torch.Te
     return model(batch.idx, batch.targets, batch.loss_mask, reduction, batch.documents, with_logits)[1]
 
 
-def load_frozen(field: str, path: str, tokenizer: Tokenizer, device: torch.device) -> GPT:
+def load_frozen_model(field: str, path: str, tokenizer: Tokenizer, device: torch.device) -> GPT:
     """Another model to learn from, of a checkpoint that a config field names."""
     if not path:
         raise UserError(f"{field}: which checkpoint? --{field} names it")
@@ -67,7 +67,7 @@ class Distillation:
 
 
 def distillation(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[Any]) -> Distillation:
-    teacher = load_frozen("teacher", config.teacher, tokenizer, engine.device)
+    teacher = load_frozen_model("teacher", config.teacher, tokenizer, engine.device)
     teacher.restart_positions = config.restart_positions
     return Distillation(teacher, config.distill_temperature, config.distill_weight)
 
@@ -97,7 +97,7 @@ def orpo(margin: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor, con
 
 
 PREFERENCES = {"dpo": dpo, "ipo": ipo, "simpo": simpo, "orpo": orpo}
-REFERENCED = ("dpo", "ipo")  # those that measure from a reference; the others take log-probabilities per token
+NEEDS_REFERENCE = ("dpo", "ipo")  # those that measure from a reference; the others take log-probabilities per token
 CHOSEN_WEIGHT = {"dpo": 0.2, "ipo": 0.2, "simpo": 0.2, "orpo": 1.0}  # of the chosen answer's own cross-entropy
 
 
@@ -121,7 +121,7 @@ class Preference:
     def __call__(self, model: torch.nn.Module, batch: Batch, reduction: str) -> torch.Tensor:
         per_answer = log_probabilities(model, batch).sum(1)
         per_token = per_answer / batch.loss_mask.sum(1)
-        is_referenced = self.config.loss in REFERENCED
+        is_referenced = self.config.loss in NEEDS_REFERENCE
         chosen, rejected = (per_answer if is_referenced else per_token).chunk(2)
         margin = chosen - rejected - (batch.reference if is_referenced else 0.0)
         losses = PREFERENCES[self.config.loss](margin, chosen, rejected, self.config)
@@ -131,7 +131,7 @@ class Preference:
             self.evaluated.append(margin.detach())
         return losses[:, None] * (batch.count > 0)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Over the last evaluation: the share of pairs that the model ranks right, and the mean reward margin."""
         margins = torch.cat(self.evaluated) if self.evaluated else torch.zeros(0)
         self.evaluated = []
@@ -140,7 +140,7 @@ class Preference:
 
 
 @torch.no_grad()
-def remember_reference(reference: GPT, pairs: Pairs, batch_size: int, device: torch.device) -> None:
+def compute_reference_margins(reference: GPT, pairs: Pairs, batch_size: int, device: torch.device) -> None:
     """Compute the reference's log p(chosen) / p(rejected) of all pairs, once."""
     for start in range(0, len(pairs), batch_size):
         rows = [pairs.get(i, 0) for i in range(start, min(len(pairs), start + batch_size))]
@@ -151,13 +151,13 @@ def remember_reference(reference: GPT, pairs: Pairs, batch_size: int, device: to
 
 def preference(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[Any]) -> Preference:
     reference = None
-    if config.loss in REFERENCED:
-        reference = load_frozen("reference", config.reference, tokenizer, engine.device)
+    if config.loss in NEEDS_REFERENCE:
+        reference = load_frozen_model("reference", config.reference, tokenizer, engine.device)
     for dataset in data:
         if not isinstance(dataset, Pairs):
             raise UserError(f"loss {config.loss} needs pairs: jsonl lines with prompt, chosen and rejected")
         if reference is not None:
-            remember_reference(reference, dataset, config.batch_size, engine.device)
+            compute_reference_margins(reference, dataset, config.batch_size, engine.device)
     return Preference(config, engine.sum_over_ranks)
 
 
@@ -181,7 +181,7 @@ LOSSES = {
 }
 
 
-BY_TOKEN = ("next_token", "distill")  # those whose validation is the cross-entropy of a text's tokens
+PER_TOKEN_LOSSES = ("next_token", "distill")  # those whose validation is the cross-entropy of a text's tokens
 
 
 def make_loss(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[Any]) -> Loss:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from model import GPT
+from model import GPT, ModelConfig
 
 # ------------------------------------------------------------------------------------------------------ schedules
 
@@ -101,7 +101,7 @@ class Muon(torch.optim.Optimizer):
         gradients = [p.grad for p in ps]
         momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in ps]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        updates = [whole(u) for u in torch._foreach_lerp(gradients, momenta, group["momentum"])]
+        updates = [full_tensor(u) for u in torch._foreach_lerp(gradients, momenta, group["momentum"])]
         by_shape: dict[torch.Size, list[torch.Tensor]] = {}
         for update, (_, rows) in zip(updates, moving, strict=True):
             for matrix in update.split(rows, dim=-2):
@@ -112,15 +112,15 @@ class Muon(torch.optim.Optimizer):
             orthogonal = orthogonalise(stack.view(-1, n_rows, n_columns)).mul_(scale).view_as(stack)
             torch._foreach_copy_(matrices, orthogonal.unbind())
         torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(ps, [like(p, u) for p, u in zip(ps, updates, strict=True)], alpha=-group["lr"])
+        torch._foreach_add_(ps, [shard_like(p, u) for p, u in zip(ps, updates, strict=True)], alpha=-group["lr"])
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that may be sharded over processes, whole."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def like(p: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+def shard_like(p: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
     """This process's share of an update that every process has whole, where p is sharded."""
     if not hasattr(p, "full_tensor"):
         return update
@@ -129,7 +129,7 @@ def like(p: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
 
 
-class Together(torch.optim.Optimizer):
+class CombinedOptimizer(torch.optim.Optimizer):
     """Several optimizers that step as one; its groups are theirs."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
@@ -156,7 +156,7 @@ def adamw(groups: list[dict[str, Any]], config: Any, device: torch.device) -> to
 
 def make_adamw(model: GPT, config: Any, device: torch.device) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101); weight decay on matrices only."""
-    matrices, others = by_dimension(model)
+    matrices, others = matrices_and_vectors(model)
     return adamw(
         [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
         config,
@@ -166,7 +166,7 @@ def make_adamw(model: GPT, config: Any, device: torch.device) -> torch.optim.Opt
 
 def make_sgd(model: GPT, config: Any, device: torch.device) -> torch.optim.Optimizer:
     """Stochastic gradient descent with momentum beta1; weight decay on matrices only."""
-    matrices, others = by_dimension(model)
+    matrices, others = matrices_and_vectors(model)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.beta1)
 
@@ -175,10 +175,19 @@ def make_muon(model: GPT, config: Any, device: torch.device) -> torch.optim.Opti
     """Muon for the matrices inside the blocks; AdamW, at learning_rate, for embeddings, output layer, norms, router."""
     named = trainable(model)
     matrices = {n: p for n, p in named.items() if p.dim() >= 2 and "blocks." in n and "router" not in n}
-    rows = [model.joined_rows(name, p.size(-2)) for name, p in matrices.items()]
+    rows = [joined_rows(model.config, name, p.size(-2)) for name, p in matrices.items()]
     muon = Muon([*matrices.values()], config.muon_learning_rate, config.muon_momentum, config.weight_decay, rows)
     others = [p for name, p in named.items() if name not in matrices]
-    return Together(muon, adamw([{"params": others, "weight_decay": 0.0}], config, device))
+    return CombinedOptimizer(muon, adamw([{"params": others, "weight_decay": 0.0}], config, device))
+
+
+def joined_rows(config: ModelConfig, name: str, n_rows: int) -> list[int]:
+    """Rows of each of the matrices that the weight of this name, of n_rows in all, stores below one another."""
+    if name.endswith("qkv.weight"):
+        kv = config.n_kv_head * config.head_dim
+        return [n_rows - 2 * kv, kv, kv]
+    is_gated = config.mlp == "swiglu" and name.endswith((".up", ".up.weight"))
+    return [n_rows // 2] * 2 if is_gated else [n_rows]
 
 
 OPTIMIZERS = {"adamw": make_adamw, "muon": make_muon, "sgd": make_sgd}
@@ -189,7 +198,7 @@ def trainable(model: GPT) -> dict[str, torch.Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def by_dimension(model: GPT) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def matrices_and_vectors(model: GPT) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Trained parameters that are matrices, and the others (norm weights, biases)."""
     ps = trainable(model).values()
     return [p for p in ps if p.dim() >= 2], [p for p in ps if p.dim() < 2]

@@ -2,7 +2,6 @@
 
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -11,17 +10,11 @@ from typing import Any
 import torch
 
 from base.configuration import UserError
+from base.devices import device_name, dtype_name, synchronise
 from layers.head import logits_at_once
 from layers.masks import attention_mask, block_masks
 from model import GPT, Attention, ModelConfig
-from training.engine import Engine, dtype_name
-
-
-def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+from training.engine import Engine
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -45,13 +38,6 @@ def best_seconds(device: torch.device, work: Callable[[], Any]) -> float:
         if time.perf_counter() > deadline:
             break
     return best
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def trained_parameters(model: GPT) -> int:
@@ -117,13 +103,13 @@ def choose_attention(config: Any, model: GPT, engine: Engine) -> None:
     if config.sdp_kernel == "flash":
         raise UserError("sdp_kernel flash takes no masks (attention_window, mask_documents, pack_samples): use auto")
     if config.sdp_kernel == "auto" and engine.use_compile:
-        reason = why_not_flex(model.config, engine)
+        reason = flex_attention_problem(model.config, engine)
         model.use_flex = not reason
         if reason and engine.is_main:
             print(f"flex attention: not here ({reason}); masks go to SDPA", file=sys.stderr)
 
 
-def why_not_flex(config: ModelConfig, engine: Engine) -> str:
+def flex_attention_problem(config: ModelConfig, engine: Engine) -> str:
     """Why flex attention cannot train a network of this shape on the engine's device; empty where it can.
 
     Tried, as the answer lies in the card, the size of the heads, torch and the compiler: a window of two documents,
@@ -155,7 +141,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
-def how_to_fit(run: Any) -> str:
+def out_of_memory_advice(run: Any) -> str:
     """For a run that ran out of memory: which sizes to lower, and by about how much."""
     config, shape = run.config, run.model.config
     needed, fixed = memory_estimate(run, config.batch_size), memory_estimate(run, 0)
@@ -179,7 +165,7 @@ def report(run: Any) -> None:
     tokens_per_step = batches.samples_per_step * model.config.block_size
     needed = memory_estimate(run, config.batch_size)
     if engine.device.type == "cpu" and needed > 2 * memory_total():
-        raise UserError(how_to_fit(run))
+        raise UserError(out_of_memory_advice(run))
     available = memory_available(engine.device)
     print(
         f"{config.stage}: {model.parameter_count() / 1e6:.2f}M parameters, "
@@ -203,7 +189,7 @@ def report(run: Any) -> None:
     )
     for line in baseline_lines(run):
         print(line)
-    if run.continues:
+    if run.is_resumed:
         print(
             f"continues {config.from_checkpoint} at step {run.state.step:,}, "
             f"best validation loss {run.state.best_val_loss:.4f}"
@@ -218,16 +204,16 @@ def report(run: Any) -> None:
 
 def baseline_lines(run: Any) -> list[str]:
     """What a model has to beat, from the validation file's header."""
-    if run.tokens_per_character is None:
+    if run.source.tokens_per_character is None:
         return []
-    header = run.validation.header
-    ratio = run.tokens_per_character / math.log(2)
+    baselines = run.source.baselines
+    ratio = run.source.tokens_per_character / math.log(2)
     parts = [
-        f"{name} {header['baselines'][name]:.3f} ({header['baselines'][name] * ratio:.2f} bits/character)"
+        f"{name} {baselines[name]:.3f} ({baselines[name] * ratio:.2f} bits/character)"
         for name in ("uniform", "unigram")
     ]
     for name in ("zlib", "lzma"):
-        value = header["baselines"].get(f"{name}_bits_per_character")
+        value = baselines.get(f"{name}_bits_per_character")
         if value is not None:
             parts.append(f"{name} {value:.2f} bits/character")
     return ["to beat: " + ", ".join(parts)]
@@ -261,7 +247,7 @@ def warnings(run: Any, needed: float, available: float | None) -> list[str]:
     return found
 
 
-def judge_first_loss(loss: float, vocab_size: int) -> None:
+def check_first_loss(loss: float, vocab_size: int) -> None:
     """Warn of a new model that does not start near the loss of guessing, ln(vocab_size)."""
     expected = math.log(vocab_size)
     if abs(loss - expected) > 1.0:
@@ -272,14 +258,14 @@ def judge_first_loss(loss: float, vocab_size: int) -> None:
         )
 
 
-def check_learning(run: Any, loss_function: Any, steps: int = 100) -> None:
+def check_learning(run: Any, steps: int = 100) -> None:
     """Overfit one micro-batch: a set-up that can learn drives its loss down. Raises UserError where it does not."""
     engine = run.engine
     batch = run.batches.at(0)[0]
     losses = []
     began = time.perf_counter()
     for step in range(steps):
-        losses.append(engine.forward_backward(loss_function, batch, batch.count, is_last=True).item())
+        losses.append(engine.forward_backward(run.loss, batch, batch.count, is_last=True).item())
         engine.step(min(1.0, (step + 1) / 10))
         if losses[-1] < 0.2 * losses[0] or time.perf_counter() - began > 120:
             break

@@ -72,7 +72,7 @@ class RunLog:
         self.write({"type": "train", **record})
         self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s", refresh=False)
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """A line on the console, above the progress bar."""
         if self.is_main:
             tqdm.write(text)

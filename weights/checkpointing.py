@@ -96,7 +96,7 @@ def keep_previous(path: Path, only_if_none: bool = False) -> None:
         shutil.copy2(path, previous)
 
 
-def load_newest(path: str | Path) -> dict[str, Any]:
+def load_checkpoint_or_previous(path: str | Path) -> dict[str, Any]:
     """load_checkpoint; where that one is damaged and NAME.previous is not, the latter, saying so."""
     path = Path(path)
     previous = path / "previous" if path.is_dir() else Path(f"{path}.previous")
@@ -154,14 +154,14 @@ def check_layout(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's states, by the names that torch and DeepSpeed both use
 
 
-def shares_of(folder: Path, step: int, world_size: int) -> Path:
+def shard_folder(folder: Path, step: int, world_size: int) -> Path:
     """Where the shares of a step lie; those of another number of processes are not to be mixed with them."""
     return folder / f"step_{step}_of_{world_size}"
 
 
 def save_shard(folder: Path, step: int, rank: int, world_size: int, shares: dict[str, dict[str, Any]]) -> None:
     """Write one process's share; raises SaveError where that fails."""
-    write_tensors(shares_of(folder, step, world_size) / f"rank_{rank}.pt", shares)
+    write_tensors(shard_folder(folder, step, world_size) / f"rank_{rank}.pt", shares)
 
 
 def write_name(pointer: Path, name: str) -> None:
@@ -171,7 +171,7 @@ def write_name(pointer: Path, name: str) -> None:
 
 def finish_sharded(folder: Path, world_size: int, values: dict[str, Any]) -> None:
     """Declare the shares of a step complete, once every process has written its own; of older ones the last is kept."""
-    newest = shares_of(folder, values["step"], world_size)
+    newest = shard_folder(folder, values["step"], world_size)
     write_tensors(newest / "values.pt", {"format": FORMAT, "world_size": world_size, **values})
     latest, previous = folder / "latest", folder / "previous"
     before = latest.read_text(encoding="utf-8") if latest.is_file() else newest.name
@@ -203,22 +203,24 @@ def load_sharded(folder: Path, which: str = "latest") -> dict[str, Any]:
             for name, share in read_tensors(where).items():
                 shares.setdefault(name, []).append(share)
         where = newest
-        whole = {name: put_together(parts) for name, parts in shares.items()}
+        whole = {name: join_shares(parts) for name, parts in shares.items()}
         names, groups, step = values.pop("names"), values.pop("groups"), values.pop("optimizer_step")
         weights = {name: parts.pop("weight") for name, parts in whole.items()}
         states = {index: whole[name] for index, name in enumerate(name for group in groups for name in group)}
-        return check_layout({"format": FORMAT, **values, **as_plain(weights, states, names, groups, step)}, newest)
+        return check_layout(
+            {"format": FORMAT, **values, **to_torch_state(weights, states, names, groups, step)}, newest
+        )
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise UserError(f"{where}: damaged ({type(error).__name__}: {error})") from None
 
 
-def put_together(shares: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def join_shares(shares: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """A parameter's weight and moments, of every process's flat pieces."""
     shares = sorted(shares, key=lambda share: share["start"])
     return {part: torch.cat([s[part] for s in shares]).reshape(shares[0]["shape"]) for part in ("weight", *MOMENTS)}
 
 
-def as_plain(
+def to_torch_state(
     weights: dict[str, torch.Tensor],
     states: dict[int, dict[str, torch.Tensor]],
     names: dict[str, str],

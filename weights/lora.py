@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from base.configuration import UserError
-from layers.experts import MixtureOfExperts, grouped_mm, mixtures
+from layers.experts import MixtureOfExperts, grouped_mm, mixture_layers
 from model import GPT
 from weights.checkpointing import load_checkpoint, load_model
 
@@ -96,7 +96,7 @@ def detach(model: GPT) -> None:
     """The model as it was before attach()."""
     for parent, name, layer in adapters(model):
         setattr(parent, name, layer.base)
-    for mixture in mixtures(model):
+    for mixture in mixture_layers(model):
         mixture.adapters.clear()
     model.requires_grad_(True)
 
@@ -105,7 +105,7 @@ def merge(model: GPT) -> None:
     """Make the adapter part of the weights."""
     for _, _, layer in adapters(model):
         layer.merge_into(layer.base.weight)
-    for mixture in mixtures(model):
+    for mixture in mixture_layers(model):
         for name, adapter in mixture.adapters.items():
             adapter.merge_into(getattr(mixture, name))
     detach(model)

@@ -1,0 +1,65 @@
+"""Rotary position embeddings (RoPE, Su et al. 2021, arXiv:2104.09864), and their scaling to longer windows.
+
+A query and a key are cut into pairs of numbers, and each pair is rotated as a point in the plane by an angle that grows
+with the token's position. The product of a query at position m and a key at position n then depends on m - n alone:
+attention sees distances, and no parameter is learned. The pairs turn at different frequencies, theta^(-2i/D): the fast
+ones tell neighbours apart, the slow ones tell near from far.
+"""
+
+import math
+
+import torch
+
+ROPE_SCALING = ("none", "linear", "ntk", "yarn")
+
+
+def rope_table(
+    block_size: int, head_dim: int, theta: float, scaling: str = "none", factor: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and signed sines (block_size, 1, head_dim) of every position's angles, for apply_rope().
+
+    The half-rotation convention of Llama and Qwen: dimension i forms a pair with dimension i + head_dim / 2.
+    """
+    frequency, scale = rope_frequencies(block_size, head_dim, theta, scaling, factor)
+    angle = torch.outer(torch.arange(block_size).float(), frequency)[:, None, :]  # (block_size, 1, head_dim / 2)
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate x (B, T, n_head, head_dim) by its positions' angles, cos and signed sin ([B,] T, 1, head_dim).
+
+    For a pair (a, b): (a cos - b sin, b cos + a sin). roll() by half of the dimensions brings b to a's place and a to
+    b's; the signs are in the table.
+    """
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin).to(x.dtype)
+
+
+def rope_frequencies(
+    block_size: int, head_dim: int, theta: float, scaling: str, factor: float
+) -> tuple[torch.Tensor, float]:
+    """Angles per position (head_dim / 2,), and the factor on queries and keys, by kind of scaling.
+
+    All kinds read `factor` times as far as was trained, block_size / factor; Peng et al. 2023 (YaRN, arXiv:2309.00071)
+    describes them. linear: positions are interpolated (Chen et al. 2023, arXiv:2306.15595). ntk: a larger base, which
+    stretches the slow pairs and spares the fast ones. yarn: pairs that turn often within the trained window stay as
+    they are, those that never complete a turn are interpolated, with a ramp between.
+    """
+    D = head_dim
+    if scaling == "ntk" and D > 2:
+        theta = theta * factor ** (D / (D - 2))
+    frequency = 1.0 / theta ** (torch.arange(0, D, 2).float() / D)
+    if scaling == "linear":
+        return frequency / factor, 1.0
+    if scaling != "yarn":
+        return frequency, 1.0
+    trained = block_size / factor
+
+    def pair_that_turns(times: int) -> float:
+        """Index of the pair that completes so many turns in the trained window: theta^(-2i/D) trained = 2 pi times."""
+        return D * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = max(0, math.floor(pair_that_turns(32))), min(D - 1, math.ceil(pair_that_turns(1)))
+    ramp = ((torch.arange(D // 2) - low) / max(0.001, high - low)).clamp(0, 1)  # 0: stays, 1: is interpolated
+    temperature = 0.1 * math.log(factor) + 1  # longer windows flatten the softmax; YaRN sharpens it again
+    return frequency * (1 - ramp) + frequency / factor * ramp, temperature

@@ -1,0 +1,170 @@
+"""The file format of prepared text: what data.py writes and batches.py reads.
+
+file = TokenFile("dataset/sft_train.bin")       # memory-mapped, checked against its checksum
+file.tokens, file.loss_mask, file.starts        # loss_mask and starts: of fine-tuning samples, else None
+file.header                                     # counts, the tokenizer's fingerprint, the sources, baselines
+"""
+
+import functools
+import json
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from base.configuration import UserError
+from text.tokenizer import UNKNOWN
+
+FORMAT = 2
+HEADER_SIZE = 1 << 16
+COUNTED_AT_ONCE = 1 << 16  # tokens: what fits a processor's cache
+DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64}
+
+
+class TokenFileWriter:
+    """Writes one split: tokens, and for fine-tuning the loss mask and where samples start, after a JSON header.
+
+    The layout is that of a safetensors file (github.com/huggingface/safetensors), so other programs can open it too.
+    """
+
+    def __init__(self, file: BinaryIO, vocab_size: int, has_samples: bool) -> None:
+        self.file = file
+        self.dtype = "U16" if vocab_size <= 1 << 16 else "U32"
+        self._counts = np.zeros(vocab_size, dtype=np.int64)
+        self._uncounted: list[np.ndarray] = []
+        self._n_uncounted = 0
+        self.n_tokens = self.n_loss_tokens = self.n_unknown = self.n_characters = 0
+        self.mask_file = tempfile.TemporaryFile() if has_samples else None  # noqa: SIM115
+        self.starts = [0]
+        self.checksum = 0
+        file.write(b" " * HEADER_SIZE)
+
+    def _write(self, data: bytes | np.ndarray) -> None:
+        self.file.write(data)
+        self.checksum = zlib.crc32(data, self.checksum)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How often each token counts in the loss, shape (vocab_size,)."""
+        self._count()
+        return self._counts
+
+    def _count(self) -> None:
+        ids = np.concatenate([*self._uncounted, np.empty(0, DTYPES[self.dtype])])
+        for start in range(0, len(ids), COUNTED_AT_ONCE):
+            self._counts += np.bincount(ids[start : start + COUNTED_AT_ONCE], minlength=len(self._counts))
+        self._uncounted, self._n_uncounted = [], 0
+
+    def add(self, ids: np.ndarray, n_characters: int, mask: np.ndarray | None = None) -> None:
+        """Append token ids; with a mask (1 where the loss is taken), as one sample."""
+        ids = np.ascontiguousarray(ids, DTYPES[self.dtype])
+        self._write(ids)
+        self.n_tokens += len(ids)
+        self.n_characters += n_characters
+        counted = ids if mask is None else ids[mask == 1]
+        self._uncounted.append(counted)
+        self._n_uncounted += len(counted)
+        if self._n_uncounted > 16 * COUNTED_AT_ONCE:
+            self._count()
+        self.n_loss_tokens += len(counted)
+        self.n_unknown += int(np.count_nonzero(ids == UNKNOWN))
+        if mask is not None:
+            self.mask_file.write(mask.astype(np.uint8).tobytes())
+            self.starts.append(self.n_tokens)
+
+    def finish(self, metadata: dict[str, Any]) -> None:
+        """Append mask and starts, and fill in the header."""
+        size = np.dtype(DTYPES[self.dtype]).itemsize * self.n_tokens
+        header = {"tokens": {"dtype": self.dtype, "shape": [self.n_tokens], "data_offsets": [0, size]}}
+        if self.mask_file is not None:
+            self.mask_file.seek(0)
+            for chunk in chunks_of(self.mask_file):
+                self._write(chunk)
+            self.mask_file.close()
+            end = size + self.n_tokens
+            header["loss_mask"] = {"dtype": "U8", "shape": [self.n_tokens], "data_offsets": [size, end]}
+            starts = np.array(self.starts, dtype=np.int64)
+            self._write(starts.tobytes())
+            header["starts"] = {"dtype": "I64", "shape": [len(starts)], "data_offsets": [end, end + starts.nbytes]}
+        counts = {
+            "n_tokens": self.n_tokens,
+            "n_loss_tokens": self.n_loss_tokens,
+            "n_characters": self.n_characters,
+            "n_unknown": self.n_unknown,
+            "n_samples": len(self.starts) - 1 if self.mask_file is not None else None,
+        }
+        header["__metadata__"] = {"header": json.dumps({"format": FORMAT, **counts, **metadata}, ensure_ascii=False)}
+        header["__metadata__"]["crc32"] = str(checksum_with(header, self.checksum))
+        text = json.dumps(header, ensure_ascii=False).encode("utf-8")
+        if len(text) > HEADER_SIZE - 8:
+            raise UserError(f"the names of the source files do not fit a header of {HEADER_SIZE} bytes: join the files")
+        self.file.seek(0)
+        self.file.write((HEADER_SIZE - 8).to_bytes(8, "little") + text)
+
+
+def chunks_of(file: BinaryIO, size: int = 1 << 22) -> Iterator[bytes]:
+    """The rest of a file, in pieces."""
+    return iter(lambda: file.read(size), b"")
+
+
+def checksum_with(layout: dict[str, Any], checksum: int) -> int:
+    """The CRC-32 of a file's data, carried on over its header."""
+    return zlib.crc32(json.dumps(layout, ensure_ascii=False).encode("utf-8", "surrogatepass"), checksum)
+
+
+class TokenFile:
+    """A prepared split, memory-mapped: tokens, and for fine-tuning loss_mask and starts (else None); header: a dict."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(
+                f"{path}: {'not a file' if self.path.exists() else 'no such file'}; python data.py makes it"
+            )
+        size = self.path.stat().st_size
+        try:
+            with open(self.path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if not 2 <= length <= size - 8:
+                    raise ValueError("header length")
+                layout = json.loads(file.read(length))
+                file.seek(8 + length)
+                checksum = functools.reduce(lambda crc, chunk: zlib.crc32(chunk, crc), chunks_of(file), 0)
+            self.header = json.loads(layout["__metadata__"]["header"])
+            if self.header["format"] != FORMAT:
+                raise UserError(
+                    f"{path}: format {self.header['format']} is not the known format {FORMAT}; prepare it again"
+                )
+            end = 8 + length + max(entry["data_offsets"][1] for name, entry in layout.items() if name != "__metadata__")
+            if end != size:
+                raise UserError(f"{path}: {size} bytes where its header says {end}: damaged; prepare it again")
+            if int(layout["__metadata__"].pop("crc32")) != checksum_with(layout, checksum):
+                raise UserError(f"{path}: damaged: its checksum is wrong; prepare it again")
+            self.tokens = self._map(layout["tokens"], 8 + length)
+            has_samples = "starts" in layout
+            self.loss_mask = self._map(layout["loss_mask"], 8 + length) if has_samples else None
+            self.starts = np.array(self._map(layout["starts"], 8 + length)) if has_samples else None
+            if has_samples and not (
+                len(self.loss_mask) == len(self.tokens)
+                and self.starts[0] == 0
+                and self.starts[-1] == len(self.tokens)
+                and (np.diff(self.starts) > 0).all()
+            ):
+                raise ValueError("sample boundaries")
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
+            raise UserError(
+                f"{path}: not a token file of this toolkit, or damaged ({error}); python data.py makes one"
+            ) from None
+
+    def _map(self, entry: dict[str, Any], data_start: int) -> np.ndarray:
+        dtype, (length,), (start, end) = np.dtype(DTYPES[entry["dtype"]]), entry["shape"], entry["data_offsets"]
+        if not 0 <= start <= end or end - start != length * dtype.itemsize:
+            raise ValueError("array sizes")
+        if length == 0:
+            return np.empty(0, dtype)
+        return np.memmap(self.path, dtype=dtype, mode="r", offset=data_start + start, shape=(length,))

@@ -1,0 +1,296 @@
+"""From a command line to a run that is ready to train: configs, data, model, engine, and where it resumes.
+
+Every run on every engine is built here, in this order: read the configs, open what the config names as data, make or
+load the model, make batches, hand the model to the engine, take over the state of the run that is resumed.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from base.configuration import UserError, check_fields, fields_of, find_config, read_json
+from model import GPT, ModelConfig
+from problems.config import LOSSES, TRAINING, TRAINING_BY_REWARD, ProblemConfig, find_problem
+from problems.tasks import PROBLEMS
+from text.tokenizer import Tokenizer
+from training import preflight
+from training.config import TrainConfig
+from training.engine import Engine, Loss
+from training.losses import NEEDS_REFERENCE, make_loss, next_token
+from training.sources import SOURCES
+from weights import lora
+from weights.checkpointing import load_checkpoint_or_previous, load_model
+
+
+@dataclass
+class State:
+    """Where a run stands: all that must survive a restart beside weights, optimizer and random states."""
+
+    step: int = 0
+    samples: int = 0  # the position in the data: batches are a pure function of it
+    tokens: int = 0
+    best_val_loss: float = math.inf
+    evals_without_gain: int = 0
+    skipped_steps: int = 0  # those whose loss or gradient was not finite
+
+
+@dataclass
+class Run:
+    """Everything that the loop needs; what differs between stages is in source, batches, validation and loss."""
+
+    config: TrainConfig
+    source: Any  # an instance of one of SOURCES
+    model: GPT
+    batches: Any  # training batches
+    validation: Any  # an iterable of Batch, the same ones every time
+    engine: Engine
+    loss: Loss = next_token
+    adapter: dict[str, Any] | None = None  # settings and base of the LoRA adapter that is trained
+    state: State = field(default_factory=State)
+    is_resumed: bool = False  # goes on with an earlier run of the same stage
+    changes: list[str] = field(default_factory=list)  # fields that are not as they were in that one
+    expert_counts: torch.Tensor | None = None  # tokens of each layer's experts since the last evaluation
+    matmul_flops: float | None = None  # the device's measured rate in FLOP/s, for mfu
+    stopped: bool = False  # by a signal
+    began: float = field(default_factory=time.perf_counter)
+    written: set[Path] = field(default_factory=set)  # checkpoints that this run itself has written
+    log_path: Path | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.source.tokenizer
+
+    @property
+    def name(self) -> str:
+        """What its checkpoints are called."""
+        return self.config.stage + ("_lora" if self.config.use_lora else "")
+
+    @property
+    def best_path(self) -> Path:
+        """The checkpoint of the lowest validation loss."""
+        return Path(self.config.save_checkpoint_to) / f"{self.name}.pt"
+
+    @property
+    def last_path(self) -> Path:
+        """The newest checkpoint, to resume from."""
+        name = f"{self.name}_last" + ("" if self.engine.writes_shards else ".pt")
+        return Path(self.config.save_checkpoint_to) / name
+
+    def config_values(self) -> dict[str, Any]:
+        """The training config as plain values, with the fields of the data's own config, if it has one."""
+        settings = self.source.settings
+        return self.config.to_dict() | (settings.to_dict() if settings else {})
+
+
+# ------------------------------------------------------------------------------------------------------ the configs
+
+
+@dataclass
+class RunConfig:
+    """All that was asked of a run, checked."""
+
+    training: TrainConfig
+    model: dict[str, Any]  # model fields asked for explicitly: a checkpoint must agree with them
+    model_defaults: dict[str, Any]  # those of the model config file, for a new network
+    source: str = "dataset_path"  # a key of SOURCES
+    settings: ProblemConfig | None = None  # the data's own config
+
+
+def read_configs(training: str | None, model: str | None, overrides: dict[str, Any]) -> RunConfig:
+    """The configs that -t and -m name, with the command line's fields over them.
+
+    The file of -t may hold model fields too (a preset in one file); then the model config is read only if -m names it.
+    Where a problem is named, its own customary values take the place of the model config, and of -t if it is not given.
+    """
+    train_fields, model_fields, problem_fields = map(fields_of, (TrainConfig, ModelConfig, ProblemConfig))
+    path, values = None, dict(overrides)
+    if training or "problem" not in overrides:
+        path = find_config(training or "pretrain")
+        known = {**model_fields, **train_fields, **problem_fields}
+        values = {**check_fields(read_json(path), known, str(path)), **overrides}
+    if "problem" in values:
+        return problem_config(values.pop("problem"), values)
+    for name in values:
+        if name in problem_fields:
+            raise UserError(f"{name} is for toy problems: --problem NAME names one (python problem.py --list)")
+    explicit = {name: value for name, value in values.items() if name not in train_fields}
+    values = {name: value for name, value in values.items() if name in train_fields}
+    defaults = {}
+    if model or not explicit.keys() - overrides.keys():
+        model_path = find_config(model or "model")
+        defaults = check_fields(read_json(model_path), model_fields, str(model_path))
+        if model:
+            explicit = {**defaults, **explicit}
+    try:
+        config = TrainConfig(**{"stage": path.stem, **values})
+    except UserError as error:
+        raise UserError(f"{path}, with the command line: {error}") from None
+    if not config.dataset_path:
+        config.dataset_path = [[f"dataset/{config.stage}_train.bin", f"dataset/{config.stage}_val.bin"]]
+    return RunConfig(config, explicit, defaults)
+
+
+# fields of files and texts, which mean nothing where instances are generated
+NOT_FOR_PROBLEMS = (
+    *("dataset_path", "tokenizer_path", "overlong", "mask_documents", "pack_samples"),
+    *("restart_positions", "sample_tokens", "sample_prompt"),
+    *("teacher", "distill_temperature", "distill_weight", "dpo_beta", "dpo_chosen_weight", "simpo_gamma"),
+)
+
+
+def problem_config(name: str, given: dict[str, Any], stored: dict[str, Any] | None = None) -> RunConfig:
+    """The configs of a toy problem: given fields over those of a checkpoint (stored), or over the customary ones."""
+    problem = find_problem(name)
+    for option_name in given:
+        owners = [other for other, entry in PROBLEMS.items() if option_name in entry.options]
+        if owners and name not in owners:
+            raise UserError(f"command line: --{option_name} belongs to {', '.join(owners)}, not to {name}")
+        if option_name in NOT_FOR_PROBLEMS:
+            raise UserError(f"command line: --{option_name} means nothing here: toy problems make their own data")
+    loss = given.get("loss")
+    if loss not in (None, *LOSSES):
+        raise UserError(f"command line: --loss {loss} means nothing here: it is one of {', '.join(LOSSES)}")
+    base = stored or {"stage": f"problem_{name}", **TRAINING, **problem.training}
+    if loss == "grpo" and not stored:
+        base |= {"stage": f"problem_{name}_grpo", **TRAINING_BY_REWARD, **problem.by_reward}
+    if stored and "length" in given:
+        base = {field: value for field, value in base.items() if field != "test_length"}
+    values = {**base, **given, "problem": name}
+    train_fields, problem_fields = fields_of(TrainConfig), fields_of(ProblemConfig)
+    try:
+        settings = ProblemConfig(**{name: value for name, value in values.items() if name in problem_fields})
+        config = TrainConfig(**{name: value for name, value in values.items() if name in train_fields})
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    model = {name: value for name, value in given.items() if name not in train_fields and name not in problem_fields}
+    return RunConfig(config, model, {}, "problem", settings)
+
+
+# ------------------------------------------------------------------------------------------------------ the model
+
+
+def make_model(config: TrainConfig, shape: dict[str, Any], tokenizer: Tokenizer) -> GPT:
+    """A new network of the given shape for the tokenizer's vocabulary."""
+    changes = {} if config.dropout is None else {"dropout": config.dropout}
+    if shape.get("vocab_size") not in (None, tokenizer.vocab_size):
+        raise UserError(
+            f"vocab_size is {shape['vocab_size']}, the tokenizer has {tokenizer.vocab_size} tokens; leave it out"
+        )
+    model_config = ModelConfig(**{**shape, "vocab_size": tokenizer.vocab_size, **changes})
+    preflight.check_size(model_config)
+    return GPT(model_config, config.sdp_kernel)
+
+
+def restore_model(
+    config: TrainConfig, explicit: dict[str, Any], checkpoint: dict[str, Any]
+) -> tuple[GPT, dict[str, Any] | None]:
+    """The network of a checkpoint, and the settings of its LoRA adapter, if it has or gets one.
+
+    Raises UserError where a model field was asked to be another than it was trained with.
+    """
+    where = config.from_checkpoint
+    changes = {} if config.dropout is None else {"dropout": config.dropout}
+    for name, value in explicit.items():
+        trained = checkpoint["model_config"].get(name, fields_of(ModelConfig)[name].default)
+        if value is not None and value != trained:
+            raise UserError(
+                f"{name} is {value} here, {trained} in {where}: a trained model keeps its shape; leave {name} out"
+            )
+    is_adapter = "lora" in checkpoint
+    if is_adapter and not config.use_lora:
+        raise UserError(
+            f"{where}: an adapter; --use_lora true goes on with it, inference.py --merge makes a model of it"
+        )
+    base, base_path = lora.load_base(checkpoint, where) if is_adapter else (checkpoint, where)
+    model = load_model(base, base_path, config.sdp_kernel, **changes)
+    if not config.use_lora:
+        return model, None
+    settings = lora.settings_of(config)
+    if not is_adapter:
+        adapter = {"settings": settings, "base": base_path, "fingerprint": lora.fingerprint(model)}
+        lora.attach(model, settings)
+        return model, adapter
+    if settings != checkpoint["lora"]["settings"]:
+        raise UserError(f"{where}: an adapter with {checkpoint['lora']['settings']}; a run keeps them")
+    lora.load_adapter(checkpoint, model, where)
+    return model, checkpoint["lora"]
+
+
+# ------------------------------------------------------------------------------------------------------ the run
+
+
+def build_run(asked: RunConfig, engine: Engine) -> Run:
+    """Data, model and engine of a run, new or from a checkpoint; raises UserError where they do not fit together."""
+    config = asked.training
+    checkpoint = load_checkpoint_or_previous(config.from_checkpoint) if config.from_checkpoint else None
+    source = SOURCES[asked.source](config, asked.settings, checkpoint)
+    shape = {**source.default_shape(asked.model), **asked.model_defaults, **asked.model}
+    if checkpoint:
+        model, adapter = restore_model(config, asked.model, checkpoint)
+    else:
+        model, adapter = make_model(config, shape, source.tokenizer), None
+    choose_reference(config, checkpoint)
+    batches, validation = source.make_batches(model, engine)
+    datasets = [*batches.datasets, *getattr(validation, "datasets", ())]
+    loss = make_loss(config, engine, source.tokenizer, datasets)
+    run = Run(config, source, model, batches, validation, engine, loss, adapter)
+    preflight.choose_attention(config, model, engine)
+    engine.prepare(model)
+    if checkpoint and is_same_run(run, checkpoint):
+        resume(run, checkpoint)
+    return run
+
+
+def choose_reference(config: TrainConfig, checkpoint: dict[str, Any] | None) -> None:
+    """The reference policy, if none is named: where the run began, also when it is resumed later."""
+    if config.reference or config.loss not in (*NEEDS_REFERENCE, "grpo"):
+        return
+    is_same_stage = checkpoint is not None and checkpoint["train_config"].get("stage") == config.stage
+    before = checkpoint["train_config"].get("reference") if is_same_stage else None
+    config.reference = before or config.from_checkpoint
+
+
+def is_same_run(run: Run, checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint is to be resumed; one of another stage only gives the initial weights."""
+    is_same_kind = ("lora" in checkpoint) == run.config.use_lora
+    return is_same_kind and checkpoint["train_config"].get("stage") == run.config.stage
+
+
+def resume(run: Run, checkpoint: dict[str, Any]) -> None:
+    """Take over optimizer, random states and position of a run; raises UserError where they do not fit this one."""
+    config, where = run.config, run.config.from_checkpoint
+    trained_with = checkpoint["train_config"].get("optimizer")
+    if trained_with != config.optimizer:
+        raise UserError(
+            f"optimizer is {config.optimizer} here, {trained_with} in {where}: "
+            "a run keeps its optimizer; or give this one another --stage name to start from the weights alone"
+        )
+    data = checkpoint["data"]
+    if data.get("sizes", run.source.sizes) != run.source.sizes:  # (checkpoints of earlier versions lack them)
+        raise UserError(
+            f"dataset_path: the training files have {run.source.sizes} tokens, those of {where} "
+            f"had {data['sizes']}: a run keeps its data; or give this one another --stage name to start from "
+            "the weights alone"
+        )
+    run.is_resumed = True
+    run.changes = changed_fields(run.config_values(), checkpoint["train_config"])
+    run.engine.load_state_dict(checkpoint)
+    run.state = State(
+        step=checkpoint["step"],
+        samples=data["samples"],
+        tokens=data["tokens"],
+        best_val_loss=checkpoint["best_val_loss"],
+        evals_without_gain=data["evals_without_gain"],
+        skipped_steps=data.get("skipped_steps", 0),
+    )
+
+
+def changed_fields(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """Fields of a resumed run that are not as they were, as "name old -> new"; where files lie does not count."""
+    places = {"from_checkpoint", "save_checkpoint_to", "dataset_path", "tokenizer_path", "log_to"}
+    names = [name for name in now if name in before and name not in places and now[name] != before[name]]
+    return [f"{name} {before[name]} -> {now[name]}" for name in names]

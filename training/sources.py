@@ -1,0 +1,167 @@
+"""Where a run's batches come from: one class for every kind of data, looked up in SOURCES by the config.
+
+A source knows its tokenizer and the shape that it needs before there is a model, and makes the batches once there is
+one. Training batches have at(position) -> micro-batches of a step, samples_per_step and samples_per_epoch (None: no
+end); validation batches are an iterable of the same batches every time.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from base.configuration import UserError
+from model import GPT, ModelConfig
+from problems.config import SHAPE, ProblemConfig, find_problem, parse_length
+from problems.instances import HeldOut, InstanceSampler, TrainInstances, exact_match
+from problems.tasks import Problem
+from text.batches import TrainBatches, ValidationBatches
+from text.token_files import TokenFile
+from text.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+from training.config import TrainConfig
+from training.engine import Engine
+from training.grpo import Rollouts
+from training.losses import PER_TOKEN_LOSSES, load_frozen_model
+from weights.checkpointing import load_checkpoint_tokenizer
+
+
+class TokenFiles:
+    """Text, conversations or preferences that data.py prepared: config.dataset_path."""
+
+    settings = None  # a config of its own
+
+    def __init__(self, config: TrainConfig, settings: None, checkpoint: dict[str, Any] | None) -> None:
+        self.config = config
+        self.tokenizer_from = config.from_checkpoint or config.tokenizer_path
+        if checkpoint:
+            self.tokenizer = load_checkpoint_tokenizer(checkpoint, config.from_checkpoint)
+        else:
+            self.tokenizer = load_tokenizer(config.tokenizer_path)
+
+    def default_shape(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Model fields that a new network for this data takes, where nothing else was asked for."""
+        return {}
+
+    def make_batches(self, model: GPT, engine: Engine) -> tuple[TrainBatches, ValidationBatches]:
+        """Training and validation batches for a model's window and vocabulary; raises UserError where they do not."""
+        config, shape = self.config, model.config
+        if not shape.is_causal:
+            raise UserError("is_causal is false: with full attention a model sees the very token it is to predict")
+        model.restart_positions = config.restart_positions
+        pairs = [(TokenFile(train_path), TokenFile(val_path)) for train_path, val_path in config.dataset_path]
+        train_files, val_files = [train for train, _ in pairs], [val for _, val in pairs]
+        for file in (*train_files, *val_files):
+            check_vocabulary(file, self.tokenizer, self.tokenizer_from)
+        shared = {
+            "block_size": shape.block_size,
+            "vocab_size": shape.vocab_size,
+            "batch_size": config.batch_size,
+            "seed": config.random_seed,
+            "overlong": config.overlong,
+            "rank": engine.rank,
+            "world_size": engine.world_size,
+            "pad_to": shape.block_size if engine.use_compile else 16,  # one shape: a compiled model is compiled once
+            "mask_documents": config.mask_documents,
+        }
+        steps, pack_samples = config.gradient_accumulation_steps, config.pack_samples
+        batches = TrainBatches(train_files, accumulation_steps=steps, pack_samples=pack_samples, **shared)
+        validation = ValidationBatches(val_files, eval_iters=config.eval_iters, **shared)
+
+        self.sizes = [file.header["n_tokens"] for file in train_files]  # a resumed run must find the same
+        n_characters = sum(file.header["n_characters"] for file in val_files)
+        n_targets = sum(file.header["n_loss_tokens"] for file in val_files)
+        self.tokens_per_character = n_targets / max(1, n_characters) if config.loss in PER_TOKEN_LOSSES else None
+        self.baselines = val_files[0].header["baselines"]
+        self.has_questions = train_files[-1].starts is not None
+        return batches, validation
+
+    def metrics(self) -> dict[str, float]:
+        """What evaluations measure beside the loss."""
+        return {}
+
+    def next_command(self, path: Path) -> str:
+        """How to try the trained model."""
+        if self.config.use_lora:
+            return f"python inference.py -i -m {self.config.from_checkpoint} --lora {path}"
+        return f"python inference.py {'-i ' if self.has_questions else ''}-m {path}"
+
+
+def check_vocabulary(file: TokenFile, tokenizer: Tokenizer, tokenizer_from: str) -> None:
+    """Raises UserError unless a file was prepared with this tokenizer: its ids would mean other characters."""
+    if file.header.get("tokenizer") != tokenizer.fingerprint():
+        raise UserError(
+            f"{file.path} was prepared with another vocabulary ({file.header.get('vocab_size')} tokens) "
+            f"than that of {tokenizer_from} ({tokenizer.vocab_size}); prepare it again"
+        )
+
+
+class ToyProblem:
+    """Instances of a toy problem, generated as training goes on: the field `problem`."""
+
+    sizes = None  # training without end
+    tokens_per_character = None
+    baselines = None
+
+    def __init__(self, config: TrainConfig, settings: ProblemConfig, checkpoint: dict[str, Any] | None) -> None:
+        self.config, self.settings = config, settings
+        self.problem = find_problem(settings.problem)
+        self.tokenizer = problem_tokenizer(self.problem)
+        self.sampler = InstanceSampler(settings, self.tokenizer, answers_only=config.loss == "grpo")
+        if checkpoint:
+            stored = load_checkpoint_tokenizer(checkpoint, config.from_checkpoint)
+            if stored.fingerprint() != self.tokenizer.fingerprint():
+                raise UserError(f"{config.from_checkpoint}: its alphabet is not that of {settings.problem}")
+
+    def default_shape(self, asked: dict[str, Any]) -> dict[str, Any]:
+        is_causal = self.problem.is_causal
+        if asked.get("is_causal", is_causal) != is_causal:
+            raise UserError(
+                f"{self.settings.problem} is defined with is_causal {str(is_causal).lower()}: see its entry"
+            )
+        return {**SHAPE, **self.problem.shape, "is_causal": is_causal, "block_size": self.sampler.window()}
+
+    def make_batches(self, model: GPT, engine: Engine) -> tuple[TrainInstances | Rollouts, HeldOut]:
+        config = self.config
+        check_window(self.sampler, model.config)
+        shared = {
+            "batch_size": config.batch_size,
+            "seed": config.random_seed,
+            "rank": engine.rank,
+            "world_size": engine.world_size,
+        }
+        n = (config.eval_iters or 40) * config.batch_size
+        validation = HeldOut(self.sampler, "val", parse_length(self.settings.train_length), n, **shared)
+        if config.loss == "grpo":
+            reference = load_frozen_model("from_checkpoint", config.reference, self.tokenizer, engine.device)
+            batches = Rollouts(self.sampler, model, reference, engine)
+        else:
+            batches = TrainInstances(self.sampler, accumulation_steps=config.gradient_accumulation_steps, **shared)
+        self.exact_match = functools.partial(exact_match, model, validation, engine)
+        self.engine = engine
+        return batches, validation
+
+    def metrics(self) -> dict[str, float]:
+        right = np.concatenate(list(self.exact_match().values()))
+        n_right, n = self.engine.sum_over_ranks(float(right.sum()), float(len(right)))
+        return {"accuracy": n_right / n}
+
+    def next_command(self, path: Path) -> str:
+        return f"python problem.py {self.settings.problem} --checkpoint {path}"
+
+
+def problem_tokenizer(problem: Problem) -> CharTokenizer:
+    """Characters of a problem's alphabet."""
+    return CharTokenizer("".join(sorted(set(problem.alphabet))))
+
+
+def check_window(sampler: InstanceSampler, shape: ModelConfig) -> None:
+    """Raises UserError where a problem's longest instances do not fit a model's context window."""
+    if sampler.window() > shape.block_size:
+        raise UserError(
+            f"{sampler.config.problem}: length {sampler.config.longest} needs a window of {sampler.window()} tokens, "
+            f"block_size is {shape.block_size}"
+        )
+
+
+SOURCES = {"dataset_path": TokenFiles, "problem": ToyProblem}  # by the field that names the data
