@@ -31,7 +31,7 @@ quickstart: setup
 	$(PY) evaluate.py --questions dataset/held_out.jsonl -m checkpoint/sft.pt
 
 test: $(VENV)/.requirements-dev
-	$(PY) -m pytest -n logical --dist worksteal
+	$(PY) -m pytest -n logical --dist worksteal --durations 10
 
 test-cluster: $(VENV)/.requirements-dev
 	$(PY) -m pytest -rs tests/test_cluster.py

@@ -28,7 +28,7 @@ from layers.head import Head
 from layers.masks import attention_mask, block_masks, positions_inside
 from layers.norm import RMSNorm, rms_norm
 from layers.rope import ROPE_SCALING, apply_rope, rope_table
-from layers.sampling import check_sampling, sample
+from layers.sampling import check_sampling, check_token_ids, sample
 
 SDP_KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -36,6 +36,7 @@ SDP_KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
+RopeAngles = tuple[torch.Tensor, torch.Tensor]  # cosines and signed sines of the positions, as apply_rope takes them
 MLP_HIDDEN = {"swiglu": 8 / 3, "gelu": 4, "relu2": 4}  # width over n_embd: equal parameter counts
 
 
@@ -139,9 +140,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
         self.residual_dropout = nn.Dropout(config.dropout)
 
-    def project(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, x: torch.Tensor, rope: RopeAngles | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (B, n_head, T, head_dim), keys and values (B, n_kv_head, T, head_dim) of x (B, T, n_embd)."""
         config = self.config
         B, T, _ = x.shape
@@ -158,7 +157,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        rope: RopeAngles | None,
         mask: torch.Tensor | BlockMask | None = None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
@@ -179,9 +178,7 @@ class Attention(nn.Module):
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, n_head, T, head_dim) -> heads side by side again
         return self.residual_dropout(self.out(y))
 
-    def weights(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def weights(self, x: torch.Tensor, rope: RopeAngles | None, mask: torch.Tensor | None) -> torch.Tensor:
         """The attention weights (B, n_head, T, T) that forward() applies without ever storing them; row: query."""
         q, k, _ = self.project(x, rope)
         k = k.repeat_interleave(self.config.n_head // self.config.n_kv_head, dim=1)
@@ -240,7 +237,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        rope: RopeAngles | None,
         mask: torch.Tensor | BlockMask | None = None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
@@ -450,10 +447,3 @@ class GPT(nn.Module):
         settings = temperature, top_k, top_p, min_p, repetition_penalty
         draw = lambda logits, context: sample(logits, context, generator, *settings)  # noqa: E731
         return generate_tokens(self, idx, max_new_tokens, draw, stop_tokens, use_cache)
-
-
-def check_token_ids(idx: torch.Tensor, vocab_size: int) -> None:
-    """Raises UserError unless all token ids are in 0..vocab_size-1."""
-    if idx.numel() and not (idx.min() >= 0 and idx.max() < vocab_size):
-        low, high = idx.min().item(), idx.max().item()
-        raise UserError(f"token ids {low}..{high} are outside the vocabulary 0..{vocab_size - 1}: another tokenizer?")

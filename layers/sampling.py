@@ -23,6 +23,13 @@ def check_sampling(
             raise UserError(f"{name} must be {rule}, got {value}")
 
 
+def check_token_ids(idx: torch.Tensor, vocab_size: int) -> None:
+    """Raises UserError unless all token ids are in 0..vocab_size-1."""
+    if idx.numel() and not (idx.min() >= 0 and idx.max() < vocab_size):
+        low, high = idx.min().item(), idx.max().item()
+        raise UserError(f"token ids {low}..{high} are outside the vocabulary 0..{vocab_size - 1}: another tokenizer?")
+
+
 def sample(
     logits: torch.Tensor,
     context: torch.Tensor,

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,12 @@ def asked_by(*argv: str) -> RunConfig:
     return read_configs(args.training, args.model, overrides)
 
 
+def default_signals() -> None:
+    """Signals as a terminal's shell leaves them; under nohup, or in the background, children would ignore some."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
 def start_script(script: str, *argv: str, cwd: Path, **options) -> subprocess.Popen:
     """Start a script as a process of its own, as a user would."""
     return subprocess.Popen(
@@ -77,6 +84,7 @@ def start_script(script: str, *argv: str, cwd: Path, **options) -> subprocess.Po
         stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
+        preexec_fn=default_signals,
         **options,
     )
 

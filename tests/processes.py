@@ -5,6 +5,7 @@ import itertools
 import multiprocessing
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT, read_log
+from conftest import ROOT, default_signals, read_log
 
 from base.configuration import run_main
 from training import losses
@@ -40,6 +41,7 @@ def start(n_processes, *argv, cwd, script="train_ddp.py", launcher=()):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=default_signals,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
@@ -119,6 +121,8 @@ def be_script(
     first: Callable[[], None],
 ) -> None:
     """A script's run in a process of its own, under limits of the system (resource.RLIMIT_...)."""
+    default_signals()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python itself does at its start
     os.chdir(cwd)
     os.environ.update(environment)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

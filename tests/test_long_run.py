@@ -1,5 +1,6 @@
 """What hours of training meet: memory and steps that must not grow, logs that fill disks, terminals that close."""
 
+import fcntl
 import os
 import pty
 import re
@@ -7,11 +8,12 @@ import signal
 import statistics
 import subprocess
 import sys
+import termios
 import time
 
 import psutil
 import pytest
-from conftest import DATA, FAST, ROOT, TINY, read_log, start_script
+from conftest import DATA, FAST, ROOT, TINY, default_signals, read_log, start_script
 from processes import fork, newest_log
 
 import plot_loss
@@ -105,6 +107,11 @@ def test_a_pipe_that_closes_does_not_end_the_run(prepared, endless, eval_interva
 @pytest.mark.parametrize("launcher", [[], ["nohup"]])
 def test_a_terminal_that_closes_ends_the_run_with_a_save_or_under_nohup_not_at_all(prepared, endless, launcher):
     ours, theirs = pty.openpty()
+
+    def take_terminal():
+        default_signals()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     job = subprocess.Popen(
         [*launcher, sys.executable, ROOT / "train.py", *ENDLESS, "--eval_interval", "3", "--eval_iters", "1"],
         cwd=prepared,
@@ -112,7 +119,7 @@ def test_a_terminal_that_closes_ends_the_run_with_a_save_or_under_nohup_not_at_a
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        preexec_fn=take_terminal,
     )
     endless(job)
     os.close(theirs)

@@ -203,14 +203,17 @@ def test_checkpoints_hold_what_the_format_says(call, prepared):
 def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(prepared, number):
     path = config(prepared, max_steps=100000, eval_interval=100000)
     process = start_script("train.py", "-t", path, cwd=prepared)
-    deadline = time.time() + 60
-    while time.time() < deadline:
-        logs = list(prepared.glob("train_*.log"))
-        if logs and len(logs[0].read_text().splitlines()) > 5:
-            break
-        time.sleep(0.1)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    try:
+        deadline = time.time() + 60
+        while time.time() < deadline:
+            logs = list(prepared.glob("train_*.log"))
+            if logs and len(logs[0].read_text().splitlines()) > 5:
+                break
+            time.sleep(0.1)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 0, err
     assert "--from_checkpoint checkpoint/pretrain_last.pt" in out and "not evaluated yet" in out
     checkpoint = load_checkpoint(prepared / "checkpoint" / "pretrain_last.pt")
