@@ -1,8 +1,8 @@
-"""Curves from training logs.
+"""Plot training curves from the logs of train.py and the scripts beside it.
 
 python plot_loss.py -n train_20260101_120000.log                one run; writes train_20260101_120000.png
-python plot_loss.py -n first.log resumed.log -o curves.png      a run and its resumption join; others are compared
-python plot_loss.py -n train_20260101_120000.log --follow       draws again as the training goes on
+python plot_loss.py -n first.log resumed.log -o curves.png      a resumed run continues its curve; others are compared
+python plot_loss.py -n train_20260101_120000.log --follow       redraws while the training runs
 """
 
 import time
@@ -17,7 +17,7 @@ PANELS = (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_
 
 
 def join_runs(paths: list[str]) -> dict[str, dict[str, list[dict]]]:
-    """Logs by name; one that resumed where another of its stage had come to takes that one's place from there on."""
+    """Records by log name; the log of a resumed run replaces the rest of its stage's earlier log."""
     runs = {}
     for path in paths:
         records = read_log(path)
@@ -35,7 +35,7 @@ def join_runs(paths: list[str]) -> dict[str, dict[str, list[dict]]]:
 
 
 def draw(paths: list[str], output: str, log_x: bool, log_y: bool) -> None:
-    """Write the picture: losses on top, learning rate, gradient norm and speed below."""
+    """Write the figure: losses on top, learning rate, gradient norm and speed below."""
     import matplotlib
 
     matplotlib.use("Agg")  # works without a display
@@ -90,7 +90,7 @@ def draw(paths: list[str], output: str, log_x: bool, log_y: bool) -> None:
             for expert in shares.T:
                 axes["expert_load"].plot([step for step, _ in loads], expert, color=colour, alpha=0.4, linewidth=0.8)
     if "expert_load" in axes:
-        axes["expert_load"].set(xlabel="step", title="expert's tokens over the mean", ylim=(0, None))
+        axes["expert_load"].set(xlabel="step", title="load per expert (1: balanced)", ylim=(0, None))
     axes["loss"].set(xlabel="step", ylabel="loss (nats per token)")
     axes["loss"].legend()
     for field, title in PANELS:
@@ -102,7 +102,7 @@ def draw(paths: list[str], output: str, log_x: bool, log_y: bool) -> None:
             axis.set_xscale("log")
     if log_y:
         axes["loss"].set_yscale("log")
-    temporary = Path(output).with_name(f".{Path(output).name}.tmp.png")  # a viewer never sees half a picture
+    temporary = Path(output).with_name(f".{Path(output).name}.tmp.png")  # so that a viewer never sees a partial file
     figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
     temporary.replace(output)
@@ -110,15 +110,15 @@ def draw(paths: list[str], output: str, log_x: bool, log_y: bool) -> None:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("-n", "--names", nargs="+", required=True, metavar="LOG", help="one or several logs")
-    parser.add_argument("-o", "--output", help="picture to write [the first log's name, .png]")
-    parser.add_argument("--follow", action="store_true", help="draw again whenever a log grows, until Ctrl-C")
-    parser.add_argument("--log_x", action="store_true", help="logarithmic steps")
-    parser.add_argument("--log_y", action="store_true", help="logarithmic loss")
+    parser.add_argument("-n", "--names", nargs="+", required=True, metavar="LOG", help="log files")
+    parser.add_argument("-o", "--output", help="figure to write [the first log's name with .png]")
+    parser.add_argument("--follow", action="store_true", help="redraw whenever a log grows, until Ctrl-C")
+    parser.add_argument("--log_x", action="store_true", help="logarithmic step axis")
+    parser.add_argument("--log_y", action="store_true", help="logarithmic loss axis")
     args, _ = parser.parse()
     output = args.output or str(Path(args.names[0]).with_suffix(".png"))
     if not output.endswith(".png"):
-        raise UserError(f"{output}: the picture's name must end in .png")
+        raise UserError(f"{output}: the file name must end in .png")
     if not Path(output).parent.is_dir():
         raise UserError(f"{output}: no such folder")
     drawn = None

@@ -1,1 +1,8 @@
-"""What every room stands on: configs that check themselves, safe files, work done ahead."""
+"""Infrastructure that every other package builds on.
+
+configuration   validated config dataclasses, their command-line flags, errors for the user
+devices         device and floating-point precision by name
+files           atomic file writes, file locks
+logs            reading training logs, smoothing curves
+prefetching     preparing items ahead in a background thread
+"""

@@ -1,8 +1,14 @@
-"""Configs: dataclasses whose fields document and check themselves, read from JSON, overridden on the command line.
+"""Configs: dataclasses with validated fields, read from JSON files and overridden on the command line.
 
-A config class derives from Config and declares its fields with option(). From that one declaration come the checks,
-the `--field value` flags and the text of `--help`. A mistake of the user is a UserError: one line that says what is
-wrong, where, and what to do; main() functions run under run(), which prints it without a traceback.
+    @dataclass
+    class TrainConfig(Config):
+        batch_size: int = option(100, "samples per micro-batch", minimum=1)
+
+    args, overrides = Parser(__doc__, TrainConfig).parse()     # python train.py --batch_size 32
+    config = TrainConfig(**overrides)
+
+option() defines a field's default, its validation, its command-line flag and its line in --help. Invalid input raises
+UserError: one line that says what is wrong, where, and how to fix it; run_main() prints it without a traceback.
 """
 
 import argparse
@@ -13,6 +19,7 @@ import io
 import json
 import os
 import sys
+import textwrap
 import types
 import typing
 import unicodedata
@@ -20,11 +27,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-LARGEST = 1e300  # of numbers in configs; JSON knows integers that no float can hold
+MAX_NUMBER = 1e300  # JSON allows integers too large for a float
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave us; its text is meant for people and names the culprit."""
+    """Invalid input from the user. The message is one line that names the file, field or argument at fault."""
 
 
 def option(
@@ -37,9 +44,10 @@ def option(
     maximum: float | None = None,
     section: str = "",
 ) -> Any:
-    """A config field: its default, its meaning in one line, the values it allows (minimum <= value, above < value).
+    """Declare a config field: its default, one line of help, and its allowed values.
 
-    section: heading in --help of this field and the ones after it, until another begins.
+    above, minimum, maximum: above < value, minimum <= value <= maximum.
+    section: the --help heading for this field and the following ones, up to the next section.
     """
     metadata = {
         "help": help,
@@ -56,7 +64,7 @@ def option(
 
 @dataclasses.dataclass
 class Config:
-    """Base of all configs: checks every field when an instance is made, then the rules between fields (check())."""
+    """Base class of all configs: creating an instance validates every field, then their combination (check())."""
 
     def __post_init__(self) -> None:
         for name, field in fields_of(type(self)).items():
@@ -64,7 +72,7 @@ class Config:
         self.check()
 
     def check(self) -> None:
-        """Rules between fields; raises UserError."""
+        """Validate combinations of fields; raises UserError."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -72,7 +80,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One field of a config class: its type, and the rules its values obey."""
+    """One field of a config class: its type and the constraints on its value."""
 
     name: str
     type: Any
@@ -81,7 +89,7 @@ class Field:
 
     @property
     def type_name(self) -> str:
-        names = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+        names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
         parts = [t for t in typing.get_args(self.type) or (self.type,) if t is not type(None)]
         if self.is_list:
             return "a list"
@@ -89,18 +97,19 @@ class Field:
 
     @property
     def metavar(self) -> str:
-        """How --help writes the value: true|false, N, X, LIST or TEXT."""
-        return {bool: "true|false", int: "N", float: "X", list: "LIST"}.get(self.plain_type, "TEXT")
+        """Placeholder for the value in --help: true|false, N, X, LIST or TEXT."""
+        return {bool: "true|false", int: "N", float: "X", list: "A,B,..."}.get(self.plain_type, "TEXT")
 
     @property
     def help_text(self) -> str:
-        """Meaning, allowed values and default, for argparse."""
+        """Description, allowed values and default, for argparse."""
         text = self.metadata["help"]
         if self.metadata["choices"]:
             text += f" ({', '.join(self.metadata['choices'])})"
         if self.default not in (None, "", []):
-            text += f" [{self.default if isinstance(self.default, str) else json.dumps(self.default)}]"
-        return text.replace("%", "%%")
+            shown = ",".join(self.default) if self.is_list else self.default
+            text += f" [{shown if isinstance(shown, str) else json.dumps(shown)}]".replace("\n", "\\n")
+        return text.replace("%", "%%")  # argparse interpolates help texts
 
     @property
     def is_list(self) -> bool:
@@ -112,6 +121,7 @@ class Field:
 
     @property
     def plain_type(self) -> type:
+        """The type without `| None` and list items: bool, int, float, str or list."""
         if self.is_list:
             return list
         return next(t for t in typing.get_args(self.type) or (self.type,) if t is not type(None))
@@ -120,12 +130,12 @@ class Field:
         raise UserError(f"{self.name} must be {rule}, got {json.dumps(value, ensure_ascii=False, default=str)}")
 
     def check(self, value: Any) -> Any:
-        """The value, converted where nothing is lost (1e5 -> 100000 for an integer); raises UserError."""
+        """The valid value, with lossless conversions (1e5 -> 100000 for an integer); raises UserError."""
         if value is None and self.optional:
             return None
         kind = self.plain_type
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if kind in (int, float) and is_number and not abs(value) < LARGEST:
+        if kind in (int, float) and is_number and not abs(value) < MAX_NUMBER:
             self.fail("finite", str(value)[:20])
         if kind is int and is_number and value == int(value):
             value = int(value)
@@ -153,7 +163,7 @@ class Field:
     def _check_list(self, value: list) -> None:
         (item_type,) = typing.get_args(self.type)
         if item_type is str and not all(isinstance(item, str) for item in value):
-            self.fail("a list of texts", value)
+            self.fail("a list of strings", value)
         if item_type is int and not all(type(item) is int and 0 <= item < 1 << 31 for item in value):
             self.fail("a list of integers of at least 0", value)
         if item_type == list[str]:
@@ -162,7 +172,7 @@ class Field:
                     self.fail("a list of [train file, validation file] pairs", value)
 
     def parse(self, text: str) -> Any:
-        """The value that a command-line text stands for, in JSON's spelling; bare words are texts."""
+        """Parse a command-line value as JSON; lists may also be comma-separated, strings need no quotes."""
         kind = self.plain_type
         if self.optional and text.lower() in ("none", "null"):
             return None
@@ -176,7 +186,7 @@ class Field:
         try:
             return json.loads(text.lower() if kind is bool else text)
         except json.JSONDecodeError:
-            return text  # check() refuses it with the field's own message
+            return text  # not JSON: check() raises an error that names the field
 
 
 def fields_of(cls: type) -> dict[str, Field]:
@@ -194,20 +204,20 @@ def fields_of(cls: type) -> dict[str, Field]:
 
 
 def nearest(name: Any, names: Iterable[str]) -> str:
-    """The most similar of the names, or an empty text when none is near."""
+    """The most similar name, or "" if none is close."""
     return next(iter(difflib.get_close_matches(str(name), list(names), n=1)), "")
 
 
 def did_you_mean(name: Any, names: Iterable[str]) -> str:
-    """'; did you mean "x"?' or nothing."""
+    """The suffix '; did you mean "x"?' of an error message, or ""."""
     hint = nearest(name, names)
     return f'; did you mean "{hint}"?' if hint else ""
 
 
 def read_json(path: str | Path) -> Any:
-    """The contents of a JSON file; raises UserError with line and column where it is not valid."""
+    """The contents of a JSON file; raises UserError with line and column of a syntax error."""
 
-    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
             names = [name for name, _ in pairs]
@@ -216,15 +226,15 @@ def read_json(path: str | Path) -> Any:
 
     text = read_text(path)
     try:
-        return json.loads(text, object_pairs_hook=refuse_duplicates)
+        return json.loads(text, object_pairs_hook=reject_duplicate_keys)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
     except RecursionError:
-        raise UserError(f"{path}: not usable JSON: nested too deeply") from None
+        raise UserError(f"{path}: JSON nested too deeply") from None
 
 
 def read_text(path: str | Path) -> str:
-    """A small text file, always read as UTF-8 (a byte-order mark is dropped); raises UserError."""
+    """The contents of a small UTF-8 file, without a byte-order mark; raises UserError."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file")
@@ -237,7 +247,7 @@ def read_text(path: str | Path) -> str:
 
 
 def find_config(name: str) -> Path:
-    """`-t NAME`: a path to a JSON file, or the NAME of one in config/ (here, or beside the scripts)."""
+    """Resolve `-t NAME`: the path of a JSON file, or config/NAME.json here or next to the scripts."""
     candidates = [Path(name), Path("config", f"{name}.json"), Path(__file__).parent.parent / "config" / f"{name}.json"]
     for path in candidates:
         if path.is_file():
@@ -247,7 +257,7 @@ def find_config(name: str) -> Path:
 
 
 def check_fields(values: Any, known: dict[str, Field], where: str) -> dict[str, Any]:
-    """Values from one source (a file, the command line), each checked alone; raises UserError that names the source."""
+    """Validate the field values of one source, `where` (a file, the command line); raises UserError that names it."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: must be a JSON object of fields, got {type(values).__name__}")
     checked = {}
@@ -263,26 +273,26 @@ def check_fields(values: Any, known: dict[str, Field], where: str) -> dict[str, 
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, and a `--field value` flag for every field of the given config classes."""
+    """argparse with a `--field value` flag for every field of the given config classes, and one-line errors."""
 
     def __init__(self, doc: str, *classes: type) -> None:
         layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=36)
         super().__init__(description=doc, formatter_class=layout, allow_abbrev=False)
-        self.known: dict[str, Field] = {}
+        self.fields: dict[str, Field] = {}
         for cls in classes:
             group = None
             for name, field in fields_of(cls).items():
                 section = field.metadata["section"]
                 if section or group is None:
-                    group = self.add_argument_group(section or (cls.__doc__ or cls.__name__).split("\n")[0])
-                if name not in self.known:  # `dropout` is a field of both: the training config's overrides the model's
-                    self.known[name] = field
+                    group = self.add_argument_group(section or (cls.__doc__ or cls.__name__).split("\n")[0].rstrip("."))
+                if name not in self.fields:  # a name in two classes (dropout) is one flag
+                    self.fields[name] = field
                     group.add_argument(
                         f"--{name}", metavar=field.metavar, help=field.help_text, default=argparse.SUPPRESS
                     )
 
     def format_usage(self) -> str:
-        """One line: the script's own options, and that every field is one too."""
+        """The script's own options, wrapped, and [OPTION ...] or [--FIELD VALUE ...] for those in further sections."""
         parts = []
         for action in (*self._positionals._group_actions, *self._optionals._group_actions):
             name = action.option_strings[0] if action.option_strings else ""
@@ -290,10 +300,15 @@ class Parser(argparse.ArgumentParser):
             if action.help != argparse.SUPPRESS and action.dest != "help":
                 text = " ".join(filter(None, (name, value)))
                 parts.append(text if action.required and name else f"[{text}]")
-        return " ".join(["usage:", self.prog, *parts, *(["[--FIELD VALUE ...]"] if self.known else [])]) + "\n"
+        if len(self._action_groups) > 2:  # beside argparse's own for positional arguments and options
+            parts.append("[--FIELD VALUE ...]" if self.fields else "[OPTION ...]")
+        start = f"usage: {self.prog} "
+        glued = [part.replace(" ", "\0") for part in parts]  # an option and its value stay on one line
+        lines = textwrap.wrap(" ".join(glued), 110 - len(start), break_on_hyphens=False)
+        return start + ("\n" + " " * len(start)).join(lines).replace("\0", " ") + "\n"
 
     def format_help(self) -> str:
-        """The usage line, what the script does, its own options, and the fields by section."""
+        """The usage line, the description, the script's own options, and the config fields by section."""
         self.usage = self.format_usage().removeprefix("usage: ").strip().replace("%", "%%")
         return super().format_help()
 
@@ -301,18 +316,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"command line: {message} (--help lists the options)")
 
     def parse(self, argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
-        """The script's own arguments, and the checked config overrides by field name."""
+        """(the script's own arguments, the validated config overrides by field name)"""
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             name = unknown[0].split("=")[0]
             raise UserError(f"command line: unknown argument {unknown[0]!r}{did_you_mean(name, flags)}")
-        given = {name: field.parse(getattr(args, name)) for name, field in self.known.items() if hasattr(args, name)}
-        return args, check_fields(given, self.known, "command line")
+        given = {name: field.parse(getattr(args, name)) for name, field in self.fields.items() if hasattr(args, name)}
+        return args, check_fields(given, self.fields, "command line")
 
 
 def escape_control_characters(text: str) -> str:
-    """The text with control characters spelled out, so that no output can take over the terminal."""
+    """Escape control characters: printing a model's or a stranger's text must not send commands to the terminal."""
     if text.isprintable():
         return text
     return "".join(
@@ -321,13 +336,13 @@ def escape_control_characters(text: str) -> str:
 
 
 def silence(stream: typing.TextIO) -> None:
-    """Send what a stream holds, and all that comes after, nowhere: whoever read it has left."""
+    """Redirect a stream to the null device once the reader of its pipe is gone, so that flushing it cannot fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script: a user's mistake ends in one line on standard error and status 1, never in a traceback."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):  # UTF-8 whatever the platform's default
+    """Run a script's main(): a UserError is printed to standard error in one line, with exit status 1."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # UTF-8 regardless of the platform's default encoding
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape" if stream is sys.stdin else "replace")
     try:

@@ -1,4 +1,4 @@
-"""Writing files so that a crash at any moment leaves either the old contents or the new, never a part."""
+"""Atomic file writes and file locks."""
 
 import contextlib
 import os
@@ -10,9 +10,10 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file to write into; it takes its name only when the block ends without an error.
+    """Open a binary file so that a crash at any time leaves either the old contents or the new ones, never a part.
 
-    The bytes go to a hidden temporary file in the same folder, are flushed to the disk, then renamed over the old file.
+    Writes go to a temporary file in the same folder (renaming is atomic only within a file system), which is flushed
+    to disk and renamed over the target when the block ends without an error.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +26,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself must reach the disk; Windows cannot open folders
+    if os.name == "posix":  # make the rename durable too; Windows cannot open folders
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -35,7 +36,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def hold_lock(path: Path) -> Iterator[None]:
-    """Hold a lock that dies with this process; raises BlockingIOError where another process holds it."""
+    """Hold an exclusive file lock, released even if the process is killed; raises BlockingIOError if it is taken."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
         if sys.platform == "win32":

@@ -1,4 +1,9 @@
-"""Work ahead: an iterator whose items a background thread makes while the caller uses those before."""
+"""Prefetching: a background thread prepares the next items while the caller processes the current one.
+
+    for batch in prefetch(make_batches()):      # batch k + 1 is prepared while the model trains on batch k
+
+Closing the iterator stops the thread.
+"""
 
 import contextlib
 import queue
@@ -7,35 +12,35 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 Item = TypeVar("Item")
-END = object()
+END = object()  # sentinel
 
 
 def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
-    """The same items, up to `depth` of them made ahead; what making them raises is raised here."""
-    made: queue.Queue = queue.Queue(depth)
+    """Iterate over items, up to `depth` of which are produced in advance. Exceptions are passed on to the caller."""
+    ready: queue.Queue = queue.Queue(depth)
     stopping = threading.Event()
 
     def put(item: object, error: BaseException | None = None) -> None:
-        while not stopping.is_set():
+        while not stopping.is_set():  # a blocking put() would hang if the caller stops iterating
             with contextlib.suppress(queue.Full):
-                made.put((item, error), timeout=0.1)
+                ready.put((item, error), timeout=0.1)
                 return
 
-    def work() -> None:
+    def produce() -> None:
         try:
             for item in items:
                 put(item)
                 if stopping.is_set():
                     return
             put(END)
-        except BaseException as error:  # the caller's to handle
+        except BaseException as error:  # raised again in the caller's thread
             put(END, error)
 
-    worker = threading.Thread(target=work, daemon=True)
+    worker = threading.Thread(target=produce, daemon=True)
     worker.start()
     try:
         while True:
-            item, error = made.get()
+            item, error = ready.get()
             if error is not None:
                 raise error
             if item is END:

@@ -1,9 +1,9 @@
-"""What an option of the model or of the training is worth: validation losses of pairs of runs, over seeds.
+"""A/B comparison of options of the model or the training: validation losses of paired runs, over several seeds.
 
     python bench/comparing.py tinyshakespeare.txt --steps 600 --seeds 3 \
         --a "--n_hidden 352" --b "--n_expert 8 --n_expert_per_token 2 --n_hidden 176"
 
-Both runs of a pair have the same seed, data, steps and everything else of config/shakespeare_fast.json.
+Both runs of a pair share the seed, the data, the number of steps and all other fields (config/shakespeare_fast.json).
 """
 
 import argparse
@@ -23,17 +23,17 @@ from base.configuration import UserError, run_main
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", help="a text file")
+    parser.add_argument("file", help="text file to train on")
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--seeds", type=int, default=3, help="pairs of runs, with seeds from 1337 on")
+    parser.add_argument("--seeds", type=int, default=3, help="number of pairs; their seeds are 1337, 1338, ...")
     parser.add_argument("-t", "--training", default="shakespeare_fast", help="training config")
-    parser.add_argument("--a", default="", help="options of the first run of a pair")
-    parser.add_argument("--b", required=True, help="options of the second")
+    parser.add_argument("--a", default="", help="options of run a")
+    parser.add_argument("--b", required=True, help="options of run b")
     args = parser.parse_args()
     file = Path(args.file).resolve()
     if not file.is_file():
         raise UserError(f"{args.file}: no such file")
-    rows, results = [("seed", "a", "b", "b - a", "seconds of b over a")], []
+    rows, results = [("seed", "a", "b", "b - a", "time b / a")], []
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         subprocess.run([sys.executable, ROOT / "data.py", file], check=True, capture_output=True)
@@ -49,7 +49,7 @@ def main() -> None:
         os.chdir(ROOT)
     mean = statistics.mean(pair["b"] - pair["a"] for pair in results)
     rows.append(("mean", "", "", f"{mean:+.4f}", ""))
-    show(f"a: {args.a or 'the preset'}; b: {args.b}", rows, {"runs": results, "mean": mean})
+    show(f"validation loss, a: {args.a or 'the preset'}; b: {args.b}", rows, {"runs": results, "mean": mean})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How fast data.py prepares text, and how much memory it takes.
+"""Throughput and peak memory of data.py.
 
-    python bench/data_speed.py                          10 and 100 MB of characters, 10 MB of byte pairs
-    python bench/data_speed.py --sizes 10 100 1000      also 1,000 MB of characters
-    python bench/data_speed.py --file FILE              text of yours, repeated until it is long enough
+    python bench/data_speed.py                          character tokenizer on 10 and 100 MB, BPE on 10 MB
+    python bench/data_speed.py --sizes 10 100 1000      characters also on 1,000 MB
+    python bench/data_speed.py --file FILE              your own text, repeated to the size
 
-Memory is the largest resident set of the process; importing torch alone takes a part of it that stays the same.
+Memory is the maximum resident set size of the process, which includes a constant part for imports such as torch.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from measuring import ROOT, make_text, show
 
 from base.configuration import UserError, run_main
 
-MEASURED = """
+RUN_AND_REPORT_PEAK = """
 import os, resource, runpy, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
@@ -31,7 +31,7 @@ finally:
 
 def prepare(folder: Path, text: Path, options: list[str]) -> tuple[float, float]:
     """(MB/s, peak memory in MB) of data.py on a text file."""
-    command = [sys.executable, "-c", MEASURED, str(ROOT / "data.py"), str(text), *options]
+    command = [sys.executable, "-c", RUN_AND_REPORT_PEAK, str(ROOT / "data.py"), str(text), *options]
     job = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if job.returncode:
         raise UserError(f"data.py: {job.stderr.strip()}")
@@ -43,7 +43,7 @@ def prepare(folder: Path, text: Path, options: list[str]) -> tuple[float, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 100], help="MB of text")
-    parser.add_argument("--file", help="text to repeat [default: random words]")
+    parser.add_argument("--file", help="text to repeat [default: random characters]")
     args = parser.parse_args()
     piece = Path(args.file).read_text(encoding="utf-8") if args.file else make_text(1_000_000, 200)
     rows, results = [("tokenizer, MB of text", "MB/s", "peak memory, MB")], {}
@@ -58,7 +58,7 @@ def main() -> None:
                 speed, peak = prepare(Path(folder), text, options)
             rows.append((f"{kind}, {size}", f"{speed:.1f}", f"{peak:,.0f}"))
             results[f"{kind}, {size} MB"] = {"mb_per_s": speed, "peak_mb": peak}
-    show("preparing text", rows, results)
+    show("data preparation", rows, results)
 
 
 if __name__ == "__main__":

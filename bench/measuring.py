@@ -1,4 +1,4 @@
-"""What the benchmarks share: tables, text to train on, and the machine's own limits."""
+"""Shared by the benchmarks: result tables, synthetic text, and the peak rates of the machine."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from training.run_log import print_table  # noqa: E402
 
 
 def show(title: str, rows: list[tuple[str, ...]], results: dict[str, Any]) -> None:
-    """Print a table, its first row the headings, and the same as one line of JSON."""
+    """Print a table, whose first row is the header, and the results as one line of JSON."""
     print(f"\n{title}")
     print_table(rows)
     print(json.dumps({title: results, "machine": platform.machine(), "threads": torch.get_num_threads()}), flush=True)
@@ -32,17 +32,17 @@ def newest_records() -> list[dict[str, Any]]:
 
 
 def make_text(n_characters: int, vocabulary: int) -> str:
-    """Random text over so many different characters, some far likelier than others, as in a language."""
+    """Random text over a vocabulary of that many characters, with a Zipf-like distribution, as in a language."""
     rng = np.random.default_rng(0)
     alphabet = np.array([*map(ord, " \n"), *range(97, 123), *range(0x4E00, 0x4E00 + vocabulary - 28)])[:vocabulary]
-    shares = 1 / (np.arange(len(alphabet)) + 10.0)
-    codes = rng.choice(alphabet, n_characters, p=shares / shares.sum())
+    weights = 1 / (np.arange(len(alphabet)) + 10.0)
+    codes = rng.choice(alphabet, n_characters, p=weights / weights.sum())
     codes[: len(alphabet)] = alphabet  # each at least once
     return codes.astype("<u4").tobytes().decode("utf-32-le")
 
 
 def memory_bandwidth(device: torch.device, dtype: torch.dtype) -> float:
-    """Bytes per second at which a matrix-vector product reads a matrix far larger than any cache, measured."""
+    """Measured memory bandwidth in bytes per second: a matrix-vector product, its matrix far larger than the caches."""
     a = torch.ones(32768 if device.type == "cuda" else 8192, 8192, device=device, dtype=dtype)
     x = torch.ones(8192, device=device, dtype=dtype)
     return a.numel() * a.element_size() / best_seconds(device, lambda: a @ x)

@@ -1,11 +1,10 @@
-"""What preference tuning does to a model: how many held-out pairs it ranks right, and how it answers, before and after.
+"""Preference optimization on a synthetic task: preference accuracy and sampled answers, before and after.
 
     python bench/preferences.py                     dpo, ipo, simpo and orpo: a minute on 2 CPU cores
     python bench/preferences.py simpo --steps 200
 
-The pairs are made: to "say WORD" one answer is polite, "gladly, WORD", the other curt, "hardly, WORD". A model is
-fine-tuned on the one or the other, at random, then tuned to prefer the polite ones. Answers are drawn at temperature 1
-to words that occur in no training line.
+To "say WORD" the chosen answer is "gladly, WORD", the rejected one "hardly, WORD". A model is fine-tuned on either of
+the two at random (SFT), then tuned to prefer the chosen ones. Answers to held-out words are sampled at temperature 1.
 """
 
 import argparse
@@ -25,7 +24,7 @@ from training.losses import PREFERENCES
 
 SHAPE = ["--n_layer", "2", "--n_head", "4", "--n_embd", "64", "--block_size", "32"]
 DATA = '[["dataset/dpo_train.bin", "dataset/dpo_val.bin"]]'
-OPTIONS = {  # beyond config/dpo.json, which is for larger models
+OPTIONS = {  # on top of config/dpo.json, which is meant for larger models
     "dpo": ["--dpo_beta", "0.3"],
     "ipo": ["--dpo_beta", "0.3"],
     "simpo": ["--dpo_beta", "2"],
@@ -34,7 +33,7 @@ OPTIONS = {  # beyond config/dpo.json, which is for larger models
 
 
 def make_pairs(n: int, seed: int) -> list[dict[str, str]]:
-    """Preferences over answers to n random words."""
+    """Preference pairs for n random words."""
     rng = random.Random(seed)
     words = ["".join(rng.choice("abcdefgh") for _ in range(5)) for _ in range(n)]
     return [{"prompt": f"say {word}", "chosen": f"gladly, {word}", "rejected": f"hardly, {word}"} for word in words]
@@ -44,14 +43,14 @@ def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def command(script: str, *arguments: str) -> None:
+def run(script: str, *arguments: str) -> None:
     job = subprocess.run([sys.executable, ROOT / script, *arguments], capture_output=True, text=True)
     if job.returncode:
-        raise UserError(f"{script} ended with: {job.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"{script} failed: {job.stderr.strip().splitlines()[-1]}")
 
 
-def shares(checkpoint: str, n: int = 200) -> tuple[float, float]:
-    """Of answers drawn to new words: how many are polite, and how many of all repeat the word."""
+def answer_rates(checkpoint: str, n: int = 200) -> tuple[float, float]:
+    """Of n sampled answers to held-out words: the fraction that is polite, and the fraction that repeats the word."""
     generator = load_text_generator(checkpoint, "cpu", True, [])
     polite = right = 0
     for i, pair in enumerate(make_pairs(n, seed=1)):
@@ -63,19 +62,19 @@ def shares(checkpoint: str, n: int = 200) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("losses", nargs="*", help=f"of {', '.join(PREFERENCES)}")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("losses", nargs="*", metavar="LOSS", help=f"{', '.join(PREFERENCES)} [all]")
+    parser.add_argument("--steps", type=int, default=100, help="steps of preference optimization")
     args = parser.parse_args()
     if unknown := set(args.losses) - PREFERENCES.keys():
         raise UserError(f"no preference loss named {', '.join(unknown)}: there are {', '.join(PREFERENCES)}")
-    rows = [("loss", "pairs ranked right", "polite answers", "word repeated")]
+    rows = [("loss", "preference accuracy", "polite answers", "word repeated")]
     results = {}
 
     def tune(stage: str, loss: str, steps: int, rate: str) -> None:
         options = ["--max_steps", str(steps), "--learning_rate", rate, "--stage", stage, "--dataset_path", DATA]
-        command("train.py", "-t", "dpo", "--loss", loss, *OPTIONS[loss], *options)
+        run("train.py", "-t", "dpo", "--loss", loss, *OPTIONS[loss], *options)
         accuracy = [r["preference_accuracy"] for r in newest_records() if r["type"] == "val"][-1]
-        polite, right = shares(f"checkpoint/{stage}_last.pt")
+        polite, right = answer_rates(f"checkpoint/{stage}_last.pt")
         rows.append((stage, f"{accuracy:.0%}", f"{polite:.0%}", f"{right:.0%}"))
         results[stage] = {"accuracy": accuracy, "polite": polite, "right": right}
 
@@ -86,13 +85,13 @@ def main() -> None:
         kinds = random.Random(2).choices(("chosen", "rejected"), k=len(pairs))
         asked = [{"question": pair["prompt"], "answer": pair[kind]} for pair, kind in zip(pairs, kinds, strict=True)]
         write_jsonl(Path("sft.jsonl"), asked)
-        command("data.py", "sft.jsonl", "dpo.jsonl", "--block_size", "32")
-        command("train.py", "-t", "sft", "--from_checkpoint", "", *SHAPE, "--max_steps", "600", "--optimizer", "muon")
-        tune("before", "simpo", 1, "1e-12")  # a step of nearly nothing, and no reference: where the model stands
+        run("data.py", "sft.jsonl", "dpo.jsonl", "--block_size", "32")
+        run("train.py", "-t", "sft", "--from_checkpoint", "", *SHAPE, "--max_steps", "600", "--optimizer", "muon")
+        tune("before", "simpo", 1, "1e-12")  # the fine-tuned model as it is: one step with a negligible learning rate
         for name in args.losses or PREFERENCES:
             tune(name, name, args.steps, "1e-3")
         os.chdir(ROOT)
-    show("preferences", rows, results)
+    show("preference optimization", rows, results)
 
 
 if __name__ == "__main__":

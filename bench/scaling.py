@@ -1,9 +1,9 @@
-"""How the cost of a training step grows: with block_size, width, batch, and the number of processes.
+"""Scaling of the cost of a training step with block_size, n_embd, batch_size and the number of processes.
 
     python bench/scaling.py
 
-One quantity is doubled at a time, from 4 layers, 4 heads, 128 wide, block 64, batch 16 on. Processes share the threads
-of the machine and one step's micro-batches (4 of 16 samples).
+One quantity varies at a time, from 4 layers, 4 heads, n_embd 128, block_size 64, batch_size 16. The processes divide
+among them the machine's threads and the micro-batches of a step (4 of 16 samples: strong scaling).
 """
 
 import os
@@ -19,12 +19,12 @@ from measuring import ROOT, make_text, newest_records, show
 from base.configuration import run_main
 
 BASE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 16}
-DOUBLED = {"block_size": (64, 128, 256, 512), "n_embd": (64, 128, 256, 512), "batch_size": (4, 16, 64)}
-SOLO = ["train.py"]
+VARIED = {"block_size": (64, 128, 256, 512), "n_embd": (64, 128, 256, 512), "batch_size": (4, 16, 64)}
+ONE_PROCESS = ["train.py"]
 
 
 def step_seconds(script: list[str], fields: dict[str, int], steps: int = 12, threads: int | None = None) -> float:
-    """Median seconds of a step, by the log."""
+    """Median time of a step in seconds, from the training log."""
     for log in Path().glob("train_*.log"):
         log.unlink()
     flags = [f for name, value in fields.items() for f in (f"--{name}", str(value))]
@@ -37,13 +37,13 @@ def step_seconds(script: list[str], fields: dict[str, int], steps: int = 12, thr
 
 
 def main() -> None:
-    rows, results = [("what", "ms/step", "tokens/s", "time by that of the row above")], {}
+    rows, results = [("varied", "ms/step", "tokens/s", "time relative to the row above")], {}
 
     def measure(name: str, script: list[str], fields: dict[str, int], above: str, threads: int | None = None) -> str:
         seconds = step_seconds(script, fields, threads=threads)
         tokens = fields["batch_size"] * fields["gradient_accumulation_steps"] * fields["block_size"] / seconds
-        before = results.get(above, {}).get("ms_per_step")
-        ratio = f"{1000 * seconds / before:.2f}" if before else ""
+        previous = results.get(above, {}).get("ms_per_step")
+        ratio = f"{1000 * seconds / previous:.2f}" if previous else ""
         rows.append((name, f"{1000 * seconds:.1f}", f"{tokens:,.0f}", ratio))
         results[name] = {"ms_per_step": 1000 * seconds, "tokens_per_s": tokens}
         return name
@@ -52,11 +52,11 @@ def main() -> None:
         os.chdir(folder)
         Path("text.txt").write_text(make_text(300_000, 65), encoding="utf-8")
         subprocess.run([sys.executable, ROOT / "data.py", "text.txt"], check=True, capture_output=True)
-        for field, values in DOUBLED.items():
+        for field, values in VARIED.items():
             above = ""
             for value in values:
                 fields = {**BASE, "gradient_accumulation_steps": 1, field: value}
-                above = measure(f"{field} {value}", SOLO, fields, above)
+                above = measure(f"{field} {value}", ONE_PROCESS, fields, above)
         above, threads = "", torch.get_num_threads()
         for processes in (1, 2):
             launcher = [

@@ -1,10 +1,10 @@
-"""Training speed: tokens and operations per second, against the machine's own rate, and where a step's time goes.
+"""Training speed: tokens/s, FLOP/s relative to the machine's matmul peak (MFU), and the time of each part of a step.
 
-    python bench/train_speed.py                     every shape that this device has room for
-    python bench/train_speed.py --steps 10 tiny     fewer steps, one shape
+    python bench/train_speed.py                     every model that fits this device
+    python bench/train_speed.py --steps 10 tiny     fewer steps, one model
 
-The headline is train.py's own, a process with its log and progress bar, the median step. The parts are timed one by one
-in a second run. The machine's rate is that of torch's matrix product in the training dtype, measured just before.
+The speed is that of train.py as users run it, with its log and progress bar: the median step. The parts are timed in a
+second run, with synchronisation between them. The peak is measured: a large torch matmul in the training dtype.
 """
 
 import argparse
@@ -25,15 +25,16 @@ from training.engine import Engine
 from training.setup import Run, build_run, read_configs
 
 WARM_UP = 3
-SHAPES = {  # layers, heads, width, block, batch, vocabulary
+SHAPES = {  # n_layer, n_head, n_embd, block_size, batch_size, vocab_size
     "tiny": (4, 4, 128, 64, 12, 65),
     "wide": (2, 4, 512, 512, 100, 2114),
     "gpt2": (12, 12, 768, 1024, 16, 50304),
 }
-CPU_BATCH = {"wide": 10}  # a step of 100 would take a minute
+CPU_BATCH_SIZE = {"wide": 10}  # on a CPU a step of 100 samples would take a minute
 
 
 def arguments_of(shape: tuple[int, ...], batch_size: int, options: list[str]) -> list[str]:
+    """The command line of train.py for a model and batch size."""
     names = ("n_layer", "n_head", "n_embd", "block_size")
     flags = [f for name, value in zip(names, shape, strict=False) for f in (f"--{name}", str(value))]
     flags += ["--batch_size", str(batch_size), "--gradient_accumulation_steps", "1", "--warmup_iters", "1"]
@@ -41,7 +42,7 @@ def arguments_of(shape: tuple[int, ...], batch_size: int, options: list[str]) ->
 
 
 def loop_seconds(arguments: list[str], steps: int) -> float:
-    """Median seconds of a step of train.py, as its log has them."""
+    """Median time of a step of train.py in seconds, from its log."""
     never = ["--max_steps", str(steps + WARM_UP), "--eval_interval", "1000000", "--eval_iters", "1"]
     subprocess.run([sys.executable, ROOT / "train.py", *arguments, *never], check=True, capture_output=True)
     times = [record["ms_per_step"] / 1000 for record in newest_records() if record["type"] == "train"]
@@ -49,50 +50,50 @@ def loop_seconds(arguments: list[str], steps: int) -> float:
 
 
 def parts_seconds(arguments: list[str], steps: int) -> tuple[dict[str, float], float, Run]:
-    """Median seconds of a step's parts, the matrix product's FLOP/s, and the run."""
+    """Median time of each part of a step in seconds, the matmul peak in FLOP/s, and the run."""
     args, overrides = train.make_parser().parse(arguments)
-    asked = read_configs(args.training, args.model, overrides)
-    training = build_run(asked, Engine(asked.training))
-    engine, times = training.engine, {part: [] for part in ("data", "forward", "backward", "optimizer")}
+    config = read_configs(args.training, args.model, overrides)
+    run = build_run(config, Engine(config.training))
+    engine, times = run.engine, {part: [] for part in ("data", "forward", "backward", "optimizer")}
     peak = matmul_flops(engine.device, engine.dtype)
 
     def lap(part: str) -> None:
-        nonlocal began
+        nonlocal start
         synchronise(engine.device)
-        times[part].append(time.perf_counter() - began)
-        began = time.perf_counter()
+        times[part].append(time.perf_counter() - start)
+        start = time.perf_counter()
 
     def timed_loss(*arguments):
-        loss = training.loss(*arguments)
+        loss = run.loss(*arguments)
         lap("forward")
         return loss
 
     for step in range(WARM_UP + steps):
-        began = time.perf_counter()
-        (batch,) = training.batches.at(step * training.batches.samples_per_step)
+        start = time.perf_counter()
+        (batch,) = run.batches.at(step * run.batches.samples_per_step)
         lap("data")
         engine.forward_backward(timed_loss, batch, batch.count, is_last=True)
         lap("backward")
         engine.step(0.01)
         lap("optimizer")
-    return {part: statistics.median(values[WARM_UP:]) for part, values in times.items()}, peak, training
+    return {part: statistics.median(values[WARM_UP:]) for part, values in times.items()}, peak, run
 
 
 def measure(name: str, steps: int, on_cpu: bool, options: list[str]) -> tuple[tuple[str, ...], dict]:
-    """A row of the table, and the same as figures."""
+    """The row of a model in the table, and its results for the JSON line."""
     *shape, batch_size, vocabulary = SHAPES[name]
-    batch_size = CPU_BATCH.get(name, batch_size) if on_cpu else batch_size
+    batch_size = CPU_BATCH_SIZE.get(name, batch_size) if on_cpu else batch_size
     Path("text.txt").write_text(make_text(20 * shape[3] * batch_size + 2 * vocabulary, vocabulary), encoding="utf-8")
     subprocess.run([sys.executable, ROOT / "data.py", "text.txt"], check=True, capture_output=True)
     arguments = arguments_of(shape, batch_size, options)
     seconds = loop_seconds(arguments, steps)
-    parts, peak, training = parts_seconds(arguments, steps)
-    parts["the rest"] = max(0.0, seconds - sum(parts.values()) + parts["data"])  # data is made meanwhile
+    parts, peak, run = parts_seconds(arguments, steps)
+    parts["the rest"] = max(0.0, seconds - sum(parts.values()) + parts["data"])  # data is prefetched: it overlaps
     tokens = batch_size * shape[3]
-    flops = tokens * training.model.flops_per_token() / seconds
+    flops = tokens * run.model.flops_per_token() / seconds
     figures = {
         "batch_size": batch_size,
-        "parameters": training.model.parameter_count(),
+        "parameters": run.model.parameter_count(),
         "tokens_per_s": tokens / seconds,
         "ms_per_step": 1000 * seconds,
         "gflops": flops / 1e9,
@@ -106,17 +107,15 @@ def measure(name: str, steps: int, on_cpu: bool, options: list[str]) -> tuple[tu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shapes", nargs="*", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--steps", type=int, default=30, help="steps that count")
+    parser.add_argument("shapes", nargs="*", metavar="MODEL", help=f"{', '.join(SHAPES)} [those that fit the device]")
+    parser.add_argument("--steps", type=int, default=30, help="steps to measure, after the warm-up")
     args, options = parser.parse_known_args()
     device = find_device("auto")
     unknown = set(args.shapes) - SHAPES.keys()
     if unknown:
-        raise UserError(f"no shape named {', '.join(unknown)}: there are {', '.join(SHAPES)}")
+        raise UserError(f"no model named {', '.join(unknown)}: there are {', '.join(SHAPES)}")
     names = args.shapes or [name for name in SHAPES if name != "gpt2" or device.type == "cuda"]
-    rows = [
-        ("shape", "tokens/s", "ms/step", "GFLOP/s", "of matmul", "data", "forward", "backward", "optimizer", "rest")
-    ]
+    rows = [("model", "tokens/s", "ms/step", "GFLOP/s", "MFU", "data, ms", "forward", "backward", "optimizer", "rest")]
     results = {}
     for name in names:
         with tempfile.TemporaryDirectory() as folder:

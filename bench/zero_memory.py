@@ -1,10 +1,10 @@
-"""Memory per parameter of train_deepspeed.py for each ZeRO stage and offload, on two processes of this machine's CPU.
+"""Memory per parameter of train_deepspeed.py, for every ZeRO stage and offload, in two processes on the CPU.
 
     python bench/zero_memory.py
 
-Peak resident memory of a process while it trains a model of 25M parameters on next to no data, less that of the same
-run on a model of 0.1M. On a CPU, offloaded states lie in the same memory: the table shows then what they cost the host.
-Saving is left out: a checkpoint that is gathered needs the whole model on the first process.
+Peak resident memory of a process that trains 25M parameters on a tiny batch, minus that of the same run with 0.1M
+parameters. On a CPU the offloaded states are in the same memory, so the results show what offload costs the host.
+Saving is not measured: a gathered checkpoint needs the full model in the first process.
 """
 
 import json
@@ -21,14 +21,14 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 SHAPES = {"small": ["--n_layer", "1", "--n_head", "2", "--n_embd", "64"]}
 SHAPES["large"] = ["--n_layer", "8", "--n_head", "8", "--n_embd", "512"]
-FEW = ["--block_size", "16", "--batch_size", "1", "--gradient_accumulation_steps", "2", "--max_steps", "4"]
+TINY_BATCH = ["--block_size", "16", "--batch_size", "1", "--gradient_accumulation_steps", "2", "--max_steps", "4"]
 ADAMW = ["--optimizer", "adamw", "--device", "cpu", "--dtype", "float32", "--eval_iters", "1", "--eval_interval", "100"]
 
 
 def peak_memory(folder: Path, config: str, shape: list[str]) -> float:
-    """Largest resident memory of the run's larger process in bytes, before it evaluates and saves."""
+    """Peak resident memory in bytes, the maximum over both processes, until the run starts to save."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", ROOT / "train_deepspeed.py"]
-    command += ["--deepspeed_config", f"deepspeed_{config}", "-t", "pretrain", *shape, *FEW, *ADAMW]
+    command += ["--deepspeed_config", f"deepspeed_{config}", "-t", "pretrain", *shape, *TINY_BATCH, *ADAMW]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     job = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     peak = 0
@@ -42,7 +42,7 @@ def peak_memory(folder: Path, config: str, shape: list[str]) -> float:
         time.sleep(0.02)
     job.communicate()
     if job.returncode:
-        sys.exit(f"error: {config} did not train; try {command}")
+        sys.exit(f"error: training with {config} failed; try {command}")
     return peak
 
 
@@ -60,10 +60,10 @@ def main() -> None:
                 peaks[name] = peak_memory(folder, config, shape)
                 log = next(folder.glob("train_*.log")).read_text().splitlines()
                 n_parameters[name] = json.loads(log[0])["n_parameters"]
-        more = n_parameters["large"] - n_parameters["small"]
-        results[config] = (peaks["large"] - peaks["small"]) / more
+        difference = n_parameters["large"] - n_parameters["small"]
+        results[config] = (peaks["large"] - peaks["small"]) / difference
         print(f"{config:15} {results[config]:5.1f} bytes per parameter and process", flush=True)
-    print(json.dumps({"zero_memory": results, "processes": 2, "parameters": more}))
+    print(json.dumps({"zero_memory": results, "processes": 2, "parameters": difference}))
 
 
 if __name__ == "__main__":

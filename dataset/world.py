@@ -1,11 +1,13 @@
-"""Writes the built-in corpus: a small invented world in English and Chinese, for the quickstart.
+"""Generate the quickstart's synthetic corpus: a small fictional world in English and Chinese.
 
-    python dataset/world.py     writes dataset/pretrain.txt, sft.jsonl and held_out.jsonl (never over other files)
+    python dataset/world.py     writes dataset/pretrain.txt, sft.jsonl and held_out.jsonl (never overwrites other text)
 
-Pretraining text states facts about invented islands, each in several wordings, and shows sums, spelling, counting and
-reversing. Fine-tuning asks about them. The questions in held_out.jsonl occur nowhere else, in no wording and in neither
-language: their facts are stated in the pretraining text, but no fine-tuning sample asks for them; their sums and words
-occur in neither. So a right answer was either read in one place and asked for in another, or computed.
+The pretraining text states facts about fictional islands, each in several paraphrases, and shows four skills: adding,
+reversing, spelling, counting letters. The fine-tuning samples ask about both. held_out.jsonl is the test set:
+
+- its facts are in the pretraining text, but no fine-tuning sample asks for them, in any wording or either language. A
+  correct answer shows knowledge learned in pretraining and elicited by fine-tuning on other questions.
+- its sums and words occur in neither file. A correct answer shows a skill that generalises.
 """
 
 import json
@@ -16,8 +18,8 @@ from pathlib import Path
 
 SEED = 20240601
 N_ISLANDS = 28
-TELLINGS = 20  # of every fact, in each language
-N_SUMS, N_WORDS, N_ASKED = 2400, 1500, 500
+TELLINGS = 20  # sentences per fact and language: paraphrases help recall (Allen-Zhu & Li 2023, arXiv:2309.14316)
+N_SUMS, N_WORDS, N_ASKED = 2400, 1500, 500  # in the pretraining text; in fine-tuning samples, per skill
 HELD_OUT = {"fact": 80, "sum": 40, "reverse": 30, "spell": 25, "count": 25}
 
 VALUES = {
@@ -26,7 +28,7 @@ VALUES = {
     "fruit": "plum 李子,pear 梨,fig 无花果,lemon 柠檬,melon 甜瓜,grape 葡萄,peach 桃子,cherry 樱桃",
     "instrument": "drum 鼓,flute 笛子,harp 竖琴,violin 小提琴,horn 号角,bell 铃铛,piano 钢琴,gong 锣",
 }
-# statements and questions: {i} is the island, {v} the value
+# English statements, English questions, Chinese statements, Chinese questions; {i} is the island, {v} the value
 FACTS = {
     "capital": (
         ["The capital of {i} is {v}.", "{v} is the capital of {i}.", "The capital of the island {i} is {v}."],
@@ -67,6 +69,7 @@ FACTS = {
         ["{i}的乐器是什么？", "{i}人演奏什么乐器？", "请说出{i}的乐器。"],
     ),
 }
+# the same four lists; {a} and {b} are the summands, {w} the word, {v} the answer
 SKILLS = {
     "sum": (
         ["{a} + {b}: {v}"],
@@ -97,7 +100,7 @@ CHINESE_SYLLABLES = "安巴洛卡莱多尔伦米娜奥萨维塔里诺贝索林�
 
 
 def invented_name(random: random.Random, taken: set[str]) -> tuple[str, str]:
-    """An English and a Chinese name; no two in this world begin alike."""
+    """A random (English, Chinese) name; no two share the first 3 letters or 2 Chinese characters."""
     while True:
         english = "".join(random.choice("bdfgklmnprstvz") + random.choice("aeiou") for _ in range(2))
         english = (english + random.choice(["n", "r", "l", "s", "nd", "m", "rk"])).capitalize()
@@ -108,13 +111,13 @@ def invented_name(random: random.Random, taken: set[str]) -> tuple[str, str]:
 
 
 def invented_word(random: random.Random) -> str:
-    """A word of 3 to 5 letters that can be pronounced."""
+    """A random pronounceable word of 3 to 5 letters: consonants and vowels alternate."""
     length, start = random.randint(3, 5), random.randint(0, 1)
     return "".join(random.choice("aeiou" if (i + start) % 2 else "bcdfghklmnprstvwyz") for i in range(length))
 
 
 def make_islands(random: random.Random) -> list[dict[str, list[dict[str, str]]]]:
-    """Islands, each with the fields of the English and the Chinese sentence for every kind of fact."""
+    """For each island and fact: the template fields {"i": island, "v": value} in English and in Chinese."""
     taken: set[str] = set()
     choices = {name: [pair.split() for pair in text.split(",")] for name, text in VALUES.items()}
     islands = []
@@ -126,7 +129,10 @@ def make_islands(random: random.Random) -> list[dict[str, list[dict[str, str]]]]
 
 
 def worked_sum(a: int, b: int, language: int) -> str:
-    """The sum of two numbers below 100 as one writes it out: ones, then tens with the carry."""
+    """The sum of two numbers below 100, worked out step by step: ones, then tens with the carry.
+
+    A chain of thought (Wei et al. 2022, arXiv:2201.11903): each step is easy, and generated tokens hold the carry.
+    """
     carry, ones = divmod(a % 10 + b % 10, 10)
     tens = a // 10 + b // 10 + carry
     form = ("{} + {} = {}, {} + {} + {} = {}, so {}.", "{}加{}得{}，{}加{}加{}得{}，所以是{}。")[language]
@@ -134,7 +140,7 @@ def worked_sum(a: int, b: int, language: int) -> str:
 
 
 def skill_fields(skill: str, item: tuple[int, int] | str, language: int) -> dict[str, str]:
-    """What fills the sentences and questions of a skill: the operands, and the answer as v."""
+    """The template fields of a skill: the operands, and the answer as "v"."""
     if skill == "sum":
         return {"a": str(item[0]), "b": str(item[1]), "v": worked_sum(*item, language)}
     return {"w": item, "v": {"reverse": item[::-1], "spell": "-".join(item), "count": str(len(item))}[skill]}
@@ -145,7 +151,7 @@ def capitalised(text: str) -> str:
 
 
 def make_world() -> tuple[list[str], list[dict[str, str]], list[dict[str, str]]]:
-    """(sentences, fine-tuning samples, held-out samples), the same ones every time."""
+    """(pretraining lines, fine-tuning samples, held-out samples), the same on every call."""
     rng = random.Random(SEED)
     sentences, asked, held_out = [], [], []
 
@@ -156,7 +162,8 @@ def make_world() -> tuple[list[str], list[dict[str, str]], list[dict[str, str]]]
             for _ in range(TELLINGS):
                 told = [capitalised(rng.choice(FACTS[n][2 * language]).format(**island[n][language])) for n in FACTS]
                 rng.shuffle(told)
-                sentences += [" ".join(told[:2]), " ".join(told[2:])]  # a name that comes back is one to copy
+                # several facts per line repeat the island's name: the model learns to copy it from the context
+                sentences += [" ".join(told[:2]), " ".join(told[2:])]
             for name, fields in island.items():
                 statements, questions = FACTS[name][2 * language : 2 * language + 2]
                 answer = statements[0].format(**fields[language])
@@ -185,7 +192,7 @@ def make_world() -> tuple[list[str], list[dict[str, str]], list[dict[str, str]]]
         for _ in range(HELD_OUT[skill]):
             item = pool.pop()
             if item[::-1] in pool:
-                pool.remove(item[::-1])  # b + a gives a + b away, a word reversed the word
+                pool.remove(item[::-1])  # b + a would leak a + b, and a reversed word the word
             held_out.append(asked_and_told(skill, item)[0])
     for skill, pool in pools.items():
         for i, item in enumerate(pool):

@@ -1,1 +1,12 @@
-"""The parts of the network that model.py puts together."""
+"""Building blocks of the transformer in model.py, and how tokens are generated with it.
+
+attention_maps  attention weights, for inspection and plots
+cache           key/value cache for decoding
+experts         mixture of experts (MoE) with a top-k router
+generation      autoregressive decoding
+head            output layer and cross-entropy loss without storing all logits
+masks           attention masks: causal, sliding window, block-diagonal for packed documents
+norm            RMSNorm
+rope            rotary position embeddings
+sampling        temperature, top-k, nucleus sampling
+"""

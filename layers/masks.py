@@ -1,8 +1,11 @@
-"""Which tokens a token may look at: causality, windows and documents; for SDPA, and in blocks for flex attention.
+"""Attention masks: which tokens a query attends to, by causality, sliding window and document.
 
-A mask says it of every pair of places, and SDPA computes all of them. flex attention (Dong et al. 2024,
-arXiv:2412.05496) passes over the blocks of 128 x 128 pairs in which no token sees another: the shorter the documents
-or the window, the more of them.
+    0 1 2 3 4      query 4 with a window of 3: keys 2, 3, 4
+    a a b b b      query 4 with documents a and b: keys 2, 3, 4 (a block-diagonal mask)
+
+attention_mask() gives SDPA a boolean tensor; SDPA still computes every query-key pair. block_masks() describes the same
+mask to flex attention (Dong et al. 2024, arXiv:2412.05496), which skips blocks of 128 x 128 pairs that are masked
+entirely: the shorter the documents or the window, the more blocks it skips.
 """
 
 import torch
@@ -10,48 +13,56 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 
 def attention_mask(
-    T: int, seen: int, window: int, is_causal: bool, documents: torch.Tensor | None, device: torch.device
+    T: int, n_cached: int, window: int, is_causal: bool, documents: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor | None:
-    """Which keys, `seen` cached ones and then T new ones, the T queries may look at: (T, seen + T) or (B, 1, T, T).
+    """True where a query attends to a key: (T, n_cached + T), or (B, 1, T, T) with documents.
 
-    None where SDPA's own causal flag says it all. documents (B, T): tokens of different ones do not see each other.
+    T new tokens are the queries; the keys are n_cached tokens of the KV cache, then the new ones. documents (B, T):
+    document ids; tokens attend only within their document. window 0: no sliding window. None where SDPA's is_causal
+    flag suffices: without a mask tensor it can use its fastest kernels.
     """
-    if documents is None and not (window and window < seen + T) and not (is_causal and seen and T > 1):
+    if documents is None and not (window and window < n_cached + T) and not (is_causal and n_cached and T > 1):
         return None
-    queries, keys = torch.arange(seen, seen + T, device=device)[:, None], torch.arange(seen + T, device=device)
-    mask = is_visible(queries, keys, window, is_causal)
+    keys = torch.arange(n_cached + T, device=device)
+    queries = torch.arange(n_cached, n_cached + T, device=device)[:, None]
+    mask = is_visible(queries, keys, window, is_causal)  # (T, n_cached + T)
     return mask if documents is None else mask & (documents[:, None, :, None] == documents[:, None, None, :])
 
 
 def is_visible(query: torch.Tensor, key: torch.Tensor, window: int, is_causal: bool) -> torch.Tensor:
-    """Whether the token at one place may look at the one at another, if they are of the same document."""
+    """Whether the token at position `query` attends to the one at position `key`, documents aside."""
     distance = query - key
     mask = distance >= 0 if is_causal else torch.ones_like(distance, dtype=torch.bool)
-    return mask & (distance.abs() < window) if window else mask
+    return mask & (distance.abs() < window) if window else mask  # a window counts the token itself
 
 
 @torch.compiler.disable  # compiling this may take minutes (github.com/pytorch/pytorch/issues/182060)
 def block_masks(
     T: int, windows: set[int], is_causal: bool, documents: torch.Tensor | None, device: torch.device
 ) -> dict[int, BlockMask | None]:
-    """attention_mask() of T tokens for every window, for flex attention."""
+    """attention_mask() of T tokens without a cache as flex attention's BlockMask, one per distinct window."""
 
     def block_mask(window: int) -> BlockMask | None:
         if documents is None and not (window and window < T):
             return None
 
-        def sees(b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        def mask_mod(b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             mask = is_visible(query, key, window, is_causal)
             return mask if documents is None else mask & (documents[b, query] == documents[b, key])
 
-        return create_block_mask(sees, None if documents is None else len(documents), None, T, T, device=device)
+        B = None if documents is None else len(documents)  # None: the same mask for every sequence, and every head
+        return create_block_mask(mask_mod, B, None, T, T, device=device)
 
     return {window: block_mask(window) for window in windows}
 
 
 def positions_inside(documents: torch.Tensor) -> torch.Tensor:
-    """Every token's distance (B, T) from the start of its document, of their numbers (B, T)."""
-    place = torch.arange(documents.size(1), device=documents.device).expand_as(documents)
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return place - torch.where(begins, place, 0).cummax(1).values
+    """Position ids (B, T) that restart at 0 in every document; documents (B, T): document ids.
+
+    Document ids [1, 1, 1, 2, 2] give [0, 1, 2, 0, 1].
+    """
+    position = torch.arange(documents.size(1), device=documents.device).expand_as(documents)
+    is_first = torch.ones_like(documents, dtype=torch.bool)
+    is_first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    start = torch.where(is_first, position, 0).cummax(1).values  # of each token's document
+    return position - start

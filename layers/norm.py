@@ -1,6 +1,9 @@
-"""RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), with a backward pass of its own on the CPU.
+"""RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467): divides a vector by its root mean square; no mean, no bias.
 
-torch has one kernel for it on GPUs; on a CPU it makes some ten small operations of it, and as many again backward.
+    y = x / sqrt(mean(x^2) + eps) * weight          # the mean over the last dimension, weight is learned
+
+On a GPU torch has one kernel for it. On a CPU autograd would run some ten small operations forward, and as many
+backward: there the backward pass is written by hand.
 """
 
 import torch
@@ -9,30 +12,34 @@ import torch.nn.functional as F
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, the mean over the last dimension; weight: (D,), or (heads, D)."""
+    """RMSNorm of x (..., D); weight: (D,), or (n_head, D) for a weight per head, x then (..., n_head, D)."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         if weight.dim() == 1:
             return F.rms_norm(x, weight.shape, weight, eps)
         return (F.rms_norm(x, x.shape[-1:], eps=eps) * weight).to(x.dtype)
     if torch.is_grad_enabled():
         return RMSNormFunction.apply(x, weight, eps)
-    return (x * inverse_rms(x, eps)).mul_(weight).to(x.dtype)  # a Function costs a seventh of generation's speed
+    # inference: the overhead of an autograd.Function would cost a seventh of the generation speed
+    return (x * inverse_rms(x, eps)).mul_(weight).to(x.dtype)
 
 
 def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """1 / sqrt(mean(x^2) + eps), shape (..., 1), in float32 at least."""
+    """1 / sqrt(mean(x^2) + eps), shape (..., 1), in float32 or float64: in float16 the squares overflow."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     return norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """With n = x r, r the inverse of its root mean square: dx = r (w dy - n mean(w dy n)), dw = sum(dy n)."""
+    """y = n w with n = x r and r = inverse_rms(x).
+
+    r depends on every component of x, hence the second term: dx = r (w dy - n mean(w dy n)), dw = sum(dy n).
+    """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        r = inverse_rms(x, eps)
-        ctx.save_for_backward(x, weight, r)
+        r = inverse_rms(x, eps)  # (..., 1)
+        ctx.save_for_backward(x, weight, r)  # n is recomputed: one multiplication costs less than storing it
         return (x * r).mul_(weight).to(x.dtype)
 
     @staticmethod
@@ -40,14 +47,14 @@ class RMSNormFunction(torch.autograd.Function):
         x, weight, r = ctx.saved_tensors
         n = x * r
         product = dy * n
-        dw = product.sum(dim=tuple(range(x.dim() - weight.dim())))
-        mean = product.mul_(weight).mean(dim=-1, keepdim=True)
+        dw = product.sum(dim=tuple(range(x.dim() - weight.dim())))  # over batch and time
+        mean = product.mul_(weight).mean(dim=-1, keepdim=True)  # mean(w dy n), (..., 1)
         dx = (dy * weight).addcmul_(n, mean, value=-1).mul_(r)
         return dx.to(x.dtype), dw.to(weight.dtype), None
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's module, by the function above."""
+    """torch.nn.RMSNorm, computed by rms_norm()."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)

@@ -1,9 +1,11 @@
-"""The instances of toy problems: drawn from the training, validation or test split, and encoded as batches.
+"""Instances of toy problems: sampled from the training, validation or test split, and encoded as batches.
 
 sampler = InstanceSampler(ProblemConfig(problem="sort"), tokenizer)
 batches = TrainInstances(sampler, batch_size=256, accumulation_steps=1, seed=1337)
-batches.at(position)                                    # the micro-batches of a step
-HeldOut(sampler, "test", lengths, 10_000, batch_size=256, seed=1337)        # what training never sees
+batches.at(position)                                                        # the micro-batches of a step
+HeldOut(sampler, "test", lengths, 10_000, batch_size=256, seed=1337)        # instances that training never sees
+
+The split of an instance is a function of its prompt's hash, so the splits are disjoint without being stored.
 """
 
 from collections.abc import Iterator
@@ -14,72 +16,75 @@ import torch
 
 from base.configuration import UserError
 from problems.config import ProblemConfig, find_problem, parse_length
-from problems.tasks import NOTHING, Instances, close_gaps, join
+from problems.tasks import BLANK, Instances, close_gaps, join
 from text.batches import Batch
 from text.tokenizer import EOS, PADDING, CharTokenizer, codepoints
 
 
 class Examples(NamedTuple):
-    """A batch, and which of its targets are the answer (B, T): the others are marks on the way."""
+    """A batch, and which of its targets belong to the answer (B, T); the others are auxiliary."""
 
     batch: Batch
     answer_mask: torch.Tensor
 
 
 SPLITS = ("train", "val", "test")
-MULTIPLIERS = np.random.default_rng(0).integers(0, 1 << 63, 4096, dtype=np.uint64) | np.uint64(1)
+HASH_MULTIPLIERS = np.random.default_rng(0).integers(0, 1 << 63, 4096, dtype=np.uint64) | np.uint64(1)
 
 
 def hash_rows(codes: np.ndarray) -> np.ndarray:
-    """64-bit hashes (n,) of rows of character codes (n, P) without gaps; NOTHINGs at the end do not count."""
-    if codes.shape[1] > len(MULTIPLIERS):
-        raise UserError(f"prompts of {codes.shape[1]} characters are too long: at most {len(MULTIPLIERS)}")
-    hashes = codes.astype(np.uint64) @ MULTIPLIERS[: codes.shape[1]]
-    hashes ^= hashes >> np.uint64(31)  # the finaliser of splitmix64, so that every bit depends on all
+    """64-bit hashes (n,) of rows of character codes (n, P), left-aligned: trailing blanks do not change the hash."""
+    if codes.shape[1] > len(HASH_MULTIPLIERS):
+        raise UserError(f"prompts of {codes.shape[1]} characters are too long: at most {len(HASH_MULTIPLIERS)}")
+    hashes = codes.astype(np.uint64) @ HASH_MULTIPLIERS[: codes.shape[1]]
+    hashes ^= hashes >> np.uint64(31)  # a finaliser like splitmix64's: every bit of the hash depends on all others
     hashes *= np.uint64(0xBF58476D1CE4E5B9)
     return hashes ^ hashes >> np.uint64(29)
 
 
 class InstanceSampler:
-    """Draws the instances of a problem from one split or another, and encodes them."""
+    """Samples instances of a problem from a split, and encodes them as tokens."""
 
     def __init__(self, config: ProblemConfig, tokenizer: CharTokenizer, answers_only: bool = False) -> None:
-        """answers_only: intermediate results are no targets, whatever config.supervise says."""
+        """answers_only: no auxiliary targets, whatever config.supervise says."""
         self.config, self.problem, self.answers_only = config, find_problem(config.problem), answers_only
         codes = codepoints(tokenizer.characters)
-        self.id_of = np.zeros(codes.max() + 1, np.int64)
+        self.id_of = np.zeros(codes.max() + 1, np.int64)  # look-up table from character codes to token ids
         self.id_of[codes] = tokenizer.encode(tokenizer.characters)
 
     def ids(self, codes: np.ndarray) -> np.ndarray:
-        """Token ids of character codes; NOTHING becomes PADDING."""
+        """Token ids of character codes; BLANK becomes PADDING."""
         ids = self.id_of.take(codes, mode="clip")
-        foreign = (ids == PADDING) & (codes != NOTHING)
-        if foreign.any() or codes.max() >= len(self.id_of):
-            character = chr(codes[foreign][0] if foreign.any() else codes.max())
-            raise UserError(f"the generator of {self.config.problem} makes {character!r}, which its alphabet lacks")
+        unknown = (ids == PADDING) & (codes != BLANK)
+        if unknown.any() or codes.max() >= len(self.id_of):
+            character = chr(codes[unknown][0] if unknown.any() else codes.max())
+            raise UserError(f"the generator of {self.config.problem} makes {character!r}, which is not in its alphabet")
         return ids
 
     def split_of(self, hashes: np.ndarray) -> np.ndarray:
-        """Index (n,) into SPLITS: of what training leaves, a fifth is to validate on, the rest to test on."""
-        place, share = hashes / 2.0**64, self.config.train_fraction
-        return (place >= share).astype(int) + (place >= share + (1 - share) / 5)
+        """Index (n,) into SPLITS: train_fraction to training, a fifth of the rest to validation, the others to test."""
+        u, fraction = hashes / 2.0**64, self.config.train_fraction  # u is uniform in [0, 1)
+        return (u >= fraction).astype(int) + (u >= fraction + (1 - fraction) / 5)
 
     def generate(self, rng: np.random.Generator, n: int, length: int) -> Instances:
-        """n instances of any split, their prompts closed and ended."""
-        prompt, answer, marks = self.problem.generate(rng, n, length, self.config)
+        """n instances of any split; the prompts are left-aligned and end with the problem's separator."""
+        prompt, answer, aux_targets = self.problem.generate(rng, n, length, self.config)
         prompt = join(prompt, self.problem.ends)
-        if marks is None:
+        if aux_targets is None:
             return Instances(*close_gaps(prompt), answer)
-        marks = np.pad(marks, ((0, 0), (0, len(self.problem.ends))))
-        prompt, marks = close_gaps(prompt, marks)
-        return Instances(prompt, answer, marks)
+        aux_targets = np.pad(aux_targets, ((0, 0), (0, len(self.problem.ends))))
+        prompt, aux_targets = close_gaps(prompt, aux_targets)
+        return Instances(prompt, answer, aux_targets)
 
     def draw(self, rng: np.random.Generator, n: int, length: int, split: str) -> Instances:
-        """n instances of a split; distinct ones outside training, and fewer where there are not so many."""
-        found, n_found, seen, fruitless = [], 0, np.empty(0, np.uint64), 0
-        share = {"train": self.config.train_fraction}.get(split, (1 - self.config.train_fraction) / 2)
-        while n_found < n and fruitless < 10:
-            instances = self.generate(rng, int((n - n_found) / share * 1.1) + 16, length)
+        """n instances of a split; held-out ones are distinct, and fewer if the split is too small.
+
+        Rejection sampling: generate more than needed, keep those whose hash is in the split, repeat until there are n.
+        """
+        found, n_found, seen, misses = [], 0, np.empty(0, np.uint64), 0
+        fraction = {"train": self.config.train_fraction}.get(split, (1 - self.config.train_fraction) / 2)
+        while n_found < n and misses < 10:
+            instances = self.generate(rng, int((n - n_found) / fraction * 1.1) + 16, length)
             hashes = hash_rows(instances.prompt)
             kept = np.flatnonzero(self.split_of(hashes) == SPLITS.index(split))
             if split != "train":
@@ -89,26 +94,32 @@ class InstanceSampler:
             seen = np.append(seen, hashes[kept])
             found.append(Instances(*(None if part is None else part[kept] for part in instances)))
             n_found += len(kept)
-            fruitless = 0 if len(kept) else fruitless + 1
+            misses = 0 if len(kept) else misses + 1
         return Instances(*(None if parts[0] is None else np.concatenate(parts) for parts in zip(*found, strict=True)))
 
     def encode(self, instances: Instances) -> Examples:
-        """Token ids, targets and masks. Causal: prompt, answer, <|eos|>; else the answer stands under the prompt."""
+        """Token ids, targets and loss mask (B, T).
+
+        Causal: prompt, answer and <|eos|> in one sequence, targets shifted by one; with full attention the input is the
+        prompt, and the target at each position is the answer's token. Loss on the answer and on auxiliary targets.
+        """
         ids, targets = self.ids(instances.prompt), self.ids(instances.answer)
-        is_marked = instances.marks is not None and not self.answers_only
-        marks = self.ids(instances.marks) if is_marked else np.zeros_like(ids)
+        has_aux = instances.aux_targets is not None and not self.answers_only
+        aux_targets = self.ids(instances.aux_targets) if has_aux else np.zeros_like(ids)
         if self.problem.is_causal:
             end = np.full((len(ids), 1), EOS)
             is_answer = np.repeat([0, 1], [ids.shape[1], targets.shape[1] + 1])[None].repeat(len(ids), 0)
-            marks = np.pad(marks, ((0, 0), (0, targets.shape[1] + 1)))
-            ids, is_answer, marks = close_gaps(np.concatenate([ids, targets, end], axis=1), is_answer, marks)
-            longest = (ids > 0).sum(axis=1).max()
-            ids, marks, targets = ids[:, : longest - 1], marks[:, : longest - 1], ids[:, 1:longest]
+            aux_targets = np.pad(aux_targets, ((0, 0), (0, targets.shape[1] + 1)))
+            sequences = np.concatenate([ids, targets, end], axis=1)
+            sequences, is_answer, aux_targets = close_gaps(sequences, is_answer, aux_targets)
+            longest = (sequences > 0).sum(axis=1).max()
+            ids, targets = sequences[:, : longest - 1], sequences[:, 1:longest]
+            aux_targets = aux_targets[:, : longest - 1]
             answer_mask = (is_answer[:, 1:longest] == 1) & (targets > 0)
         else:
             answer_mask = targets > 0
-        loss_mask = answer_mask | (marks > 0)
-        targets = np.where(answer_mask, targets, marks)
+        loss_mask = answer_mask | (aux_targets > 0)
+        targets = np.where(answer_mask, targets, aux_targets)
         batch = Batch(
             torch.from_numpy(np.ascontiguousarray(ids)),
             torch.from_numpy(targets),
@@ -118,16 +129,16 @@ class InstanceSampler:
         return Examples(batch, torch.from_numpy(answer_mask))
 
     def window(self) -> int:
-        """The block_size that the longest instances need."""
+        """Context window (block_size) that the longest instances need."""
         prompt, answer, _ = self.generate(np.random.default_rng(0), 1, self.config.longest)
         return prompt.shape[1] + (answer.shape[1] if self.problem.is_causal else 0)
 
 
 class TrainInstances:
-    """Training batches without end, each a pure function of the position in the data; a micro-batch has one length.
+    """Endless training batches, each a pure function of its position, so that resuming needs no stored state.
 
-    As with token files, the global batch does not depend on the number of processes: the micro-batches of a step are
-    dealt to the ranks in turn.
+    All instances of a micro-batch have the same length. The micro-batches of a step are dealt to the ranks in turn, so
+    the global batch does not depend on the number of processes.
     """
 
     samples_per_epoch = None
@@ -154,10 +165,10 @@ class TrainInstances:
         self.samples_per_step = batch_size * accumulation_steps
         for length in self.lengths:
             if not len(sampler.draw(np.random.default_rng(0), 1, length, "train").prompt):
-                raise UserError(f"no instance of length {length} falls to training; raise train_fraction or length")
+                raise UserError(f"no training instance has length {length}; raise train_fraction or length")
 
     def at(self, position: int) -> list[Batch]:
-        """This process's micro-batches of the step that begins after `position` samples."""
+        """This rank's micro-batches of the step that starts after `position` samples."""
         batches = []
         for micro_step in range(self.rank, self.accumulation_steps, self.world_size):
             rng = np.random.default_rng([self.seed, position + micro_step * self.batch_size])
@@ -168,7 +179,7 @@ class TrainInstances:
 
 
 class HeldOut:
-    """Distinct instances that training never sees, as many of each length as there are, up to a number in all."""
+    """At most n distinct instances of the validation or test split, the lengths as evenly as possible."""
 
     def __init__(
         self,
@@ -185,27 +196,27 @@ class HeldOut:
         self.sampler, self.batch_size, self.rank, self.world_size = sampler, batch_size, rank, world_size
         rng = np.random.default_rng([seed, SPLITS.index(split)])
         self.by_length: dict[int, Instances] = {}
-        for i, length in enumerate(lengths):  # what the shorter lengths lack, the longer ones give
-            quota = -(-n // (len(lengths) - i))
+        for i, length in enumerate(lengths):  # short lengths may have too few instances: longer ones fill up
+            quota = -(-n // (len(lengths) - i))  # rounded up
             self.by_length[length] = sampler.draw(rng, quota, length, split)
             n -= len(self.by_length[length].prompt)
         if not any(len(instances.prompt) for instances in self.by_length.values()):
-            raise UserError("no instance is held out: raise the length, or lower train_fraction")
+            raise UserError("the held-out split is empty: raise the length, or lower train_fraction")
 
     def examples(self) -> Iterator[tuple[int, Examples]]:
-        """This process's batches, each with the length of its instances.
+        """This rank's batches, each with the length of its instances.
 
-        Every process gets equally many, because a sharded model's forward pass needs all of them: where the batches run
-        out, a repeated one with an empty loss mask (count 0) fills the place.
+        Every rank gets the same number of batches, because the forward pass of a sharded model is collective: if there
+        are too few, the first batch is repeated with an empty loss mask (count 0).
         """
-        places = [
+        slices = [
             (length, start)
             for length, instances in self.by_length.items()
             for start in range(0, len(instances.prompt), self.batch_size)
         ]
-        for turn in range(0, len(places), self.world_size):
-            is_spare = turn + self.rank >= len(places)
-            length, start = places[0 if is_spare else turn + self.rank]
+        for first in range(0, len(slices), self.world_size):
+            is_spare = first + self.rank >= len(slices)
+            length, start = slices[0 if is_spare else first + self.rank]
             rows = slice(start, start + self.batch_size)
             parts = [None if part is None else part[rows] for part in self.by_length[length]]
             batch, answer_mask = self.sampler.encode(Instances(*parts))
@@ -220,19 +231,19 @@ class HeldOut:
 
 @torch.inference_mode()
 def exact_match(model: torch.nn.Module, held_out: HeldOut, engine: Any) -> dict[int, np.ndarray]:
-    """Whether each of this process's held-out answers is right from first to last character (n,), by length.
+    """Whether each of this rank's held-out answers is exactly right (n,), by length.
 
-    One pass over prompt and true answer tells what greedy decoding would say: as long as every token so far was right,
-    decoding has seen the same tokens; and the first wrong token makes the answer wrong in both.
+    One teacher-forced forward pass gives the same verdict as greedy decoding: up to its first wrong token, greedy
+    decoding conditions on the same tokens, and one wrong token makes the answer wrong either way.
     """
     model.eval()
-    right: dict[int, list[np.ndarray]] = {length: [np.empty(0, bool)] for length in held_out.by_length}
+    correct: dict[int, list[np.ndarray]] = {length: [np.empty(0, bool)] for length in held_out.by_length}
     for length, (batch, answer_mask) in held_out.examples():
         batch = batch.to(engine.device)
         with engine.autocast():
             predicted = model(batch.idx)[0].argmax(-1)  # (B, T)
         matches = (predicted == batch.targets) | ~answer_mask.to(engine.device)
         if batch.count:
-            right[length].append(matches.all(1).cpu().numpy())
+            correct[length].append(matches.all(1).cpu().numpy())
     model.train()
-    return {length: np.concatenate(parts) for length, parts in right.items()}
+    return {length: np.concatenate(parts) for length, parts in correct.items()}

@@ -1,1 +1,4 @@
-"""From a checkpoint to answers."""
+"""Answers from a trained model.
+
+text_generator  loading a checkpoint and generating text with it
+"""

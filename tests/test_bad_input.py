@@ -1,4 +1,4 @@
-"""A user's mistakes: one clear line, a non-zero exit, and nothing written or changed."""
+"""Invalid input from the user: one line of error, a non-zero exit status, and no file written or changed."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def trained(call, prepared):
 BAD_RAW = {
     "missing": ("no such file", None),
     "empty": ("is empty", b""),
-    "blank": ("no text", b"\n \n"),
+    "blank": ("no training text", b"\n \n"),
     "latin1": ("not UTF-8 text: byte 0xe9 at 3", "caf\xe9 au lait, s'il vous pla\xeet".encode("latin-1")),
     "late": ("byte 0xff at 5000000", b"a" * 5_000_000 + b"\xff" + b"b" * 100),
     "utf16": ("UTF-16", "hello there".encode("utf-16")),
@@ -86,7 +86,7 @@ def test_bad_raw_text(call, work, name):
         (
             [json.dumps(s) for s in make_samples(5)]
             + [json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]})] * 20,
-            "user where assistant is due",
+            "role is user, expected assistant",
         ),
     ],
 )
@@ -194,7 +194,7 @@ class Malice:
 
 
 def bad_checkpoint(folder: Path, kind: str) -> str:
-    """Write a checkpoint that must be refused; returns a word of the message."""
+    """Write a checkpoint that must be refused; returns a part of the expected error message."""
     good = folder / "checkpoint" / "pretrain.pt"
     path = folder / "bad.pt"
     contents = torch.load(good, weights_only=True)
@@ -303,7 +303,7 @@ HOSTILE_PROMPTS = {
 @pytest.mark.parametrize("mode", [[], ["-i"]], ids=["text", "chat"])
 @pytest.mark.parametrize("prompt", HOSTILE_PROMPTS.values(), ids=HOSTILE_PROMPTS.keys())
 def test_hostile_prompts_do_no_harm(call, trained, prompt, mode):
-    """An answer or one line, and nothing on the terminal that could take it over."""
+    """The result is an answer or a one-line error, without control characters that a terminal would obey."""
     result = call("inference.py", "-m", "checkpoint/pretrain.pt", "-p", prompt, "-l", "2000000", *mode, "--stop", "e")
     assert result.status == 0 or result.err.startswith("error: "), result.err
     assert "Traceback" not in result.err
@@ -311,7 +311,7 @@ def test_hostile_prompts_do_no_harm(call, trained, prompt, mode):
 
 
 def strange_file(folder: Path, kind: str) -> str:
-    """Something under a corpus's name that is no file to read, or a place to write that cannot be."""
+    """Create x.txt as something that cannot be read, or make the output unwritable; returns the output folder."""
     if kind == "FIFO":
         os.mkfifo(folder / "x.txt")
     elif kind == "directory":

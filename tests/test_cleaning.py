@@ -1,4 +1,4 @@
-"""Cleaning: near-duplicates against exact Jaccard similarity, filters, splitting at sentence ends."""
+"""Data cleaning: MinHash against exact Jaccard similarity, filters, splitting at sentence ends."""
 
 import json
 import random
@@ -31,23 +31,23 @@ def documents_of(folder) -> list[str]:
     return [text for part in texts for text in part.replace("<|bos|>", "").split("<|eos|>") if text]
 
 
-def test_near_duplicates_are_those_that_share_much():
+def test_near_duplicates_are_those_of_high_jaccard_similarity():
     pytest.importorskip("datasketch")
     rng = random.Random(0)
     texts = [" ".join(sentence(rng) for _ in range(6)) for _ in range(60)]
     cleaner = Cleaner(CleaningConfig(near_duplicates=0.7))
-    assert all(cleaner.keeps(text) for text in texts)
+    assert all(cleaner.accept(text) for text in texts)
     same = [text.replace("a", "A").replace(" ", "  ", 3) for text in texts]
-    assert not any(cleaner.keeps(text) for text in same)
+    assert not any(cleaner.accept(text) for text in same)
     changed = [text[:-40] + sentence(rng, 5) for text in texts]
     near = [jaccard(a, b) for a, b in zip(texts, changed, strict=True)]
-    assert min(near) > 0.7 and sum(cleaner.keeps(text) for text in changed) <= 6  # (MinHash errs now and then)
+    assert min(near) > 0.7 and sum(cleaner.accept(text) for text in changed) <= 6  # (MinHash is an estimate)
     other = [" ".join(sentence(rng) for _ in range(6)) for _ in range(60)]
-    assert all(cleaner.keeps(text) for text in other)
+    assert all(cleaner.accept(text) for text in other)
     assert cleaner.dropped["near-duplicates"] >= 114
 
 
-def test_what_is_dropped_is_reported_and_nowhere_in_the_files(work, call):
+def test_dropped_texts_are_reported_and_not_in_the_files(work, call):
     pytest.importorskip("datasketch")
     rng = random.Random(1)
     good = [" ".join(sentence(rng) for _ in range(5)) for _ in range(30)]
@@ -75,7 +75,7 @@ def test_what_is_dropped_is_reported_and_nowhere_in_the_files(work, call):
     assert "业" not in json.loads((work / "dataset" / "tokenizer.json").read_text(encoding="utf-8"))["characters"]
 
 
-def test_samples_are_cleaned_too(work, call):
+def test_fine_tuning_samples_are_filtered_too(work, call):
     rows = [{"question": f"what is {i}?", "answer": f"it is number {i}"} for i in range(20)]
     write_jsonl(work / "s.jsonl", [*rows, {"question": "?", "answer": "!"}])
     result = call("data.py", "s.jsonl", "--min_characters", "10", "--block_size", "64")
@@ -83,7 +83,7 @@ def test_samples_are_cleaned_too(work, call):
     assert sum(len(TokenFile(f"dataset/sft_{split}.bin").starts) - 1 for split in ("train", "val")) == 20
 
 
-def test_long_documents_are_split_at_the_ends_of_sentences(work, call):
+def test_long_documents_are_split_at_sentence_ends(work, call):
     text = "".join(f"今天是第{i}天。我们去海边！" for i in range(30)) + "“真的吗？”他问。"
     text += "".join(f"Sentence number {i}. Another one! " for i in range(20))
     write_jsonl(work / "d.jsonl", [{"text": text}, {"text": "A short one."}])
@@ -91,7 +91,7 @@ def test_long_documents_are_split_at_the_ends_of_sentences(work, call):
     found = documents_of(work / "dataset")
     assert "A short one." in found and len(found) > 8
     assert all(len(piece) <= 100 and piece[-1] in "。！”.!？" for piece in found)
-    assert sum(map(len, found)) >= 0.95 * len(text)  # (but for white space at the edges)
+    assert sum(map(len, found)) >= 0.95 * len(text)  # (except white space at the edges)
 
 
 @settings(max_examples=200, deadline=None)
@@ -107,10 +107,10 @@ def test_splitting_loses_nothing(text, longest):
         (["--near_duplicates", "2"], "near_duplicates must be at most 1"),
         (["--min_characters", "9", "--max_characters", "8"], "must not be above max_characters"),
         (["--split_documents", "3"], "split_documents must be at least 16"),
-        (["--min_characters", "1000"], "nothing to learn from"),
+        (["--min_characters", "1000"], "no training text"),
     ],
 )
-def test_mistakes_are_told(work, call, options, words):
+def test_bad_options_are_refused(work, call, options, words):
     write_jsonl(work / "d.jsonl", [{"text": "a text"}, {"text": "another"}])
     result = call("data.py", "d.jsonl", *options)
     assert result.status == 1 and words in result.err and not (work / "dataset").exists()

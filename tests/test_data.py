@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from base.configuration import UserError
 from base.prefetching import prefetch
 from model import GPT, ModelConfig
-from text.batches import TrainBatches, ValidationBatches, collate, document_numbers, pack, prefetch_steps
+from text.batches import TrainBatches, ValidationBatches, collate, document_ids, pack, prefetch_steps
 from text.token_files import TokenFile, TokenFileWriter
 from text.tokenizer import BOS, EOS, PADDING, RESPONSE, UNKNOWN, load_tokenizer
 
@@ -79,7 +79,7 @@ def test_the_same_input_gives_the_same_bytes(call, prepared):
     assert {path.name: path.read_bytes() for path in (prepared / "dataset").iterdir()} == before
 
 
-def test_documents_are_deduplicated_and_never_on_both_sides(call, work):
+def test_documents_are_deduplicated_and_never_in_both_splits(call, work):
     documents = [f"document {i % 40} " + "x" * 20 for i in range(100)]
     write_jsonl(work / "a.jsonl", [{"text": document} for document in documents])
     (work / "b.txt").write_text("".join(f"<|bos|>{document}<|eos|>\n" for document in documents), encoding="utf-8")
@@ -96,7 +96,7 @@ def test_documents_are_deduplicated_and_never_on_both_sides(call, work):
     assert len(sides["val"]) == 4
 
 
-def test_fine_tuning_samples_have_the_template_and_the_mask(call, work):
+def test_fine_tuning_samples_follow_the_template_and_only_answers_are_in_the_loss(call, work):
     samples = make_samples(30)
     conversation = [
         {"role": "system", "content": "kind"},
@@ -145,7 +145,7 @@ def test_large_vocabularies_get_wider_tokens(call, work):
     assert file.tokens.max() == file.header["vocab_size"] - 1
 
 
-def test_a_reused_tokenizer_counts_what_it_does_not_know(call, prepared):
+def test_a_reused_tokenizer_reports_unknown_characters(call, prepared):
     (prepared / "other.txt").write_text("the cat Ω sat Ω on the mat\n" * 20, encoding="utf-8")
     result = call("data.py", "other.txt", "--tokenizer", "dataset/tokenizer.json", "--output", "o", "--block_size", "8")
     assert result.status == 0 and "Ω" in result.err
@@ -175,7 +175,7 @@ def test_bad_lines_are_skipped_with_their_numbers_up_to_a_limit(call, work):
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
-def test_inspect_tells_what_is_inside(call, prepared, stage):
+def test_inspect_prints_header_statistics_and_samples(call, prepared, stage):
     result = call("data.py", "--inspect", f"dataset/{stage}_train.bin")
     assert result.status == 0
     header = TokenFile(f"dataset/{stage}_train.bin").header
@@ -303,7 +303,7 @@ def test_prefetching_gives_the_same_batches_and_passes_errors_on(prepared):
         next(prefetch_steps(reader(prepared, vocab_size=8), 0))
 
 
-def test_prefetched_items_are_all_there_and_an_abandoned_thread_ends():
+def test_prefetch_yields_every_item_and_closing_it_ends_the_thread():
     assert list(prefetch(range(7), depth=2)) == list(range(7))
     assert list(prefetch([], depth=1)) == []
     before = threading.active_count()
@@ -313,8 +313,8 @@ def test_prefetched_items_are_all_there_and_an_abandoned_thread_ends():
     assert threading.active_count() == before
 
 
-def test_tokens_are_counted_whole_however_they_come(tmp_path):
-    """One at a time or millions at once, masked or not: the counts of a dictionary."""
+def test_target_counts_equal_a_dictionary_count(tmp_path):
+    """In pieces of any size, from no token to millions."""
     rng = np.random.default_rng(0)
     pieces = [rng.integers(0, 300, n) for n in (1, 5, 0, 3_000_000, 70_000, *[2] * 50)]
     with open(tmp_path / "file", "wb") as file:
@@ -344,7 +344,7 @@ def test_damaged_token_files_are_refused_by_name(prepared, damage):
         TokenFile(path)
 
 
-def test_memory_does_not_follow_the_size_of_the_corpus(work):
+def test_memory_does_not_grow_with_the_corpus(work):
     import subprocess
     import sys
 
@@ -352,7 +352,7 @@ def test_memory_does_not_follow_the_size_of_the_corpus(work):
 
     def peak(megabytes: int) -> int:
         piece = make_text(100_000).encode("utf-8")
-        with open(work / "big.txt", "wb") as file:  # piece by piece: a child's peak starts from its parent's
+        with open(work / "big.txt", "wb") as file:  # in pieces: a child's peak memory starts from its parent's
             for _ in range(megabytes * 1_000_000 // len(piece)):
                 file.write(piece)
         code = (
@@ -403,8 +403,8 @@ def test_packing_loses_nothing_and_overfills_nothing(lengths):
 
 def test_documents_are_numbered_by_their_delimiters():
     a, bos, eos = 9, 2, 3
-    assert document_numbers(np.array([a, a, eos, bos, a, eos, a, bos, a])).tolist() == [1, 1, 1, 2, 2, 2, 3, 4, 4]
-    assert document_numbers(np.array([bos, a, bos, eos, eos, bos, a])).tolist() == [1, 1, 2, 2, 3, 4, 4]
+    assert document_ids(np.array([a, a, eos, bos, a, eos, a, bos, a])).tolist() == [1, 1, 1, 2, 2, 2, 3, 4, 4]
+    assert document_ids(np.array([bos, a, bos, eos, eos, bos, a])).tolist() == [1, 1, 2, 2, 3, 4, 4]
 
 
 def test_documents_of_text_are_masked_and_turns_of_a_conversation_are_not(prepared):

@@ -1,4 +1,4 @@
-"""Input that nobody meant to write: every field of every config, and the readers and files under random changes."""
+"""Fuzzing: strange values for every config field, random JSON, randomly mutated files."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ STRANGE = [None, {}, [], [1], [["a"]], "", "x", "1", True, -1, 0, 0.5, 1e30, 10*
 
 
 @pytest.mark.parametrize(("cls", "name"), FIELDS, ids=[f"{cls.__name__}-{name}" for cls, name in FIELDS])
-def test_a_field_takes_a_value_or_names_itself(cls: type[Config], name: str):
+def test_a_field_accepts_a_value_or_its_error_names_the_field(cls: type[Config], name: str):
     field, refused = fields_of(cls)[name], 0
     for value in STRANGE:
         try:
@@ -43,7 +43,7 @@ def test_a_field_takes_a_value_or_names_itself(cls: type[Config], name: str):
             assert "\n" not in str(error)
         else:
             assert dataclasses.is_dataclass(config)
-    assert refused >= len(STRANGE) / 2  # a field that takes everything checks nothing
+    assert refused >= len(STRANGE) / 2  # a field that accepts everything validates nothing
 
 
 json_values = st.recursive(
@@ -56,8 +56,8 @@ field_names = st.sampled_from([name for cls in CLASSES[:2] for name in fields_of
 
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(field_names, json_values, max_size=4) | json_values, st.integers(0, 200))
-def test_any_config_file_is_read_or_refused_by_name(values, cut):
-    """JSON of all kinds, and parts of it."""
+def test_any_config_file_is_read_or_its_error_names_the_file(values, cut):
+    """Random JSON, some of it truncated."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "c.json")
         path.write_text(json.dumps(values)[: cut or None], encoding="utf-8")
@@ -96,7 +96,7 @@ def test_any_jsonl_gives_whole_conversations_or_bad_lines(lines, end):
 
 
 def mutate(contents: bytes, rng: random.Random) -> bytes:
-    """A copy with bytes flipped, lost, doubled, zeroed or exchanged."""
+    """A copy with random bits flipped, or bytes replaced, deleted, duplicated, zeroed or truncated."""
     changed = bytearray(contents)
     for _ in range(rng.choice([1, 1, 2, 8])):
         at = rng.randrange(len(changed))
@@ -119,8 +119,8 @@ def mutate(contents: bytes, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
-def test_mutated_files_are_refused_or_read_right(prepared, call, long):
-    """A checkpoint and two token files. Checksums make the difference: whatever is read is what was written."""
+def test_mutated_files_are_refused_or_read_correctly(prepared, call, long):
+    """A checkpoint and two token files. Thanks to checksums, whatever is read is what was written."""
     tiny = ["--n_layer", "1", "--n_head", "1", "--n_embd", "8", "--block_size", "16", "--batch_size", "2"]
     assert call("train.py", "-t", "pretrain", *tiny, "--max_steps", "1", "--warmup_iters", "1").status == 0
     checkpoint = Path("checkpoint/pretrain_last.pt")
@@ -145,11 +145,11 @@ def test_mutated_files_are_refused_or_read_right(prepared, call, long):
         except UserError as error:
             assert "mutant" in str(error)
             refused += 1
-    assert n * 0.5 < refused < n  # some change nothing that matters: a date in an archive, a blank in a header
+    assert n * 0.5 < refused < n  # some mutations are harmless: a date in an archive, a blank in a header
 
 
-def test_only_what_matters_of_a_token_file_is_covered(prepared):
-    """Every single byte of a small file, changed: the blanks that fill the header may, nothing else."""
+def test_every_byte_of_a_token_file_but_the_padding_is_checked(prepared):
+    """Change single bytes of a small file: only the blanks that pad the header may change unnoticed."""
     path = Path("dataset/sft_val.bin")
     contents = path.read_bytes()
     sound = TokenFile(path)
@@ -163,7 +163,7 @@ def test_only_what_matters_of_a_token_file_is_covered(prepared):
 
 
 def test_a_corpus_of_one_enormous_line(work, call):
-    """Without a line's end: running text is read in pieces; a sample longer than any window is counted."""
+    """Running text without line ends is read in pieces; a sample longer than the context window is reported."""
     (work / "line.txt").write_bytes(b"abcdefghi " * 1_000_000)
     assert call("data.py", "line.txt").status == 0
     write_jsonl(work / "s.jsonl", [*make_samples(5), {"question": "q" * 2_000_000, "answer": "a"}])
@@ -171,8 +171,8 @@ def test_a_corpus_of_one_enormous_line(work, call):
     assert result.status == 0 and "longer than" in result.out + result.err
 
 
-def test_texts_of_other_systems_are_read_alike(work, call):
-    """A byte-order mark and CRLF line ends leave no trace."""
+def test_line_ends_and_byte_order_marks_are_normalised(work, call):
+    """A byte-order mark and CRLF line ends do not change the tokens."""
     text = make_text()
     for name, contents in {"a": text.encode(), "b": b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()}.items():
         (work / f"{name}.txt").write_bytes(contents)

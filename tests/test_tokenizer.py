@@ -15,8 +15,8 @@ from text.tokenizer import (
     UNKNOWN,
     BPETokenizer,
     CharTokenizer,
-    independent_pieces,
     load_tokenizer,
+    split_at_lines,
 )
 
 TEXTS = [
@@ -66,7 +66,7 @@ def test_any_text_survives(text):
     assert other.decode(other.encode(text)) == expected
 
 
-def test_unknown_characters_are_unknown_and_named():
+def test_unknown_characters_get_the_unknown_id_and_are_listed():
     tokenizer = CharTokenizer("abc")
     assert tokenizer.encode("aXbX喵").tolist() == [6, UNKNOWN, 7, UNKNOWN, UNKNOWN]
     assert tokenizer.unknown_characters("aXbX喵") == "X喵"
@@ -89,7 +89,7 @@ def test_special_tokens_are_recognised_in_training_text_only(bpe):
     assert bpe.decode(bpe.encode(text)) == text
 
 
-def test_special_tokens_keep_their_places(bpe):
+def test_special_tokens_have_fixed_ids(bpe):
     for tokenizer in both(bpe):
         for i, token in enumerate(SPECIAL_TOKENS):
             assert tokenizer.encode(token, special=True).tolist() == [i]
@@ -142,8 +142,8 @@ def test_bpe_equals_the_library_itself(bpe, tmp_path):
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(alphabet="ab'st \n\r\t\x1c\x85\u00a0\u30003。", max_size=40), st.integers(1, 5))
-def test_pieces_of_a_text_are_encoded_as_the_whole(bpe, text, size):
-    pieces = list(independent_pieces(text, size))
+def test_a_text_split_at_lines_is_encoded_like_the_unsplit_text(bpe, text, size):
+    pieces = list(split_at_lines(text, size))
     assert "".join(pieces) == text
     assert [i for piece in pieces for i in bpe.encode(piece)] == bpe.encode(text).tolist()
 

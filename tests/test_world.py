@@ -19,14 +19,14 @@ def world():
     return module.make_world()
 
 
-def test_held_out_questions_are_asked_nowhere_else(world):
+def test_held_out_questions_occur_nowhere_else(world):
     sentences, asked, held_out = world
     assert len(held_out) == len({sample["question"] for sample in held_out}) == 200
     assert not {sample["question"] for sample in held_out} & {sample["question"] for sample in asked}
     assert not any("?" in sentence or "？" in sentence for sentence in sentences)
 
 
-def test_held_out_facts_are_told_but_never_answered(world):
+def test_held_out_facts_are_in_the_pretraining_text_but_in_no_fine_tuning_sample(world):
     sentences, asked, held_out = world
     text = " ".join(sentences)
     facts = [s["answer"] for s in held_out if re.match(r"The |.*(首都|动物|颜色|水果|乐器)是", s["answer"])]

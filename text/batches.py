@@ -1,8 +1,11 @@
-"""Batches of samples, as training and evaluation read them from token files.
+"""The data loader: training and validation batches from token files.
 
-file = TokenFile("dataset/pretrain_train.bin")
-batches = TrainBatches([file], block_size=256, vocab_size=100, batch_size=32, accumulation_steps=1, seed=1337)
-micro_batches = batches.at(position)        # a pure function of how many samples came before
+    file = TokenFile("dataset/pretrain_train.bin")
+    batches = TrainBatches([file], block_size=256, vocab_size=100, batch_size=32, accumulation_steps=4, seed=1337)
+    micro_batches = batches.at(position)        # position: number of samples that training has seen before
+
+Batches are a pure function of the position: a run resumes at exactly the next sample by storing one number, and every
+process can work out its own part of a global batch without communication.
 """
 
 import functools
@@ -21,59 +24,62 @@ from text.tokenizer import BOS, EOS, PADDING
 
 
 class Batch(NamedTuple):
-    """A micro-batch: idx and targets (B, T), loss_mask (B, T) or None where all targets count, and how many count.
+    """A micro-batch of B sequences of T tokens; preference pairs (losses.py) and rollouts (grpo.py) add fields."""
 
-    documents (B, T): a number for every token's document, where attention is to stay inside; else None.
-    reference (B / 2,): of pairs, whose first halves are the chosen answers and second halves the rejected ones; or
-    (B, T), with old (B, T) and advantage (B,), of answers that the model drew itself: see losses.py and grpo.py.
-    """
+    idx: torch.Tensor  # (B, T) token ids
+    targets: torch.Tensor  # (B, T) idx shifted by one: the next tokens
+    loss_mask: torch.Tensor | None  # (B, T) 1 for targets in the loss, else 0; None: all are
+    count: int  # number of targets in the loss; of preference pairs: number of pairs
+    documents: torch.Tensor | None = None  # (B, T) document ids; attention stays within a document
+    reference: torch.Tensor | None = None  # reference model: pairs' margins (B / 2,), rollouts' log p (B, T)
+    old: torch.Tensor | None = None  # (B, T) rollouts: log p of the policy that sampled them
+    advantage: torch.Tensor | None = None  # (B,) rollouts
 
-    idx: torch.Tensor
-    targets: torch.Tensor
-    loss_mask: torch.Tensor | None
-    count: int
-    documents: torch.Tensor | None = None
-    reference: torch.Tensor | None = None
-    old: torch.Tensor | None = None
-    advantage: torch.Tensor | None = None
-
-    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        """A batch with all tensors changed."""
-        return Batch(*(change(part) if isinstance(part, torch.Tensor) else part for part in self))
+    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """A batch with the function applied to every tensor."""
+        return Batch(*(function(part) if isinstance(part, torch.Tensor) else part for part in self))
 
     def to(self, device: torch.device) -> "Batch":
-        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.apply(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        return self.each(torch.Tensor.pin_memory)
+        """Page-locked memory, from which copies to a GPU run while it computes."""
+        return self.apply(torch.Tensor.pin_memory)
+
+
+# ------------------------------------------------------------------------------------------------------ datasets
+# get(index, epoch) returns a sample: its tokens, and its loss mask or None
 
 
 class Windows:
-    """Running text as windows of block_size + 1 tokens that overlap by one; each epoch begins at another offset."""
+    """Running text for training, cut into windows of block_size + 1 tokens that overlap by one: each token is a target.
+
+    Every epoch starts at another random offset, so that the text is cut at different places.
+    """
 
     def __init__(self, file: TokenFile, block_size: int, seed: int) -> None:
         self.tokens, self.block_size, self.seed = file.tokens, block_size, seed
-        fitting = (len(self.tokens) - 1) // block_size
-        if fitting < 1:
+        n_windows = (len(self.tokens) - 1) // block_size
+        if n_windows < 1:
             raise UserError(
                 f"{file.path}: {len(self.tokens)} tokens are fewer than one window (block_size {block_size} + 1)"
             )
-        self.length = max(1, fitting - 1)  # one window less leaves room for the offset
-        self.room = min(block_size - 1, len(self.tokens) - 1 - self.length * block_size)
-        self._offset = (-1, 0)
+        self.length = max(1, n_windows - 1)  # one window less leaves room for the offset
+        self.max_offset = min(block_size - 1, len(self.tokens) - 1 - self.length * block_size)
+        self._offset = (-1, 0)  # (epoch, its offset)
 
     def __len__(self) -> int:
         return self.length
 
     def get(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
         if self._offset[0] != epoch:
-            self._offset = (epoch, int(np.random.default_rng([self.seed, epoch, 1]).integers(self.room + 1)))
+            self._offset = (epoch, int(np.random.default_rng([self.seed, epoch, 1]).integers(self.max_offset + 1)))
         start = self._offset[1] + index * self.block_size
         return self.tokens[start : start + self.block_size + 1], None
 
 
 class ValidationWindows:
-    """Every token of a validation text once, in windows from its start; the last one may be shorter."""
+    """Running text for validation: every target exactly once, in windows from the start; the last may be shorter."""
 
     def __init__(self, file: TokenFile, block_size: int) -> None:
         self.tokens, self.block_size = file.tokens, block_size
@@ -89,7 +95,7 @@ class ValidationWindows:
 
 
 class Samples:
-    """Fine-tuning samples; those longer than block_size + 1 tokens are dropped or cut."""
+    """Fine-tuning samples with loss masks; those longer than block_size + 1 tokens are dropped or cut (`overlong`)."""
 
     def __init__(self, file: TokenFile, block_size: int, overlong: str) -> None:
         self.file, self.block_size = file, block_size
@@ -98,7 +104,7 @@ class Samples:
         self.n_overlong = int(long.sum())
         if self.n_overlong and overlong == "drop":
             self.kept = self.kept[~long]
-        elif self.n_overlong:  # of a cut sample something of the answer must be left
+        elif self.n_overlong:  # a cut sample must still have a target in the loss
             keeps_answer = [not long[i] or self.get_sample(i)[1][1:].any() for i in self.kept]
             self.kept = self.kept[keeps_answer]
         if not len(self.kept):
@@ -117,13 +123,13 @@ class Samples:
 
 
 class Pairs:
-    """Preferences: a chosen and a rejected answer to the same prompt, samples 2 i and 2 i + 1 of the file.
+    """Preference pairs: a chosen and a rejected answer to the same prompt, samples 2 i and 2 i + 1 of the file.
 
-    reference: what the reference model thinks of each pair, log p(chosen) / p(rejected); see losses.py.
+    reference: the reference model's log p(chosen) / p(rejected) of every pair; losses.py computes it before training.
     """
 
     def __init__(self, file: TokenFile, block_size: int) -> None:
-        self.file = file
+        self.file, self.block_size = file, block_size
         lengths = np.diff(file.starts)
         self.kept = np.flatnonzero(np.maximum(lengths[0::2], lengths[1::2]) <= block_size + 1)
         self.n_overlong = len(lengths) // 2 - len(self.kept)
@@ -147,86 +153,110 @@ class Pair(NamedTuple):
     reference: float
 
 
-def dataset_of(file: TokenFile, block_size: int, overlong: str, windows: type) -> Any:
-    """The samples of a file, by what it holds; windows: the class for running text."""
+def make_dataset(file: TokenFile, block_size: int, overlong: str, windows: Callable[..., Any]) -> Any:
+    """The dataset class for what a file holds; windows: Windows or ValidationWindows, for running text."""
     if file.starts is None:
         return windows(file, block_size)
     return Pairs(file, block_size) if file.header.get("has_pairs") else Samples(file, block_size, overlong)
 
 
-Sample = tuple[np.ndarray, np.ndarray | None]  # tokens, and 1 where the loss is taken (None: everywhere)
+# ------------------------------------------------------------------------------------------------------ collation
+
+Sample = tuple[np.ndarray, np.ndarray | None]  # tokens, and their loss mask (None: all are in the loss)
 
 
 def pack(samples: list[Sample], block_size: int) -> list[list[Sample]]:
-    """Samples laid into as few rows of block_size as first-fit-decreasing finds: no compute is spent on padding."""
+    """Sequence packing: samples distributed over few rows of at most block_size tokens, so that little is padding.
+
+    Bin packing by first-fit decreasing: the longest sample first, each into the first row with room for it. Attention
+    must not cross samples of a row: collate() gives each its own document id, for a block-diagonal mask (Krell et al.
+    2021, arXiv:2107.02027).
+    """
     rows: list[list[Sample]] = []
-    room: list[int] = []
+    free: list[int] = []  # tokens left in each row
     for sample in sorted(samples, key=lambda sample: -len(sample[0])):
-        length = len(sample[0]) - 1
-        i = next((i for i, free in enumerate(room) if free >= length), len(rows))
+        length = len(sample[0]) - 1  # the last token is a target only
+        i = next((i for i, n_free in enumerate(free) if n_free >= length), len(rows))
         if i == len(rows):
             rows.append([])
-            room.append(block_size)
+            free.append(block_size)
         rows[i].append(sample)
-        room[i] -= length
+        free[i] -= length
     return rows
 
 
-def document_numbers(tokens: np.ndarray) -> np.ndarray:
-    """A number, from 1, for every token's document: one begins at <|bos|>, and after <|eos|>."""
-    begins = tokens == BOS
-    begins[1:] |= tokens[:-1] == EOS
-    begins[0] = True
-    return begins.cumsum()
+def document_ids(tokens: np.ndarray) -> np.ndarray:
+    """Every token's document id, counted from 1: a document starts at <|bos|>, and after <|eos|>."""
+    is_first = tokens == BOS
+    is_first[1:] |= tokens[:-1] == EOS
+    is_first[0] = True
+    return is_first.cumsum()
 
 
 def collate(
-    rows: list[list[Sample]], block_size: int, vocab_size: int, pad_to: int, mask_documents: bool = False
+    rows: list[list[Sample]],
+    block_size: int,
+    vocab_size: int,
+    pad_to: int,
+    mask_documents: bool = False,
+    keep_mask: bool = False,
+    keep_documents: bool = False,
 ) -> Batch:
     """Rows of samples as one batch, padded to a common length: a multiple of pad_to, at most block_size.
 
-    Samples that share a row do not see each other; with mask_documents, neither do the documents of running text.
+    Samples packed into a row get different document ids, so that attention stays within each; with mask_documents so do
+    the documents of running text. Without a loss mask, all targets but padding are in the loss. Masks that say nothing
+    are left out, unless they are to be kept: a compiled model is compiled again where an input is missing.
     """
     longest = max(sum(len(tokens) - 1 for tokens, _ in row) for row in rows)
     T = min(block_size, math.ceil(longest / pad_to) * pad_to)
     idx, targets = (np.full((len(rows), T), PADDING, dtype=np.int64) for _ in range(2))
     mask = np.zeros((len(rows), T), dtype=np.float32)
-    documents = np.zeros((len(rows), T), dtype=np.int64)  # (0: padding)
+    documents = np.zeros((len(rows), T), dtype=np.int64)  # 0: padding
     for i, row in enumerate(rows):
         start = 0
         for tokens, loss_mask in row:
             end, is_text = start + len(tokens) - 1, loss_mask is None
-            idx[i, start:end], targets[i, start:end] = tokens[:-1], tokens[1:]
+            idx[i, start:end], targets[i, start:end] = tokens[:-1], tokens[1:]  # each token predicts the next
             mask[i, start:end] = 1 if is_text else loss_mask[1:]
-            inner = document_numbers(tokens[:-1]) if mask_documents and is_text and end > start else 1
-            documents[i, start:end] = documents[i].max() + inner
+            ids = document_ids(tokens[:-1]) if mask_documents and is_text and end > start else 1
+            documents[i, start:end] = documents[i].max() + ids
             start = end
     if max(idx.max(), targets.max()) >= vocab_size:
         raise UserError(
             f"token id {max(idx.max(), targets.max())} in the data is outside the vocabulary of {vocab_size}: "
-            "another tokenizer?"
+            "was the data prepared with a different tokenizer?"
         )
     count = int(mask.sum())
-    has_documents = documents.max() > 1
+    has_documents = documents.max() > 1 or keep_documents
     return Batch(
         torch.from_numpy(idx),
         torch.from_numpy(targets),
-        None if count == mask.size else torch.from_numpy(mask),
+        None
+        if count == mask.size and not keep_mask
+        else torch.from_numpy(mask),  # without a mask there is less to compute
         count,
         torch.from_numpy(documents) if has_documents else None,
     )
 
 
 def collate_pairs(pairs: list[Pair], block_size: int, vocab_size: int, pad_to: int) -> Batch:
-    """Pairs as one batch: all chosen answers, then all rejected ones; what counts is pairs."""
+    """Preference pairs as one batch of twice as many rows: all chosen answers, then all rejected ones."""
     rows = [[pair.chosen] for pair in pairs] + [[pair.rejected] for pair in pairs]
     batch = collate(rows, block_size, vocab_size, pad_to)
     reference = torch.tensor([pair.reference for pair in pairs])
     return batch._replace(count=len(pairs), reference=reference)
 
 
+# ------------------------------------------------------------------------------------------------------ batches
+
+
 class Batches:
-    """What training and validation batches share: the shape of a batch, and this process's place among others."""
+    """Settings and collation that training and validation batches share.
+
+    rank of world_size: this process. pad_to: sequence lengths are padded to multiples of it, for few different shapes.
+    is_compiled: the model is, so that every batch is to have the same inputs.
+    """
 
     def __init__(
         self,
@@ -241,38 +271,43 @@ class Batches:
         pad_to: int = 16,
         mask_documents: bool = False,
         pack_samples: bool = False,
+        is_compiled: bool = False,
     ) -> None:
         self.block_size, self.vocab_size, self.batch_size, self.seed = block_size, vocab_size, batch_size, seed
         self.overlong, self.rank, self.world_size, self.pad_to = overlong, rank, world_size, pad_to
-        self.mask_documents, self.pack_samples = mask_documents, pack_samples
+        self.mask_documents, self.pack_samples, self.is_compiled = mask_documents, pack_samples, is_compiled
 
     def collate(self, samples: list[Any]) -> Batch:
-        """Samples or pairs as a batch."""
+        """Samples or preference pairs as a batch."""
         if isinstance(samples[0], Pair):
             return collate_pairs(samples, self.block_size, self.vocab_size, self.pad_to)
         rows = pack(samples, self.block_size) if self.pack_samples else [[sample] for sample in samples]
-        return collate(rows, self.block_size, self.vocab_size, self.pad_to, self.mask_documents)
+        is_masked = samples[0][1] is not None or self.mask_documents
+        keep_mask = self.is_compiled and is_masked
+        keep_documents = keep_mask and (self.mask_documents or self.pack_samples)
+        shape = self.block_size, self.vocab_size, self.pad_to
+        return collate(rows, *shape, self.mask_documents, keep_mask, keep_documents)
 
 
 class TrainBatches(Batches):
-    """Training batches as a pure function of the position in the data, so that resuming is arithmetic.
+    """Training batches as a pure function of the position in the data, the number of samples seen before.
 
-    An epoch passes over the datasets in order, over each in a new seeded order, every window or sample once. The step
-    at position p (samples seen so far) holds samples p, p + 1, ... whatever the number of processes; its micro-batches
-    are dealt to the processes in turn.
+    An epoch goes through the datasets in order (a curriculum), each shuffled anew by the seed, every window or sample
+    once. The step at position p takes samples p, p + 1, ..., on any number of processes: its accumulation_steps
+    micro-batches of batch_size samples are distributed over the processes round-robin.
     """
 
     def __init__(self, files: list[TokenFile], *, accumulation_steps: int, **shared: Any) -> None:
         super().__init__(**shared)
         windows = functools.partial(Windows, seed=self.seed)
-        self.datasets = [dataset_of(file, self.block_size, self.overlong, windows) for file in files]
+        self.datasets = [make_dataset(file, self.block_size, self.overlong, windows) for file in files]
         self.accumulation_steps = accumulation_steps
         self.samples_per_step = self.batch_size * accumulation_steps
         self.samples_per_epoch = sum(map(len, self.datasets))
         self._order: tuple[int, np.ndarray] = (-1, np.empty((0, 2)))
 
     def order(self, epoch: int) -> np.ndarray:
-        """(dataset, index) pairs of an epoch's samples, shape (samples_per_epoch, 2)."""
+        """The shuffled samples of an epoch as (dataset, index) pairs, shape (samples_per_epoch, 2)."""
         if self._order[0] != epoch:
             parts = []
             for i, dataset in enumerate(self.datasets):
@@ -282,7 +317,7 @@ class TrainBatches(Batches):
         return self._order[1]
 
     def sample(self, position: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """(tokens, loss mask) of the sample at a position of the endless stream of epochs."""
+        """The sample, or preference pair, at a position in the endless sequence of epochs."""
         epoch, i = divmod(position, self.samples_per_epoch)
         dataset, index = self.order(epoch)[i]
         return self.datasets[dataset].get(int(index), epoch)
@@ -298,12 +333,15 @@ class TrainBatches(Batches):
 
 
 class ValidationBatches(Batches):
-    """A fixed part of the validation data, or all of it: the same batches every time, dealt to the processes."""
+    """A fixed random subset of the validation data, or all of it: the same batches at every evaluation.
+
+    They are distributed over the processes round-robin.
+    """
 
     def __init__(self, files: list[TokenFile], *, eval_iters: int, **shared: Any) -> None:
-        """eval_iters: how many batches, drawn once by the seed; 0: all, in order."""
+        """eval_iters: number of batches, their samples chosen once by the seed; 0: the whole validation set."""
         super().__init__(**shared)
-        self.datasets = [dataset_of(file, self.block_size, self.overlong, ValidationWindows) for file in files]
+        self.datasets = [make_dataset(file, self.block_size, self.overlong, ValidationWindows) for file in files]
         self.samples = [(dataset, i) for dataset in self.datasets for i in range(len(dataset))]
         if 0 < eval_iters * self.batch_size < len(self.samples):
             chosen = np.random.default_rng([self.seed, 2]).permutation(len(self.samples))[
@@ -318,18 +356,18 @@ class ValidationBatches(Batches):
             rows = [dataset.get(i, 0) for dataset, i in self.samples[start : start + self.batch_size]]
             if rows:
                 yield self.collate(rows)
-            else:  # every process gets as many, since they may have to work together on each: this one counts nothing
+            else:  # every process runs as many forward passes, as sharded ones are collective: a dummy, not in the loss
                 dataset, i = self.samples[0]
-                spare = self.collate([dataset.get(i, 0)])
-                yield spare._replace(loss_mask=torch.zeros(spare.targets.shape), count=0)
+                dummy = self.collate([dataset.get(i, 0)])
+                yield dummy._replace(loss_mask=torch.zeros(dummy.targets.shape), count=0)
 
 
 def prefetch_steps(batches: Any, position: int, pin_memory: bool = False) -> Iterator[list[Batch]]:
-    """batches.at(position) and what follows, made in the background while the caller computes.
+    """The micro-batches of each step from a position on, prepared in a background thread while the model trains.
 
-    Batches that are made of the model as it is (is_on_policy) cannot be made ahead.
+    Batches sampled from the current model (is_on_policy) cannot be prepared in advance.
     """
-    steps = (batches.at(place) for place in itertools.count(position, batches.samples_per_step))
+    steps = (batches.at(p) for p in itertools.count(position, batches.samples_per_step))
     if getattr(batches, "is_on_policy", False):
         return steps
     return prefetch([batch.pin_memory() for batch in step] if pin_memory else step for step in steps)

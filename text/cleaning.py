@@ -1,6 +1,9 @@
-"""Cleaning text before training: what is too short, too long, too odd, or was said already in nearly the same words.
+"""Data cleaning for data.py: length and symbol filters, near-duplicate removal, splitting of long documents.
 
-python data.py articles.jsonl --near_duplicates 0.8 --min_characters 40 --split_documents 2000
+    python data.py articles.jsonl --near_duplicates 0.8 --min_characters 40 --split_documents 2000
+
+Models memorise text that is repeated in training; Lee et al. 2021 (arXiv:2107.06499) show what deduplication gains.
+Exact duplicates are always removed, by data.py itself.
 """
 
 import re
@@ -11,9 +14,9 @@ from dataclasses import dataclass
 from base.configuration import Config, UserError, option
 
 SENTENCE_ENDS = ".!?。！？；…\n"
-CLOSING = "\"'”’」』）)】》"  # belongs to the sentence before it
-N_SHINGLE = 5  # characters
-N_PERMUTATIONS = 64
+CLOSING = "\"'”’」』）)】》"  # quotes and brackets after a full stop still belong to the sentence
+N_SHINGLE = 5  # characters per n-gram
+N_PERMUTATIONS = 64  # hash functions per MinHash signature; more are slower and more accurate
 
 sentence_end = re.compile(f"[{re.escape(SENTENCE_ENDS)}]+[{re.escape(CLOSING)}]*\\s*")
 symbol = re.compile(r"[^\w\s.,;:!?'\"()\-。，、；：！？“”‘’（）《》「」『』【】…—]")
@@ -21,18 +24,24 @@ symbol = re.compile(r"[^\w\s.,;:!?'\"()\-。，、；：！？“”‘’（）
 
 @dataclass
 class CleaningConfig(Config):
-    """What data.py leaves out of documents and samples (running text is taken as it is)."""
+    """Filters for documents and fine-tuning samples (running text is not filtered)."""
 
     near_duplicates: float | None = option(
-        None, "leave out what shares this much with an earlier one (needs datasketch)", above=0.0, maximum=1.0
+        None,
+        "drop texts with about this Jaccard similarity or more to an earlier one (needs datasketch)",
+        above=0.0,
+        maximum=1.0,
     )
-    min_characters: int | None = option(None, "leave out what is shorter", minimum=1)
-    max_characters: int | None = option(None, "leave out what is longer", minimum=1)
+    min_characters: int | None = option(None, "drop shorter texts", minimum=1)
+    max_characters: int | None = option(None, "drop longer texts", minimum=1)
     max_symbols: float | None = option(
-        None, "leave out what has a larger share of signs that are no letters or punctuation", minimum=0.0, maximum=1.0
+        None,
+        "drop texts with a larger share of characters other than letters, digits, spaces and punctuation",
+        minimum=0.0,
+        maximum=1.0,
     )
     split_documents: int | None = option(
-        None, "split longer documents at the ends of sentences, into at most so many characters", minimum=16
+        None, "split documents longer than this many characters at sentence ends", minimum=16
     )
 
     def check(self) -> None:
@@ -43,7 +52,7 @@ class CleaningConfig(Config):
 
 
 class Cleaner:
-    """Judges units one after the other; dropped counts the reasons, examples has the first text of each."""
+    """Filters texts one by one; counts the dropped ones by reason and keeps the first of each reason as an example."""
 
     def __init__(self, config: CleaningConfig) -> None:
         self.config = config
@@ -55,17 +64,18 @@ class Cleaner:
             except ImportError:
                 raise UserError("near_duplicates: datasketch is not installed: pip install datasketch") from None
             self.datasketch = datasketch
-            self.seen = datasketch.MinHashLSH(threshold=config.near_duplicates, num_perm=N_PERMUTATIONS)
+            self.index = datasketch.MinHashLSH(threshold=config.near_duplicates, num_perm=N_PERMUTATIONS)
 
-    def keeps(self, text: str) -> bool:
-        """Whether a document or sample is to be learnt from."""
-        reason = self.reason_against(text)
+    def accept(self, text: str) -> bool:
+        """Whether a text passes every filter; near-duplicates are relative to the texts accepted before it."""
+        reason = self.rejection_reason(text)
         if reason:
             self.dropped[reason] += 1
             self.examples.setdefault(reason, text)
         return not reason
 
-    def reason_against(self, text: str) -> str:
+    def rejection_reason(self, text: str) -> str:
+        """Why a text is dropped; empty if it is not."""
         config = self.config
         if config.min_characters and len(text) < config.min_characters:
             return "shorter than min_characters"
@@ -78,27 +88,32 @@ class Cleaner:
         return ""
 
     def is_near_duplicate(self, text: str) -> bool:
-        """Whether an earlier text shares enough of its 5-character pieces (MinHash, Broder 1997); else remember it."""
-        text = " ".join(text.lower().split())
-        pieces = {text[i : i + N_SHINGLE].encode() for i in range(max(1, len(text) - N_SHINGLE + 1))}
-        sketch = self.datasketch.MinHash(num_perm=N_PERMUTATIONS)
-        sketch.update_batch(sorted(pieces))
-        if self.seen.query(sketch):
+        """Whether the index holds a similar text; if not, add this one.
+
+        Similarity is the Jaccard index |A & B| / |A | B| of the texts' sets of 5-character n-grams. MinHash (Broder
+        1997) makes a short signature of each set; each entry of two signatures agrees with that probability. Locality-
+        sensitive hashing looks up signatures that agree in part, instead of comparing all pairs.
+        """
+        text = " ".join(text.lower().split())  # ignore case and white space
+        shingles = {text[i : i + N_SHINGLE].encode() for i in range(max(1, len(text) - N_SHINGLE + 1))}
+        signature = self.datasketch.MinHash(num_perm=N_PERMUTATIONS)
+        signature.update_batch(sorted(shingles))
+        if self.index.query(signature):
             return True
-        self.seen.insert(str(len(self.seen.keys)), sketch)
+        self.index.insert(str(len(self.index.keys)), signature)
         return False
 
     def report(self) -> list[str]:
-        """A line for every reason: how often, and the beginning of the first text."""
+        """One line per reason: the number of dropped texts, and the beginning of the first."""
         return [f"dropped: {n:,} {reason}, as {self.examples[reason][:60]!r}" for reason, n in self.dropped.items()]
 
 
-def split_at_sentences(text: str, longest: int) -> Iterator[str]:
-    """A text in pieces of at most so many characters, each as long as sentences allow; a longer sentence is cut."""
+def split_at_sentences(text: str, max_characters: int) -> Iterator[str]:
+    """Split a text at sentence ends into pieces of at most max_characters; a longer sentence is cut anywhere."""
     start = 0
-    while len(text) - start > longest:
-        ends = [match.end() for match in sentence_end.finditer(text, start, start + longest)]
-        cut = ends[-1] if ends and ends[-1] > start else start + longest
+    while len(text) - start > max_characters:
+        ends = [match.end() for match in sentence_end.finditer(text, start, start + max_characters)]
+        cut = ends[-1] if ends and ends[-1] > start else start + max_characters
         yield text[start:cut]
         start = cut
     if start < len(text):

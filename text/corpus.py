@@ -1,7 +1,8 @@
 """Reading raw text: files, folders and .gz, plain text and jsonl, in bounded memory, with errors that name the line.
 
-A raw file is a sequence of units. For pretraining a unit is a document (a jsonl line's text, or a stretch delimited by
-<|bos|> / <|eos|>) or a piece of running text without delimiters; for fine-tuning it is a conversation.
+Files are streamed as records. For pretraining a record is a document: the text of a jsonl line, or text delimited by
+<|bos|> or <|eos|>; text without delimiters is running text, read in pieces of arbitrary size. For fine-tuning (sft) a
+record is a conversation, for preference tuning (dpo) two: the same prompt with a chosen and with a rejected answer.
 """
 
 import codecs
@@ -19,17 +20,17 @@ from base.configuration import UserError
 from base.prefetching import prefetch
 from text.tokenizer import Messages, may_contain_special
 
-CHUNK = 1 << 20  # bytes of a file held at a time
+CHUNK = 1 << 20  # bytes read at a time
 LONGEST_DOCUMENT = 1 << 24  # characters; a longer one is treated as running text
 TEXT_SUFFIXES = (".txt", ".md", ".text", ".jsonl")
 ROLES = ("system", "user", "assistant")
 
-document_edge = re.compile(r"(?<=<\|eos\|>)|(?=<\|bos\|>)")
+document_boundary = re.compile(r"(?<=<\|eos\|>)|(?=<\|bos\|>)")
 
 
 @dataclass
 class Source:
-    """One raw file; reading it from end to end fills in its size and hash."""
+    """One raw file. Reading it to the end fills in its size and hash."""
 
     path: Path
     is_jsonl: bool
@@ -42,24 +43,23 @@ class Source:
 
 @dataclass
 class BadLines:
-    """Reports bad lines once each, and gives up after a limit."""
+    """Prints each malformed jsonl line once, and raises UserError when there are more than `limit`."""
 
     limit: int
-    seen: set[tuple[str, int]] = field(default_factory=set)
+    reported: set[tuple[str, int]] = field(default_factory=set)
 
     def report(self, path: Path, number: int, problem: str) -> None:
-        if (str(path), number) in self.seen:
+        if (str(path), number) in self.reported:  # files are read twice
             return
-        self.seen.add((str(path), number))
-        if len(self.seen) > self.limit:
-            raise UserError(
-                f"{path}: line {number}: {problem}; that makes more than {self.limit} bad lines (--max_bad_lines)"
-            )
+        self.reported.add((str(path), number))
+        if len(self.reported) > self.limit:
+            limit = f"; there are more than {self.limit} bad lines (--max_bad_lines)" if self.limit else ""
+            raise UserError(f"{path}: line {number}: {problem}{limit}")
         print(f"skipped {path}: line {number}: {problem}", file=sys.stderr)
 
 
 def find_sources(paths: list[str]) -> list[Source]:
-    """The raw files that the paths name; a folder stands for the text files in it, in order of their names."""
+    """The raw files at the given paths; of a folder, all text files in it and its subfolders, sorted by name."""
     found = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -79,9 +79,9 @@ def raw_suffix(path: Path) -> str:
 
 
 def stage_of(source: Source) -> str:
-    """The stage that a raw file is for, by its contents.
+    """The training stage of a raw file, inferred from its contents.
 
-    jsonl with "chosen": "dpo"; with "question" or "messages": "sft"; with "text", and everything else: "pretrain".
+    jsonl with "chosen" is for dpo, with "question" or "messages" for sft; "text" and every other file for pretrain.
     """
     if source.is_jsonl:
         for number, line in lines(Source(source.path, True)):
@@ -97,19 +97,20 @@ def stage_of(source: Source) -> str:
                 return "pretrain"
             if number > 100:
                 break
-        raise UserError(f'{source.path}: no line with "text", "question", "messages" or "chosen": what is it for?')
+        raise UserError(f'{source.path}: cannot infer the stage: no "text", "question", "messages" or "chosen" in it')
     return "pretrain"
 
 
 def text_chunks(source: Source, progress: Callable[[int], None] = lambda n: None) -> Iterator[str]:
-    """The text of a file in chunks, read ahead; line ends become \\n. Raises UserError where it is not UTF-8 text."""
+    """The text of a file in chunks, read ahead in a background thread, with line ends as \\n; raises UserError."""
     return prefetch(read_chunks(source, progress), depth=1)
 
 
 def read_chunks(source: Source, progress: Callable[[int], None]) -> Iterator[str]:
+    """Decode UTF-8 incrementally: a chunk may end in the middle of a character, or between \\r and \\n."""
     path = source.path
     decoder = codecs.getincrementaldecoder("utf-8")()
-    digest, offset, held = hashlib.sha256(), 0, ""
+    digest, offset, pending_cr = hashlib.sha256(), 0, ""
     with open_raw(path) as file:
         while True:
             try:
@@ -121,22 +122,22 @@ def read_chunks(source: Source, progress: Callable[[int], None]) -> Iterator[str
                     raise UserError(f"{path}: UTF-16 text; save it as UTF-8 first")
                 if not block:
                     raise UserError(f"{path}: the file is empty")
-            pending = len(decoder.getstate()[0])
+            n_undecoded = len(decoder.getstate()[0])
             try:
-                text = held + decoder.decode(block, final=not block)
+                text = pending_cr + decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                at = offset - pending + error.start
+                at = offset - n_undecoded + error.start
                 raise UserError(f"{path}: not UTF-8 text: byte 0x{error.object[error.start]:02x} at {at}") from None
             if offset == 0:
                 text = text.removeprefix("\ufeff")
             if "\0" in text:
-                raise UserError(f"{path}: a binary file, not text: it has NUL bytes")
+                raise UserError(f"{path}: a binary file, not text: it contains NUL bytes")
             digest.update(block)
             offset += len(block)
             progress(len(block))
-            held = "\r" if text.endswith("\r") and block else ""
+            pending_cr = "\r" if text.endswith("\r") and block else ""
             if "\r" in text:
-                text = text.removesuffix(held).replace("\r\n", "\n").replace("\r", "\n")
+                text = text.removesuffix(pending_cr).replace("\r\n", "\n").replace("\r", "\n")
             if text:
                 yield text
             if not block:
@@ -150,24 +151,24 @@ def open_raw(path: Path) -> BinaryIO:
 
 def lines(source: Source, progress: Callable[[int], None] = lambda n: None) -> Iterator[tuple[int, str]]:
     """The non-blank lines of a file with their numbers, from 1."""
-    number, held = 0, []
+    number, unfinished = 0, []  # parts of a line that spans several chunks
     for chunk in text_chunks(source, progress):
-        *whole, rest = chunk.split("\n")
-        for line in whole:
+        *complete, rest = chunk.split("\n")
+        for line in complete:
             number += 1
-            line = "".join([*held, line])
-            held = []
+            line = "".join([*unfinished, line])
+            unfinished = []
             if line.strip():
                 yield number, line
-        held.append(rest)
-    if "".join(held).strip():
-        yield number + 1, "".join(held)
+        unfinished.append(rest)
+    if "".join(unfinished).strip():
+        yield number + 1, "".join(unfinished)
 
 
 def documents(
     source: Source, bad_lines: BadLines, progress: Callable[[int], None] = lambda n: None
 ) -> Iterator[tuple[str, bool]]:
-    """Pretraining units of a file: (text, True) for a document, (text, False) for a piece of running text."""
+    """The text of a pretraining file: (text, True) for a document, (text, False) for a piece of running text."""
     if source.is_jsonl:
         for number, line in lines(source, progress):
             try:
@@ -175,31 +176,33 @@ def documents(
             except UserError as error:
                 bad_lines.report(source.path, number, str(error))
         return
-    held = ""
+    rest = ""  # text after the last document boundary
     for chunk in text_chunks(source, progress):
-        held += chunk
-        if may_contain_special(held):
-            *units, held = document_edge.split(held)
-            yield from delimited(units)
-        too_long = LONGEST_DOCUMENT if held.startswith("<|bos|>") else CHUNK // 2
-        if len(held) > too_long:
-            cut = held.rfind("\n", len(held) - 4096) + 1 or len(held) - 32  # never inside a special token
-            yield held[:cut], False
-            held = held[cut:]
-    yield from delimited([held])
+        rest += chunk
+        if may_contain_special(rest):
+            *parts, rest = document_boundary.split(rest)
+            yield from classify_parts(parts)
+        max_length = LONGEST_DOCUMENT if rest.startswith("<|bos|>") else CHUNK // 2
+        if len(rest) > max_length:
+            # cut at a line end, else far enough from the end not to cut a special token of which half is read
+            cut = rest.rfind("\n", len(rest) - 4096) + 1 or len(rest) - 32
+            yield rest[:cut], False
+            rest = rest[cut:]
+    yield from classify_parts([rest])
 
 
-def delimited(units: list[str]) -> Iterator[tuple[str, bool]]:
-    for unit in units:
-        is_document = unit.startswith("<|bos|>") or unit.endswith("<|eos|>")
-        if is_document or unit.strip():  # white space between documents belongs to none
-            yield unit, is_document
+def classify_parts(parts: list[str]) -> Iterator[tuple[str, bool]]:
+    """Parts between document boundaries as (text, is_document); white space between documents is dropped."""
+    for part in parts:
+        is_document = part.startswith("<|bos|>") or part.endswith("<|eos|>")
+        if is_document or part.strip():
+            yield part, is_document
 
 
 def conversations(
     source: Source, bad_lines: BadLines, progress: Callable[[int], None] = lambda n: None
 ) -> Iterator[tuple[int, Messages]]:
-    """Fine-tuning units of a jsonl file: the line's number and its conversation."""
+    """The conversations of a fine-tuning jsonl file, each with its line number."""
     for number, line in lines(source, progress):
         try:
             yield number, parse_conversation(line)
@@ -207,10 +210,10 @@ def conversations(
             bad_lines.report(source.path, number, str(error))
 
 
-def samples(
+def chat_records(
     source: Source, stage: str, bad_lines: BadLines, progress: Callable[[int], None] = lambda n: None
 ) -> Iterator[list[Messages]]:
-    """Units of a jsonl file for sft: [conversation]; for dpo: [with the chosen answer, with the rejected one]."""
+    """The records of a jsonl file. sft: [conversation]; dpo: [chosen conversation, rejected conversation]."""
     if stage == "sft":
         for _, messages in conversations(source, bad_lines, progress):
             yield [messages]
@@ -237,21 +240,21 @@ def parse_object(line: str) -> dict[str, Any]:
 def text_field(values: dict[str, Any], name: str) -> str:
     value = values.get(name)
     if not isinstance(value, str) or not value.strip():
-        found = "is missing" if name not in values else "is empty" if isinstance(value, str) else "is not a text"
+        found = "is missing" if name not in values else "is empty" if isinstance(value, str) else "is not a string"
         raise UserError(f'"{name}" {found}')
-    return value.encode("utf-8", "replace").decode("utf-8")  # JSON can spell lone surrogates
+    return value.encode("utf-8", "replace").decode("utf-8")  # JSON can contain lone surrogates, "\ud800"
 
 
 def parse_text_line(line: str) -> str:
-    """The text of a pretraining jsonl line; raises UserError."""
+    """The text of a line {"text": ...}; raises UserError."""
     return text_field(parse_object(line), "text")
 
 
 def parse_conversation(line: str) -> Messages:
-    """The conversation in a fine-tuning jsonl line; raises UserError.
+    """The conversation of a fine-tuning line; raises UserError.
 
-    {"question": ..., "answer": ...} or {"messages": [{"role": "user", "content": ...}, ...]}: questions and answers
-    take turns, system messages stand before a question, and the last word is an answer.
+    {"question": ..., "answer": ...} or {"messages": [{"role": "user", "content": ...}, ...]}: user and assistant
+    alternate, system messages are allowed before user messages, and the last message is the assistant's.
     """
     values = parse_object(line)
     if "messages" not in values:
@@ -268,7 +271,7 @@ def parse_conversation(line: str) -> Messages:
             raise UserError(f'message {i}: "role" must be one of {", ".join(ROLES)}')
         role = message["role"]
         if role not in expected:
-            raise UserError(f"message {i}: {role} where {' or '.join(expected)} is due")
+            raise UserError(f"message {i}: role is {role}, expected {' or '.join(expected)}")
         try:
             conversation.append({"role": role, "content": text_field(message, "content")})
         except UserError as error:
@@ -280,9 +283,9 @@ def parse_conversation(line: str) -> Messages:
 
 
 def parse_preference(line: str) -> list[Messages]:
-    """The two conversations of a preference line; raises UserError.
+    """The two conversations of a preference line, [chosen, rejected]; raises UserError.
 
-    {"prompt": ..., "chosen": ..., "rejected": ...}, or "messages" that end with a question instead of "prompt".
+    {"prompt": ..., "chosen": ..., "rejected": ...}; instead of "prompt" also "messages", the last one from the user.
     """
     values = parse_object(line)
     answers = [{"role": "assistant", "content": text_field(values, name)} for name in ("chosen", "rejected")]
@@ -292,5 +295,5 @@ def parse_preference(line: str) -> list[Messages]:
         prompt = [{"role": "user", "content": text_field(values, "prompt")}]
         return [[*prompt, answer] for answer in answers]
     if not isinstance(values["messages"], list):
-        raise UserError('"messages" must be a list that ends with a question')
+        raise UserError('"messages" must be a list that ends with a user message')
     return [parse_conversation(json.dumps({"messages": [*values["messages"], answer]})) for answer in answers]

@@ -1,8 +1,11 @@
-"""The file format of prepared text: what data.py writes and batches.py reads.
+"""Token files: tokenised text in the safetensors format, written by data.py, memory-mapped by batches.py.
 
-file = TokenFile("dataset/sft_train.bin")       # memory-mapped, checked against its checksum
-file.tokens, file.loss_mask, file.starts        # loss_mask and starts: of fine-tuning samples, else None
-file.header                                     # counts, the tokenizer's fingerprint, the sources, baselines
+    file = TokenFile("dataset/sft_train.bin")   # verifies the checksum
+    file.tokens                                 # (n_tokens,) uint16 or uint32
+    file.loss_mask, file.starts                 # (n_tokens,), (n_samples + 1,) for fine-tuning; None for pretraining
+    file.header                                 # dict: counts, tokenizer fingerprint, source files, baseline losses
+
+Layout (github.com/huggingface/safetensors): 8 bytes with the length of the JSON header, the header, then the arrays.
 """
 
 import functools
@@ -19,16 +22,13 @@ from base.configuration import UserError
 from text.tokenizer import UNKNOWN
 
 FORMAT = 2
-HEADER_SIZE = 1 << 16
-COUNTED_AT_ONCE = 1 << 16  # tokens: what fits a processor's cache
+HEADER_SIZE = 1 << 16  # bytes, reserved in front of the data and filled in at the end
+COUNT_CHUNK = 1 << 16  # tokens per call of bincount; fits the CPU cache
 DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64}
 
 
 class TokenFileWriter:
-    """Writes one split: tokens, and for fine-tuning the loss mask and where samples start, after a JSON header.
-
-    The layout is that of a safetensors file (github.com/huggingface/safetensors), so other programs can open it too.
-    """
+    """Writes one split in a single pass and bounded memory: tokens directly, the loss mask via a temporary file."""
 
     def __init__(self, file: BinaryIO, vocab_size: int, has_samples: bool) -> None:
         self.file = file
@@ -48,35 +48,35 @@ class TokenFileWriter:
 
     @property
     def counts(self) -> np.ndarray:
-        """How often each token counts in the loss, shape (vocab_size,)."""
+        """How often each token is a target in the loss, (vocab_size,)."""
         self._count()
         return self._counts
 
     def _count(self) -> None:
         ids = np.concatenate([*self._uncounted, np.empty(0, DTYPES[self.dtype])])
-        for start in range(0, len(ids), COUNTED_AT_ONCE):
-            self._counts += np.bincount(ids[start : start + COUNTED_AT_ONCE], minlength=len(self._counts))
+        for start in range(0, len(ids), COUNT_CHUNK):
+            self._counts += np.bincount(ids[start : start + COUNT_CHUNK], minlength=len(self._counts))
         self._uncounted, self._n_uncounted = [], 0
 
     def add(self, ids: np.ndarray, n_characters: int, mask: np.ndarray | None = None) -> None:
-        """Append token ids; with a mask (1 where the loss is taken), as one sample."""
+        """Append token ids (T,). With a loss mask (T,), 1 on the targets in the loss, they are one sample."""
         ids = np.ascontiguousarray(ids, DTYPES[self.dtype])
         self._write(ids)
         self.n_tokens += len(ids)
         self.n_characters += n_characters
-        counted = ids if mask is None else ids[mask == 1]
-        self._uncounted.append(counted)
-        self._n_uncounted += len(counted)
-        if self._n_uncounted > 16 * COUNTED_AT_ONCE:
+        targets = ids if mask is None else ids[mask == 1]
+        self._uncounted.append(targets)  # counted in bulk: a bincount call per short sample is slow
+        self._n_uncounted += len(targets)
+        if self._n_uncounted > 16 * COUNT_CHUNK:
             self._count()
-        self.n_loss_tokens += len(counted)
+        self.n_loss_tokens += len(targets)
         self.n_unknown += int(np.count_nonzero(ids == UNKNOWN))
         if mask is not None:
             self.mask_file.write(mask.astype(np.uint8).tobytes())
             self.starts.append(self.n_tokens)
 
     def finish(self, metadata: dict[str, Any]) -> None:
-        """Append mask and starts, and fill in the header."""
+        """Append loss mask and sample starts, and write the header."""
         size = np.dtype(DTYPES[self.dtype]).itemsize * self.n_tokens
         header = {"tokens": {"dtype": self.dtype, "shape": [self.n_tokens], "data_offsets": [0, size]}}
         if self.mask_file is not None:
@@ -97,32 +97,32 @@ class TokenFileWriter:
             "n_samples": len(self.starts) - 1 if self.mask_file is not None else None,
         }
         header["__metadata__"] = {"header": json.dumps({"format": FORMAT, **counts, **metadata}, ensure_ascii=False)}
-        header["__metadata__"]["crc32"] = str(checksum_with(header, self.checksum))
+        header["__metadata__"]["crc32"] = str(add_header_to_checksum(header, self.checksum))
         text = json.dumps(header, ensure_ascii=False).encode("utf-8")
         if len(text) > HEADER_SIZE - 8:
-            raise UserError(f"the names of the source files do not fit a header of {HEADER_SIZE} bytes: join the files")
+            raise UserError(f"too many source files for a header of {HEADER_SIZE} bytes; concatenate some of them")
         self.file.seek(0)
         self.file.write((HEADER_SIZE - 8).to_bytes(8, "little") + text)
 
 
 def chunks_of(file: BinaryIO, size: int = 1 << 22) -> Iterator[bytes]:
-    """The rest of a file, in pieces."""
+    """The rest of a file in chunks of `size` bytes."""
     return iter(lambda: file.read(size), b"")
 
 
-def checksum_with(layout: dict[str, Any], checksum: int) -> int:
-    """The CRC-32 of a file's data, carried on over its header."""
+def add_header_to_checksum(layout: dict[str, Any], checksum: int) -> int:
+    """Continue the CRC-32 of a file's data over its header (which does not contain "crc32" yet)."""
     return zlib.crc32(json.dumps(layout, ensure_ascii=False).encode("utf-8", "surrogatepass"), checksum)
 
 
 class TokenFile:
-    """A prepared split, memory-mapped: tokens, and for fine-tuning loss_mask and starts (else None); header: a dict."""
+    """A token file opened for reading. Arrays are memory-mapped: the OS loads the pages that are used."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(
-                f"{path}: {'not a file' if self.path.exists() else 'no such file'}; python data.py makes it"
+                f"{path}: {'not a file' if self.path.exists() else 'no such file'}; create it with python data.py"
             )
         size = self.path.stat().st_size
         try:
@@ -136,18 +136,18 @@ class TokenFile:
             self.header = json.loads(layout["__metadata__"]["header"])
             if self.header["format"] != FORMAT:
                 raise UserError(
-                    f"{path}: format {self.header['format']} is not the known format {FORMAT}; prepare it again"
+                    f"{path}: format {self.header['format']} is not supported (expected {FORMAT}); run data.py again"
                 )
             end = 8 + length + max(entry["data_offsets"][1] for name, entry in layout.items() if name != "__metadata__")
             if end != size:
-                raise UserError(f"{path}: {size} bytes where its header says {end}: damaged; prepare it again")
-            if int(layout["__metadata__"].pop("crc32")) != checksum_with(layout, checksum):
-                raise UserError(f"{path}: damaged: its checksum is wrong; prepare it again")
+                raise UserError(f"{path}: damaged: {size} bytes, but its header says {end}; run data.py again")
+            if int(layout["__metadata__"].pop("crc32")) != add_header_to_checksum(layout, checksum):
+                raise UserError(f"{path}: damaged: wrong checksum; run data.py again")
             self.tokens = self._map(layout["tokens"], 8 + length)
             has_samples = "starts" in layout
             self.loss_mask = self._map(layout["loss_mask"], 8 + length) if has_samples else None
             self.starts = np.array(self._map(layout["starts"], 8 + length)) if has_samples else None
-            if has_samples and not (
+            if has_samples and not (  # sample i is tokens[starts[i] : starts[i + 1]]
                 len(self.loss_mask) == len(self.tokens)
                 and self.starts[0] == 0
                 and self.starts[-1] == len(self.tokens)
@@ -158,7 +158,7 @@ class TokenFile:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
             raise UserError(
-                f"{path}: not a token file of this toolkit, or damaged ({error}); python data.py makes one"
+                f"{path}: not a token file of this toolkit, or damaged ({error}); create one with python data.py"
             ) from None
 
     def _map(self, entry: dict[str, Any], data_start: int) -> np.ndarray:

@@ -1,12 +1,12 @@
-"""Text to token ids and back: one interface, two tokenizers (characters, and BPE by the `tokenizers` library).
+"""Tokenizers: text to token ids and back. Two kinds with one interface: one token per character, and byte-level BPE.
 
     tokenizer = CharTokenizer.train(["any text", "更多文字"])
     ids = tokenizer.encode("any text")          # numpy array of uint16, for large vocabularies uint32
     text = tokenizer.decode(ids)
     tokenizer.save("dataset/tokenizer.json");   tokenizer = load_tokenizer("dataset/tokenizer.json")
 
-The special tokens have the ids 0 to 5 in both. They are recognised in training text (`special=True`); in what a user
-types they are plain characters.
+Both kinds give the special tokens the ids 0 to 5. Special tokens are recognised in training text (`special=True`) only:
+in a user's prompt, "<|eos|>" is seven ordinary characters, so that nobody can inject control tokens.
 """
 
 import hashlib
@@ -25,40 +25,39 @@ from base.files import atomic_write
 SPECIAL_TOKENS = ("<|Padding|>", "<|unknown|>", "<|bos|>", "<|eos|>", "<|InstructMark|>", "<|ResponseMark|>")
 PADDING, UNKNOWN, BOS, EOS, INSTRUCT, RESPONSE = range(len(SPECIAL_TOKENS))
 FORMAT = 1
-UNICODE_SIZE = 0x110000
+UNICODE_SIZE = 0x110000  # code points are below this
 
-piece_edge = re.compile(r"(?<=\S\n)(?=\S)")
+line_boundary = re.compile(r"(?<=\S\n)(?=\S)")
 special_pattern = re.compile("(" + "|".join(re.escape(token) for token in SPECIAL_TOKENS) + ")")
 
 Messages = list[dict[str, str]]
 
 
 def may_contain_special(text: str) -> bool:
-    """False where a text cannot hold a special token: one character is looked for much faster than two."""
+    """A cheap pre-check: False only if the text has no special token. Searching for one character is much faster."""
     return "|" in text and "<|" in text
 
 
-def remove_special_tokens(text: str, instead: str = "") -> str:
-    """A text with something else in place of its special tokens."""
-    return special_pattern.sub(instead, text) if may_contain_special(text) else text
+def remove_special_tokens(text: str, replacement: str = "") -> str:
+    return special_pattern.sub(replacement, text) if may_contain_special(text) else text
 
 
 class Tokenizer(ABC):
-    """What both tokenizers share."""
+    """The interface of both tokenizers, with what they share: special tokens, chat template, fingerprint, saving."""
 
     kind: str
     vocab_size: int
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:
-        """The smallest type that holds all ids, the one of the token files."""
+        """The smallest integer type that holds every id; token files use the same one."""
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
-        """Token ids of a text; with special=True, special tokens in it become their ids."""
+        """Token ids (T,) of a text. special: convert special tokens in the text to their ids."""
         if not (special and may_contain_special(text)):
             return self._encode_plain(text)
-        pieces = special_pattern.split(text)  # plain, special, plain, special, ..., plain
+        pieces = special_pattern.split(text)  # alternates: plain text, special token, plain text, ...
         parts = []
         for i, piece in enumerate(pieces):
             if i % 2:
@@ -68,17 +67,17 @@ class Tokenizer(ABC):
         return np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
 
     def encode_chat(self, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and loss mask (1 on the answers and their <|eos|>) of a conversation, by the instruct template.
+        """Apply the chat template to a conversation; returns token ids (T,) and loss mask (T,).
 
-        Each turn is <|InstructMark|>question<|ResponseMark|>answer<|eos|>; a system message stands before the next
-        question. A conversation that ends with a question ends in <|ResponseMark|>: the prompt for its answer.
+        Each turn is <|InstructMark|>question<|ResponseMark|>answer<|eos|>; a system message is prepended to the next
+        question. The loss mask is 1 on answers and their <|eos|>: the model learns to answer and to stop, not to ask.
+        A conversation whose last message is from the user ends with <|ResponseMark|>: a prompt to complete.
         """
         ids, mask = [], []
 
-        def add(tokens: Iterable[int], loss: int) -> None:
-            start = len(ids)
+        def add(tokens: list[int], in_loss: int) -> None:
             ids.extend(tokens)
-            mask.extend([loss] * (len(ids) - start))
+            mask.extend([in_loss] * len(tokens))
 
         system = ""
         for message in messages:
@@ -93,11 +92,11 @@ class Tokenizer(ABC):
         return np.array(ids, dtype=self.dtype), np.array(mask, dtype=np.uint8)
 
     def unknown_characters(self, text: str) -> str:
-        """The distinct characters of the text that the vocabulary lacks, in order of appearance."""
+        """The distinct out-of-vocabulary characters of a text, in order of first appearance."""
         return ""
 
     def fingerprint(self) -> str:
-        """A hash of the vocabulary: data and checkpoints made with the same tokenizer carry the same one."""
+        """A hash of the vocabulary, stored in token files: it tells whether data and model use the same tokenizer."""
         canonical = json.dumps(self.to_dict(), sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:16]
 
@@ -107,21 +106,21 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode_plain(self, text: str) -> np.ndarray:
-        """Token ids of a text in which nothing is special."""
+        """Token ids of a text, treating special tokens in it as ordinary characters."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; special tokens are spelled out."""
+        """The text of token ids; special tokens appear by name."""
 
     @abstractmethod
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Decode ids one by one as they come; text is held back until its characters are complete."""
+        """Decode ids one by one, as a model generates them; yields text as soon as its characters are complete."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """The tokenizer as plain values, for its JSON file and for checkpoints."""
+        """The tokenizer as JSON-compatible values, for its file and for checkpoints."""
 
-    def _checked(self, ids: Iterable[int]) -> np.ndarray:
+    def _check_ids(self, ids: Iterable[int]) -> np.ndarray:
         ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64)
         if len(ids) and not (ids.min() >= 0 and ids.max() < self.vocab_size):
             raise UserError(f"token ids must be in 0..{self.vocab_size - 1}, got {ids.min()}..{ids.max()}")
@@ -129,51 +128,51 @@ class Tokenizer(ABC):
 
 
 def codepoints(text: str) -> np.ndarray:
-    """The Unicode code points of a text, lone surrogates included: uint32, or uint8 where all are ASCII (faster)."""
+    """The Unicode code points of a text, lone surrogates included: uint32, or uint8 if all are ASCII (faster)."""
     if text.isascii():
         return np.frombuffer(text.encode("ascii"), dtype=np.uint8)
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
-def mark_characters(seen: np.ndarray, text: str) -> None:
-    """Mark the code points of a text in `seen`, a boolean array over all of Unicode."""
-    if text.isascii():  # what is marked already need not be looked at
-        known = np.flatnonzero(seen[:128]).astype(np.uint8).tobytes()
-        seen[np.frombuffer(text.encode("ascii").translate(None, known), dtype=np.uint8)] = True
+def mark_characters(codepoint_mask: np.ndarray, text: str) -> None:
+    """Set the entries of a text's code points in a boolean array (UNICODE_SIZE,)."""
+    if text.isascii():  # deleting the characters marked before leaves next to nothing to index with
+        marked = np.flatnonzero(codepoint_mask[:128]).astype(np.uint8).tobytes()
+        codepoint_mask[np.frombuffer(text.encode("ascii").translate(None, marked), dtype=np.uint8)] = True
     else:
-        seen[codepoints(text)] = True
+        codepoint_mask[codepoints(text)] = True
 
 
 class CharTokenizer(Tokenizer):
-    """Every character of the vocabulary is one token: a table look-up over UTF-32, both ways."""
+    """One token per character. Encoding and decoding are numpy table look-ups over UTF-32, not Python loops."""
 
     kind = "char"
 
     def __init__(self, characters: str) -> None:
-        """characters: the vocabulary, without repeats; the first one gets the id after the special tokens."""
+        """characters: the vocabulary, all distinct; their ids follow those of the special tokens."""
         codes = codepoints(characters)
         if len(np.unique(codes)) != len(codes):
             raise UserError("tokenizer: the characters of a vocabulary must be distinct")
         self.characters = characters
         self.vocab_size = len(SPECIAL_TOKENS) + len(codes)
-        self._id_of = np.full(UNICODE_SIZE, UNKNOWN, dtype=self.dtype)
+        self._id_of = np.full(UNICODE_SIZE, UNKNOWN, dtype=self.dtype)  # code point -> id
         self._id_of[codes] = np.arange(len(SPECIAL_TOKENS), self.vocab_size)
-        ascii_ids = self._id_of[:256]
+        ascii_ids = self._id_of[:256]  # bytes.translate() needs 256 entries; ASCII text uses the first 128
         self._ascii_ids = ascii_ids.astype(np.uint8).tobytes() if ascii_ids[:128].max() < 256 else None
-        self._code_of = np.concatenate([np.full(len(SPECIAL_TOKENS), 0xFFFD, dtype="<u4"), codes])
+        self._code_of = np.concatenate([np.full(len(SPECIAL_TOKENS), 0xFFFD, dtype="<u4"), codes])  # id -> code point
 
     @classmethod
     def train(cls, texts: Iterable[str]) -> "CharTokenizer":
-        """A vocabulary of every distinct character of the texts, special tokens aside, in code point order."""
-        seen = np.zeros(UNICODE_SIZE, dtype=bool)
+        """The vocabulary is every distinct character of the texts, in code point order, without special tokens."""
+        codepoint_mask = np.zeros(UNICODE_SIZE, dtype=bool)
         for text in texts:
-            mark_characters(seen, remove_special_tokens(text))
-        return cls.from_seen(seen)
+            mark_characters(codepoint_mask, remove_special_tokens(text))
+        return cls.from_codepoint_mask(codepoint_mask)
 
     @classmethod
-    def from_seen(cls, seen: np.ndarray) -> "CharTokenizer":
-        """A vocabulary of the code points marked in `seen`, a boolean array over all of Unicode."""
-        return cls(np.flatnonzero(seen).astype("<u4").tobytes().decode("utf-32-le"))
+    def from_codepoint_mask(cls, codepoint_mask: np.ndarray) -> "CharTokenizer":
+        """The vocabulary is the code points that are True in a boolean array (UNICODE_SIZE,)."""
+        return cls(np.flatnonzero(codepoint_mask).astype("<u4").tobytes().decode("utf-32-le"))
 
     def _encode_plain(self, text: str) -> np.ndarray:
         if self._ascii_ids and text.isascii():  # four times as fast
@@ -181,7 +180,7 @@ class CharTokenizer(Tokenizer):
         return self._id_of.take(codepoints(text))
 
     def decode(self, ids: Iterable[int]) -> str:
-        ids = self._checked(ids)
+        ids = self._check_ids(ids)
         codes = self._code_of.take(ids)
         parts, start = [], 0
         for i in np.flatnonzero(ids < len(SPECIAL_TOKENS)):
@@ -207,29 +206,37 @@ class CharTokenizer(Tokenizer):
         }
 
 
-def independent_pieces(text: str, size: int = 1 << 14) -> Iterator[str]:
-    """A text cut where no byte-level BPE token can reach across: after a line's end between words."""
+def split_at_lines(text: str, size: int = 1 << 14) -> Iterator[str]:
+    """Cut a text into pieces of about `size` characters that BPE encodes exactly as it encodes the whole.
+
+    BPE merges only inside the words that its pre-tokenizer splits off first, so a cut between two words is safe. A line
+    break with non-space characters on both sides is such a place. The library encodes the pieces in parallel.
+    """
     start = 0
-    while len(text) - start > size and (edge := piece_edge.search(text, start + size)):
-        yield text[start : edge.start()]
-        start = edge.start()
+    while len(text) - start > size and (boundary := line_boundary.search(text, start + size)):
+        yield text[start : boundary.start()]
+        start = boundary.start()
     yield text[start:]
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level byte-pair encoding, trained and run by the `tokenizers` library; no text is ever unknown to it."""
+    """Byte-level byte-pair encoding, trained and run by the `tokenizers` library.
+
+    BPE (Sennrich et al. 2016, arXiv:1508.07909) starts from single symbols and repeatedly merges the most frequent
+    adjacent pair into a new token. Starting from the 256 bytes, as GPT-2 does, leaves no text out of vocabulary.
+    """
 
     kind = "bpe"
 
     def __init__(self, tokenizer_json: str) -> None:
-        """tokenizer_json: the `tokenizers` library's own JSON text."""
+        """tokenizer_json: the contents of a tokenizer.json of the `tokenizers` library."""
         import tokenizers
 
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
         except Exception as error:  # the library raises bare Exceptions
             raise UserError(f"tokenizer: the `tokenizers` library cannot read it: {error}") from None
-        self._tokenizer.encode_special_tokens = True  # special tokens are our encode()'s business
+        self._tokenizer.encode_special_tokens = True  # as ordinary text: Tokenizer.encode() handles special tokens
         self._json = tokenizer_json
         self.vocab_size = self._tokenizer.get_vocab_size()
         for token_id, token in enumerate(SPECIAL_TOKENS):
@@ -238,7 +245,7 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
-        """Learn at most vocab_size tokens (256 bytes and the special tokens among them) from the texts."""
+        """Learn merges from the texts, for at most vocab_size tokens including the 256 bytes and the special tokens."""
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -261,23 +268,23 @@ class BPETokenizer(Tokenizer):
         return cls(tokenizer.to_str())
 
     def _encode_plain(self, text: str) -> np.ndarray:
-        valid = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate has no UTF-8
-        encodings = self._tokenizer.encode_batch_fast(list(independent_pieces(valid)), add_special_tokens=False)
+        valid = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be encoded as UTF-8
+        encodings = self._tokenizer.encode_batch_fast(list(split_at_lines(valid)), add_special_tokens=False)
         return np.concatenate([np.array(encoding.ids, dtype=self.dtype) for encoding in encodings])
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode(self._checked(ids).tolist(), skip_special_tokens=False)
+        return self._tokenizer.decode(self._check_ids(ids).tolist(), skip_special_tokens=False)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        held = []
+        pending = []  # a character may be spread over several tokens; incomplete UTF-8 decodes to U+FFFD
         for token in ids:
-            held.append(token)
-            text = self.decode(held)
-            if not text.endswith("\ufffd") or len(held) > 8:  # a character is at most 4 bytes
+            pending.append(token)
+            text = self.decode(pending)
+            if not text.endswith("\ufffd") or len(pending) > 8:  # UTF-8 has at most 4 bytes: it will not be completed
                 yield text
-                held = []
-        if held:
-            yield self.decode(held)
+                pending = []
+        if pending:
+            yield self.decode(pending)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -289,11 +296,11 @@ class BPETokenizer(Tokenizer):
 
 
 def tokenizer_from_dict(values: Any, where: str) -> Tokenizer:
-    """The tokenizer that to_dict() described; where: the file to name in errors."""
+    """The inverse of to_dict(). where: the file to name in errors."""
     if not isinstance(values, dict) or values.get("special_tokens") != list(SPECIAL_TOKENS):
         raise UserError(f"{where}: not a tokenizer file of this toolkit; make one with python data.py")
     if values.get("format") != FORMAT:
-        raise UserError(f"{where}: tokenizer format {values.get('format')!r} is not the known format {FORMAT}")
+        raise UserError(f"{where}: tokenizer format {values.get('format')!r} is not supported (expected {FORMAT})")
     try:
         if values.get("kind") == "char" and isinstance(values.get("characters"), str):
             return CharTokenizer(values["characters"])
@@ -305,5 +312,5 @@ def tokenizer_from_dict(values: Any, where: str) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer file; raises UserError that names it."""
+    """Read a tokenizer file; raises UserError."""
     return tokenizer_from_dict(read_json(path), str(path))

@@ -1,1 +1,5 @@
-"""Trained weights on disk: checkpoints and low-rank adapters."""
+"""Trained weights: saving, loading and adapting them.
+
+checkpointing   writing and reading checkpoints
+lora            low-rank adaptation (LoRA)
+"""
