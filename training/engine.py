@@ -1,7 +1,12 @@
-"""How one training step runs on the hardware: the plain engine, for one process on one device.
+"""The engine: how one training step runs on the hardware. This one is for one process on one device.
 
-The loop in train.py asks an engine for gradients, sums and state dicts, and never for a rank. Engines for several
-processes override how these are brought together (train_ddp.py, train_deepspeed.py).
+    engine.prepare(model)                                   # to the device, with its optimizer
+    for batch in micro_batches:                             # gradient accumulation
+        engine.forward_backward(loss, batch, count, is_last)
+    grad_norm = engine.step(lr_scale)                       # clip, update, zero the gradients
+
+The loop in train.py is the same on every engine: engines for several processes (train_ddp.py, train_deepspeed.py)
+override how gradients, sums and state dicts are combined over processes.
 """
 
 import contextlib
@@ -21,17 +26,19 @@ from training.optimizer import make_optimizer, scale_learning_rates
 from weights.checkpointing import save_checkpoint
 from weights.lora import adapter_weights
 
-Loss = Callable[[torch.nn.Module, Batch, str], torch.Tensor]
+# of the compiler, not of the model; the second: a function was compiled anew for too many different inputs
+COMPILER_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
+Loss = Callable[[torch.nn.Module, Batch, str], torch.Tensor]  # (model, batch, reduction), see losses.py
 
 
 class Engine:
     """One process, one device. config: a TrainConfig (device, dtype, compile, random_seed, grad_clip, optimizer's)."""
 
     rank, world_size = 0, 1
-    launcher = "python"  # what the command line begins with, before the script's name
-    can_shard = False
-    shards_parameters = False  # between passes no process has the whole model
-    writes_shards = False  # <stage>_last is a folder of every process's share, not a file
+    launcher = "python"  # the command that starts a script on this engine
+    can_shard = False  # supports the config field fsdp
+    shards_parameters = False  # no process holds all parameters: FSDP, ZeRO stage 3
+    writes_shards = False  # <stage>_last is a folder with one shard per process, not a file
 
     def __init__(self, config: Any) -> None:
         if config.fsdp and not self.can_shard:
@@ -42,7 +49,7 @@ class Engine:
         self.use_compile = config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda")
         torch.manual_seed(config.random_seed)
         if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
+            torch.set_float32_matmul_precision("high")  # TF32 on tensor cores: faster, with 10 bits of mantissa
 
     @property
     def is_main(self) -> bool:
@@ -52,61 +59,85 @@ class Engine:
         return find_device(name)
 
     def prepare(self, model: GPT) -> None:
-        """Put the model on the device and make its optimizer."""
+        """Move the model to the device, make its optimizer, and wrap it for training."""
         self.model = model.to(self.device)
         self.optimizer = make_optimizer(self.model, self.config, self.device)
+        # loss scaling (Micikevicius et al. 2017, arXiv:1710.03740): small gradients underflow to 0 in float16, so the
+        # loss is scaled up, and the gradients down again before the step; bfloat16 has float32's range: no need
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.network = self.wrap(self.model)
 
     def wrap(self, model: GPT) -> torch.nn.Module:
-        """The module to call in training: the model, compiled where that is asked for and works."""
+        """The module that training calls: the model, compiled if config.compile says so and a compiler works here."""
         if self.use_compile:
             try:
                 torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=self.device))
-                return torch.compile(model)
-            except Exception as error:  # no compiler, no triton, an unknown platform: all end here
-                print(f"compile: not possible here ({type(error).__name__}); going on without", file=sys.stderr)
-                self.use_compile = False
+                # instead of running uncompiled without a word once a function has been compiled too often
+                torch._dynamo.config.fail_on_recompile_limit_hit = True
+                model.compile()  # in place: at the first call
+            except Exception as error:  # no C compiler, no triton, an unsupported platform: the type varies
+                self.stop_compiling(model, error)
         return model
 
+    def stop_compiling(self, model: GPT, error: Exception) -> None:
+        """Go on with the uncompiled model, and say so in one line."""
+        if self.is_main:
+            print(f"compile: not possible here ({type(error).__name__}); continuing without", file=sys.stderr)
+        self.use_compile = False
+        model._compiled_call_impl = None
+
+    def compute_loss(self, loss: Loss, batch: Batch, reduction: str) -> torch.Tensor:
+        """The loss of a batch on the network, in the precision of training."""
+        with self.autocast():
+            if self.use_compile:
+                try:
+                    return loss(self.network, batch, reduction)
+                except COMPILER_ERRORS as error:
+                    self.stop_compiling(self.model, error)
+            return loss(self.network, batch, reduction)
+
     def autocast(self) -> contextlib.AbstractContextManager:
+        """Mixed precision: matrix products run in self.dtype, the weights stay in float32."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
     def forward_backward(self, loss: Loss, batch: Batch, count: float, is_last: bool) -> torch.Tensor:
-        """Add the gradient of a micro-batch's share of the step's mean loss; returns that share.
+        """Accumulate the gradient of a micro-batch; returns its part of the step's mean loss.
 
-        count: targets that count in the whole step. is_last: the step's last micro-batch on this process.
+        count: number of targets in the loss of the whole step, on all processes. Sums over one common count add up to
+        the exact mean, however unevenly targets are spread. is_last: the step's last micro-batch on this process.
         """
         batch = batch.to(self.device)
-        with self.autocast():
-            share = loss(self.network, batch, "sum") / count
-        self.scaler.scale(share).backward()
-        return share.detach()
+        part = self.compute_loss(loss, batch, "sum") / count
+        self.scaler.scale(part).backward()  # adds to .grad, which step() sets to zero
+        return part.detach()
 
     def step(self, lr_scale: float) -> float:
-        """Clip the gradient and take the optimizer's step; returns the gradient's norm (not finite: nothing moves)."""
+        """Clip the gradients and update the weights, unless the gradient norm, which is returned, is not finite."""
         scale_learning_rates(self.optimizer, lr_scale)
-        self.scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.optimizer)  # the norm to clip by is that of the true gradients
         max_norm = self.config.grad_clip or math.inf
         grad_norm = self.clip_gradients(max_norm)
         if math.isfinite(grad_norm):
             self.optimizer.step()
-        self.scaler.update()
+        self.scaler.update()  # lowers the scale after an overflow
         self.optimizer.zero_grad()
         return grad_norm
 
     def clip_gradients(self, max_norm: float) -> float:
-        """Scale the gradients down to max_norm; returns the norm that they had."""
+        """Scale all gradients so that their joint norm is at most max_norm; returns the norm before.
+
+        Pascanu et al. 2012 (arXiv:1211.5063): one bad batch cannot throw the weights far off.
+        """
         return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm).item()
 
     def sum_over_ranks(self, *values: float) -> list[float]:
-        """Each value summed over all processes."""
+        """Every value summed over all processes (all-reduce)."""
         return list(values)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, optimizer and random states, whole, for the checkpoint."""
+        """Full (unsharded) weights, optimizer state and random states, for the checkpoint."""
         weights = self.model.state_dict()
         return {
             "model": adapter_weights(weights) if self.config.use_lora else weights,
@@ -116,38 +147,56 @@ class Engine:
         }
 
     def save(self, path: Path, values: dict[str, Any]) -> None:
-        """Write a checkpoint: the engine's state and the run's values."""
+        """Write a checkpoint of the engine's state and `values` (configs, step, tokenizer, ...)."""
         state = self.state_dict()
         if self.is_main:
             save_checkpoint(path, {**state, **values})
 
     def full_model(self) -> GPT | None:
-        """The model on one device, for sampling; None on all processes but the main one where that takes a copy."""
+        """The unsharded model, for sampling; where it must be gathered, None on all processes but the main one."""
         return self.model
 
     def random_states(self) -> dict[str, Any]:
-        """States of the random number generators, by kind of device."""
+        """States of the random number generators (of dropout) by device type, so that a resumed run is exact."""
         states = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             states["cuda"] = torch.cuda.get_rng_state(self.device)
+        elif self.device.type == "mps":
+            states["mps"] = torch.mps.get_rng_state()
         return states
 
     def set_random_states(self, states: dict[str, Any]) -> None:
         torch.set_rng_state(states["cpu"])
         if self.device.type == "cuda" and "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"], self.device)
+        elif self.device.type == "mps" and "mps" in states:
+            torch.mps.set_rng_state(states["mps"])
 
     def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
-        """Take over optimizer and random states; the weights are the model's already."""
+        """Restore optimizer and random states; the weights were loaded when the model was built."""
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             for group, values in zip(self.optimizer.param_groups, settings, strict=True):
-                group.update(values)  # rates and decays are this run's, not the checkpoint's
+                group.update(values)  # learning rate, weight decay etc. are this run's, not the checkpoint's
+            place_steps(self.optimizer)
         except (ValueError, KeyError):
             raise UserError(
-                f"{self.config.from_checkpoint}: its optimizer states do not fit the model: damaged"
+                f"{self.config.from_checkpoint}: damaged: the optimizer state does not match the model"
             ) from None
         if self.scaler.is_enabled() and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.set_random_states(checkpoint["rng"])
+
+
+def place_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Move Adam's step counts to the devices of their parameters, where a fused kernel wants them.
+
+    torch does so only if the checkpoint's groups say fused; those of a ZeRO checkpoint, or of a CPU without it, do not.
+    """
+    for part in getattr(optimizer, "optimizers", [optimizer]):
+        for group in part.param_groups:
+            for p in group["params"] if group.get("fused") else ():
+                step = part.state.get(p, {}).get("step")
+                if torch.is_tensor(step):
+                    part.state[p]["step"] = step.to(p.device)

@@ -1,7 +1,10 @@
-"""Optimizers and learning-rate schedules, each looked up by name.
+"""Optimizers (AdamW, Muon, SGD) and learning-rate schedules, each looked up by name.
 
-optimizer = make_optimizer(model, config, device)       # config.optimizer: adamw, muon or sgd
-scale_learning_rates(optimizer, schedule(...))          # a share of the peak
+    optimizer = make_optimizer(model, config, device)
+    scale_learning_rates(optimizer, schedule("cosine", step, 300, 10_000, 0.1))
+    optimizer.step()
+
+Every parameter group has its own peak learning rate; the schedule scales all of them by the same factor.
 """
 
 import math
@@ -13,11 +16,13 @@ import torch
 from model import GPT, ModelConfig
 
 # ------------------------------------------------------------------------------------------------------ schedules
+# a schedule maps progress through the decay, 0..1, to a factor that falls from 1 to 0
 
-COOL_DOWN = 0.2  # share of the decay steps that wsd spends going down
+WSD_DECAY = 0.2  # fraction of the steps after the warm-up in which wsd decays
 
 
 def cosine(progress: float) -> float:
+    """Half a cosine (Loshchilov & Hutter 2016, arXiv:1608.03983, without restarts)."""
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -26,8 +31,8 @@ def linear(progress: float) -> float:
 
 
 def wsd(progress: float) -> float:
-    """Warm-up, stable, decay (Hu et al. 2024, arXiv:2404.06395)."""
-    return min(1.0, (1 - progress) / COOL_DOWN)
+    """Warm-up, stable, decay (Hu et al. 2024, arXiv:2404.06395): the peak rate for long, then a short linear decay."""
+    return min(1.0, (1 - progress) / WSD_DECAY)
 
 
 def constant(progress: float) -> float:
@@ -43,29 +48,33 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def schedule(name: str, step: int, warmup_iters: int, lr_decay_iters: int, floor: float) -> float:
-    """Share of the peak learning rate at a step (from 0): linear warm-up, then from 1 down to floor, where it stays."""
+    """Learning rate at a step (from 0) as a fraction of the peak: linear warm-up, then decay to floor, constant after.
+
+    Why a warm-up: Adam's first steps rest on the moments of few gradients, too noisy for the full learning rate.
+    """
     if step < warmup_iters:
         return (step + 1) / (warmup_iters + 1)
     progress = min(1.0, (step - warmup_iters) / max(1, lr_decay_iters - warmup_iters))
     return floor + (1 - floor) * SCHEDULES[name](progress)
 
 
-# ------------------------------------------------------------------------------------------------------ optimizers
+# ------------------------------------------------------------------------------------------------------ Muon
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024, kellerjordan.github.io/posts/muon
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan et al. 2024, kellerjordan.github.io/posts/muon
 
 
 def orthogonalise(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The nearest (semi-)orthogonal matrices to a stack G (n, rows, columns), by Newton-Schulz iteration.
+    """The nearest (semi-)orthogonal matrices, U V^T of G = U S V^T, to a batch G (n, rows, columns).
 
-    Its singular values end between about 0.7 and 1.2, which serves Muon as well as exact ones.
+    Computed by a Newton-Schulz iteration, matrix products alone, which a GPU does faster than an SVD: each step applies
+    p(s) = a s + b s^3 + c s^5 to the singular values. They end between about 0.7 and 1.2, close enough to 1 for Muon.
     """
     a, b, c = NEWTON_SCHULZ
     X = G.bfloat16() if G.is_cuda else G.float()
     transposed = X.size(-2) > X.size(-1)
-    if transposed:
+    if transposed:  # so that X X^T is the smaller of the two Gram matrices
         X = X.mT.contiguous()
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # singular values in 0..1, where the iteration converges
     for _ in range(steps):
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A
@@ -74,11 +83,14 @@ def orthogonalise(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): a matrix moves by its orthogonalised Nesterov momentum.
+    """Muon (Jordan et al. 2024): the update of a weight matrix is its orthogonalised Nesterov momentum.
 
-    The step is scaled by sqrt(max(1, rows / columns)). A parameter may join several matrices, below one another (rows:
-    how many each has) or in a stack (experts, rows, columns): each is orthogonalised for itself, or the strongest would
-    take what is the others'. Matrices of one shape are orthogonalised together: one batched product instead of many.
+    Gradients of weight matrices are dominated by a few directions; with all singular values near 1, the update moves in
+    the weak ones as far as in the strong ones. It is scaled by sqrt(max(1, rows / columns)).
+
+    A parameter may hold several matrices: fused one below the other (queries, keys and values in `qkv`), or stacked
+    (n_expert, rows, columns). Each is orthogonalised by itself: together, the one with the largest gradient would
+    dominate the update.
     """
 
     def __init__(
@@ -89,48 +101,63 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         rows: list[list[int]] | None = None,
     ) -> None:
-        """rows: for every parameter, the rows of the matrices that it joins; None: each is one matrix."""
+        """rows: for every parameter, the number of rows of each matrix fused in it; None: each holds one matrix."""
         self.rows = rows or [[p.size(-2)] for p in parameters]
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         (group,) = self.param_groups
-        moving = [(p, rows) for p, rows in zip(group["params"], self.rows, strict=True) if p.grad is not None]
-        ps = [p for p, _ in moving]
+        with_grad = [(p, rows) for p, rows in zip(group["params"], self.rows, strict=True) if p.grad is not None]
+        ps = [p for p, _ in with_grad]
         gradients = [p.grad for p in ps]
+        # momentum m <- mu m + (1 - mu) g; Nesterov's look-ahead: the update is mu m + (1 - mu) g with the new m
         momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in ps]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = [full_tensor(u) for u in torch._foreach_lerp(gradients, momenta, group["momentum"])]
-        by_shape: dict[torch.Size, list[torch.Tensor]] = {}
-        for update, (_, rows) in zip(updates, moving, strict=True):
-            for matrix in update.split(rows, dim=-2):
-                by_shape.setdefault(matrix.shape, []).append(matrix)
-        for (*_, n_rows, n_columns), matrices in by_shape.items():
-            stack = torch.stack(matrices)
-            scale = math.sqrt(max(1.0, n_rows / n_columns))
-            orthogonal = orthogonalise(stack.view(-1, n_rows, n_columns)).mul_(scale).view_as(stack)
-            torch._foreach_copy_(matrices, orthogonal.unbind())
+
+        orthogonalise_matrices(updates, [rows for _, rows in with_grad])
+
+        # decoupled weight decay, as in AdamW, then the step
         torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(ps, [shard_like(p, u) for p, u in zip(ps, updates, strict=True)], alpha=-group["lr"])
 
 
+def orthogonalise_matrices(updates: list[torch.Tensor], rows: list[list[int]]) -> None:
+    """Orthogonalise, in place, every matrix in the updates; rows: for each update, those of the matrices fused in it.
+
+    All matrices of one shape go through one batched product instead of many small ones.
+    """
+    by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+    for update, sizes in zip(updates, rows, strict=True):
+        for matrix in update.split(sizes, dim=-2):  # views of the update
+            by_shape.setdefault(matrix.shape, []).append(matrix)
+    for (*_, n_rows, n_columns), matrices in by_shape.items():
+        stack = torch.stack(matrices)  # (n, rows, columns), or (n, n_expert, rows, columns)
+        scale = math.sqrt(max(1.0, n_rows / n_columns))
+        orthogonal = orthogonalise(stack.view(-1, n_rows, n_columns)).mul_(scale).view_as(stack)
+        torch._foreach_copy_(matrices, orthogonal.unbind())
+
+
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that may be sharded over processes, whole."""
+    """The full (unsharded) tensor, gathered from all processes where it is a shard: orthogonality is of all rows."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def shard_like(p: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    """This process's share of an update that every process has whole, where p is sharded."""
+    """The full update, sharded as the parameter p is (if it is); no communication, as every process has all of it."""
     if not hasattr(p, "full_tensor"):
         return update
-    from torch.distributed.tensor import distribute_tensor  # a second to import, for those who shard
+    from torch.distributed.tensor import distribute_tensor  # takes a second to import: only when it is needed
 
     return distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
 
 
+# ------------------------------------------------------------------------------------------------------ by name
+
+
 class CombinedOptimizer(torch.optim.Optimizer):
-    """Several optimizers that step as one; its groups are theirs."""
+    """Several optimizers for different parameters behind the interface of one; param_groups are those of all."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         self.optimizers = optimizers
@@ -146,43 +173,44 @@ class CombinedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for i, optimizer in enumerate(self.optimizers):
             optimizer.load_state_dict(state[str(i)])
+        # torch has replaced the group dicts by new ones: share them again
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
-def adamw(groups: list[dict[str, Any]], config: Any, device: torch.device) -> torch.optim.AdamW:
-    fused = device.type in ("cpu", "cuda", "mps")
+def fused_adamw(groups: list[dict[str, Any]], config: Any, device: torch.device) -> torch.optim.AdamW:
+    fused = device.type in ("cpu", "cuda", "mps")  # one kernel for all parameters
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
 
 
 def make_adamw(model: GPT, config: Any, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101); weight decay on matrices only."""
-    matrices, others = matrices_and_vectors(model)
-    return adamw(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        config,
-        device,
-    )
+    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101), with weight decay on matrices only."""
+    matrices, vectors = matrices_and_vectors(model)
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return fused_adamw(groups, config, device)
 
 
 def make_sgd(model: GPT, config: Any, device: torch.device) -> torch.optim.Optimizer:
-    """Stochastic gradient descent with momentum beta1; weight decay on matrices only."""
-    matrices, others = matrices_and_vectors(model)
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    """Stochastic gradient descent with momentum beta1, and weight decay on matrices only."""
+    matrices, vectors = matrices_and_vectors(model)
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.beta1)
 
 
 def make_muon(model: GPT, config: Any, device: torch.device) -> torch.optim.Optimizer:
-    """Muon for the matrices inside the blocks; AdamW, at learning_rate, for embeddings, output layer, norms, router."""
-    named = trainable(model)
+    """Muon for the weight matrices of the blocks; AdamW for embeddings, output layer, norms, biases and routers.
+
+    Its author advises so: Muon is for maps between hidden states; an embedding is a table of rows that are looked up.
+    """
+    named = trainable_parameters(model)
     matrices = {n: p for n, p in named.items() if p.dim() >= 2 and "blocks." in n and "router" not in n}
-    rows = [joined_rows(model.config, name, p.size(-2)) for name, p in matrices.items()]
+    rows = [rows_of_fused_matrices(model.config, name, p.size(-2)) for name, p in matrices.items()]
     muon = Muon([*matrices.values()], config.muon_learning_rate, config.muon_momentum, config.weight_decay, rows)
     others = [p for name, p in named.items() if name not in matrices]
-    return CombinedOptimizer(muon, adamw([{"params": others, "weight_decay": 0.0}], config, device))
+    return CombinedOptimizer(muon, fused_adamw([{"params": others, "weight_decay": 0.0}], config, device))
 
 
-def joined_rows(config: ModelConfig, name: str, n_rows: int) -> list[int]:
-    """Rows of each of the matrices that the weight of this name, of n_rows in all, stores below one another."""
+def rows_of_fused_matrices(config: ModelConfig, name: str, n_rows: int) -> list[int]:
+    """Number of rows of each matrix fused in the weight of this name (n_rows in all): q, k, v; or gate, up."""
     if name.endswith("qkv.weight"):
         kv = config.n_kv_head * config.head_dim
         return [n_rows - 2 * kv, kv, kv]
@@ -193,19 +221,22 @@ def joined_rows(config: ModelConfig, name: str, n_rows: int) -> list[int]:
 OPTIMIZERS = {"adamw": make_adamw, "muon": make_muon, "sgd": make_sgd}
 
 
-def trainable(model: GPT) -> dict[str, torch.Tensor]:
-    """The parameters that are trained, by name."""
+def trainable_parameters(model: GPT) -> dict[str, torch.Tensor]:
+    """Parameters that are not frozen, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def matrices_and_vectors(model: GPT) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Trained parameters that are matrices, and the others (norm weights, biases)."""
-    ps = trainable(model).values()
+    """Trainable parameters with two or more dimensions, and the others (norm weights, biases).
+
+    Weight decay keeps the weights of matrix products small; a norm's weight, a scale near 1, is not to decay to 0.
+    """
+    ps = trainable_parameters(model).values()
     return [p for p in ps if p.dim() >= 2], [p for p in ps if p.dim() < 2]
 
 
 def make_optimizer(model: GPT, config: Any, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer that config.optimizer names, over the trainable parameters of the model.
+    """The optimizer named by config.optimizer, for the trainable parameters of the model.
 
     config: optimizer, learning_rate, weight_decay, beta1, beta2, muon_learning_rate, muon_momentum.
     """
@@ -216,6 +247,6 @@ def make_optimizer(model: GPT, config: Any, device: torch.device) -> torch.optim
 
 
 def scale_learning_rates(optimizer: torch.optim.Optimizer, scale: float) -> None:
-    """Set every group's learning rate to its share of the peak."""
+    """Set every parameter group's learning rate to this fraction of its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * scale

@@ -1,7 +1,12 @@
-"""The one place that writes and reads checkpoints.
+"""Writing and reading checkpoints: atomic, checked, and without arbitrary pickles.
+
+    save_checkpoint("checkpoint/pretrain.pt", {"model": model.state_dict(), ...})
+    checkpoint = load_checkpoint("checkpoint/pretrain.pt")      # a file, or the folder of a sharded checkpoint
+    model = load_model(checkpoint, "checkpoint/pretrain.pt")
 
 A checkpoint is a dict of tensors and plain values: model (state dict), optimizer, step, model_config, train_config,
-tokenizer, rng, data, best_val_loss, format. It is read with weights_only=True: a stranger's file cannot run code.
+tokenizer, rng, data, best_val_loss, format. It is loaded with weights_only=True: unpickling an untrusted file could
+otherwise run any code.
 """
 
 import itertools
@@ -36,20 +41,20 @@ REQUIRED = {
 
 
 class SaveError(UserError):
-    """A checkpoint could not be written; the one that was there before is untouched."""
+    """A checkpoint could not be written; the previous one is unchanged."""
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint; a crash at any moment leaves the previous file whole. Raises SaveError on a full disk."""
+    """Write a checkpoint atomically: a crash leaves the previous file intact. Raises SaveError, as on a full disk."""
     write_tensors(path, {"format": FORMAT, **checkpoint})
 
 
 def write_tensors(path: str | Path, value: Any) -> None:
-    """What read_tensors reads; raises SaveError where it cannot be written."""
+    """torch.save() to a file, atomically; raises SaveError if it cannot be written."""
     try:
         with atomic_write(path) as file:
             torch.save(value, file)
-    except (OSError, RuntimeError) as error:  # torch says RuntimeError when its file cannot be written to
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when a write fails
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError) and "write" not in str(error):
             raise
@@ -57,12 +62,12 @@ def write_tensors(path: str | Path, value: Any) -> None:
         free = shutil.disk_usage(Path(path).parent).free
         raise SaveError(
             f"{path}: not written ({reason}): it needs about {size_of(value):,} bytes, {free:,} are free; "
-            "what was there before is untouched"
+            "the previous file is unchanged"
         ) from None
 
 
 def size_of(value: Any) -> int:
-    """Bytes of all tensors in nested dicts and lists."""
+    """Total size in bytes of all tensors in nested dicts and lists."""
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
@@ -76,8 +81,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         return load_sharded(path)
     if not path.is_file():
         others = sorted(p.as_posix() for p in path.parent.glob("*.pt")) if path.parent.is_dir() else []
-        there = f" (there are: {', '.join(others[:8])})" if others else ""
-        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such checkpoint'}{there}")
+        hint = f" (there are: {', '.join(others[:8])})" if others else ""
+        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such checkpoint'}{hint}")
     checkpoint = read_tensors(path)
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise UserError(f"{path}: not a checkpoint of this toolkit")
@@ -85,19 +90,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def keep_previous(path: Path, only_if_none: bool = False) -> None:
-    """Let a checkpoint file that is about to be replaced live on as NAME.previous."""
+    """Keep a checkpoint file that is about to be replaced as NAME.previous (a hard link, or a copy)."""
     previous = path.with_name(path.name + ".previous")
     if only_if_none and previous.is_file():
         return
     previous.unlink(missing_ok=True)
     try:
         os.link(path, previous)
-    except OSError:  # a file system without links
+    except OSError:  # a file system without hard links
         shutil.copy2(path, previous)
 
 
 def load_checkpoint_or_previous(path: str | Path) -> dict[str, Any]:
-    """load_checkpoint; where that one is damaged and NAME.previous is not, the latter, saying so."""
+    """load_checkpoint(), falling back with a warning to NAME.previous if the newest one is damaged."""
     path = Path(path)
     previous = path / "previous" if path.is_dir() else Path(f"{path}.previous")
     try:
@@ -106,78 +111,79 @@ def load_checkpoint_or_previous(path: str | Path) -> dict[str, Any]:
         if not previous.is_file():
             raise
         checkpoint = load_sharded(path, "previous") if path.is_dir() else load_checkpoint(previous)
-        print(f"warning: {error}; going on from its predecessor, step {checkpoint['step']:,}", file=sys.stderr)
-        return checkpoint
+        print(f"warning: {error}; using the previous checkpoint, step {checkpoint['step']:,}", file=sys.stderr)
+        return {**checkpoint, "is_previous": True}
 
 
 def read_tensors(path: Path) -> Any:
-    """What torch.save wrote, if it is tensors and plain values, and whole; raises UserError for anything else."""
+    """torch.load() of tensors and plain values, with their checksums verified; raises UserError for anything else."""
     try:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise UserError(f"{path}: compressed, which no checkpoint is")  # a few bytes could become terabytes
-            damaged = archive.testzip()  # torch itself does not look at the checksums
+                raise UserError(f"{path}: compressed, which no checkpoint is")  # a zip bomb could fill the memory
+            damaged = archive.testzip()  # torch itself does not verify the checksums
         if damaged:
             raise UserError(f"{path}: damaged: the checksum of its part {damaged} is wrong")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's advice on pickles, which are refused here anyway
+            warnings.simplefilter("ignore")  # torch's warnings about pickles, which are refused anyway
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # a damaged or hostile file can raise anything at all
-        if isinstance(error, OSError) and error.filename:  # it cannot be opened
+    except Exception as error:  # a damaged or hostile file can raise any exception
+        if isinstance(error, OSError) and error.filename:  # it cannot even be opened
             raise
         detail = str(error).strip().split("\n")[0][:120]
         raise UserError(
-            f"{path}: not a checkpoint that can be read: truncated, damaged, or it holds something besides "
+            f"{path}: not a checkpoint, or a damaged one: it is truncated, or contains something other than "
             f"tensors and plain values ({type(error).__name__}: {detail})"
         ) from None
 
 
 def check_layout(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The checkpoint, if it holds what one must; raises UserError that names what is missing."""
+    """The checkpoint itself, if all its entries are there; raises UserError that names what is missing."""
     if checkpoint["format"] != FORMAT:
-        raise UserError(f"{path}: checkpoint format {checkpoint['format']!r} is not the known format {FORMAT}")
+        raise UserError(f"{path}: checkpoint format {checkpoint['format']!r} is not supported, only {FORMAT}")
     for name, kind in REQUIRED.items():
         if not isinstance(checkpoint.get(name), kind):
-            raise UserError(f"{path}: damaged checkpoint: {name} is missing or no {kind.__name__}")
+            raise UserError(f"{path}: damaged checkpoint: {name} is missing or not of type {kind.__name__}")
     return checkpoint
 
 
 # ------------------------------------------------------------------------------------------------------ sharded
 #
-# A folder into which every process of a job writes its share:
-#     latest, previous        the names of the newest folder that is complete and of the one before it
-#     step_200_of_2/rank_0.pt {parameter: {shape, start, weight, exp_avg, exp_avg_sq}}: flat pieces, from start on
-#     step_200_of_2/values.pt everything else, and how many ranks there are
+# A folder into which every process of a job writes its shard:
+#     latest, previous        the names of the newest complete folder and of the one before it
+#     step_200_of_2/rank_0.pt {parameter: {shape, start, weight, exp_avg, exp_avg_sq}}: parts of the flattened tensors
+#     step_200_of_2/values.pt everything that is not sharded, and the number of ranks
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's states, by the names that torch and DeepSpeed both use
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's first and second moment, as both torch and DeepSpeed name them
 
 
 def shard_folder(folder: Path, step: int, world_size: int) -> Path:
-    """Where the shares of a step lie; those of another number of processes are not to be mixed with them."""
+    """Folder of a step's shards; another number of processes gets another folder, so that shards never mix."""
     return folder / f"step_{step}_of_{world_size}"
 
 
-def save_shard(folder: Path, step: int, rank: int, world_size: int, shares: dict[str, dict[str, Any]]) -> None:
-    """Write one process's share; raises SaveError where that fails."""
-    write_tensors(shard_folder(folder, step, world_size) / f"rank_{rank}.pt", shares)
+def save_shard(folder: Path, step: int, rank: int, world_size: int, shard: dict[str, dict[str, Any]]) -> None:
+    """Write one rank's shard of every parameter; raises SaveError if that fails."""
+    write_tensors(shard_folder(folder, step, world_size) / f"rank_{rank}.pt", shard)
 
 
-def write_name(pointer: Path, name: str) -> None:
-    with atomic_write(pointer) as file:
+def write_pointer(path: Path, name: str) -> None:
+    """Write a file that contains only the name of a folder (latest, previous)."""
+    with atomic_write(path) as file:
         file.write(name.encode())
 
 
 def finish_sharded(folder: Path, world_size: int, values: dict[str, Any]) -> None:
-    """Declare the shares of a step complete, once every process has written its own; of older ones the last is kept."""
+    """Complete a sharded checkpoint, once every rank has written its shard; only the one before it is kept besides."""
     newest = shard_folder(folder, values["step"], world_size)
     write_tensors(newest / "values.pt", {"format": FORMAT, "world_size": world_size, **values})
     latest, previous = folder / "latest", folder / "previous"
     before = latest.read_text(encoding="utf-8") if latest.is_file() else newest.name
     if before != newest.name:
-        write_name(previous, before)
-    write_name(latest, newest.name)
+        write_pointer(previous, before)
+    write_pointer(latest, newest.name)  # atomic: until here the previous checkpoint counts as the latest
     kept = {newest.name, previous.read_text(encoding="utf-8") if previous.is_file() else ""}
     for older in folder.glob("step_*"):
         if older.name not in kept:
@@ -185,7 +191,7 @@ def finish_sharded(folder: Path, world_size: int, values: dict[str, Any]) -> Non
 
 
 def load_sharded(folder: Path, which: str = "latest") -> dict[str, Any]:
-    """The checkpoint whose shares are in a folder, put together; raises UserError where one is missing or damaged."""
+    """The full checkpoint, assembled from the shards in a folder; raises UserError if one is missing or damaged."""
     latest = folder / which
     if not latest.is_file():
         raise UserError(f"{folder}: not a file, nor the folder of a sharded checkpoint (it has no file named latest)")
@@ -193,80 +199,117 @@ def load_sharded(folder: Path, which: str = "latest") -> dict[str, Any]:
     where = newest / "values.pt"
     values = read_tensors(where)
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-        raise UserError(f"{where}: not of a checkpoint of this toolkit, or of another version")
+        raise UserError(f"{where}: not from a checkpoint of this toolkit, or from another version")
     try:
-        shares: dict[str, list[dict[str, Any]]] = {}
+        shards: dict[str, list[dict[str, Any]]] = {}  # by parameter
         for rank in range(values.pop("world_size")):
             where = newest / f"rank_{rank}.pt"
             if not where.is_file():
-                raise UserError(f"{where}: missing: the shares of all hosts must lie in one folder")
-            for name, share in read_tensors(where).items():
-                shares.setdefault(name, []).append(share)
+                raise UserError(f"{where}: missing: the shards of all hosts must be in one shared folder")
+            for name, shard in read_tensors(where).items():
+                shards.setdefault(name, []).append(shard)
         where = newest
-        whole = {name: join_shares(parts) for name, parts in shares.items()}
+        full = {name: join_shards(parts) for name, parts in shards.items()}
         names, groups, step = values.pop("names"), values.pop("groups"), values.pop("optimizer_step")
-        weights = {name: parts.pop("weight") for name, parts in whole.items()}
-        states = {index: whole[name] for index, name in enumerate(name for group in groups for name in group)}
-        return check_layout(
-            {"format": FORMAT, **values, **to_torch_state(weights, states, names, groups, step)}, newest
-        )
+        weights = {name: parts.pop("weight") for name, parts in full.items()}
+        state = to_torch_state(weights, full, names, groups, step)
+        state["model"] |= values.pop("buffers", {})
+        return check_layout({"format": FORMAT, **values, **state}, newest)
+    except UserError:
+        raise
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise UserError(f"{where}: damaged ({type(error).__name__}: {error})") from None
 
 
-def join_shares(shares: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A parameter's weight and moments, of every process's flat pieces."""
-    shares = sorted(shares, key=lambda share: share["start"])
-    return {part: torch.cat([s[part] for s in shares]).reshape(shares[0]["shape"]) for part in ("weight", *MOMENTS)}
+def join_shards(shards: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The full weight and optimizer states of a parameter, concatenated from the shards of all ranks."""
+    shards = sorted(shards, key=lambda shard: shard["start"])
+    parts = [part for part in shards[0] if part not in ("shape", "start")]
+    return {part: torch.cat([s[part] for s in shards]).reshape(shards[0]["shape"]) for part in parts}
 
 
 def to_torch_state(
     weights: dict[str, torch.Tensor],
-    states: dict[int, dict[str, torch.Tensor]],
+    states: dict[str, dict[str, torch.Tensor]],
     names: dict[str, str],
     groups: list[list[str]],
     step: float,
 ) -> dict[str, Any]:
-    """Weights and Adam's states as torch's own state dicts.
+    """Weights and optimizer states by parameter as torch's state dicts, as one process would have saved them.
 
-    names: every name of the model's state dict, and the parameter's that it stands for; groups: the optimizer's.
+    names: from the names in the model's state dict to those of the parameters (tied weights have two names for one);
+    groups: the parameter names of each group of the optimizer. With Muon, whose states have no second moment, there are
+    two state dicts, as of a CombinedOptimizer: "0" Muon's, "1" AdamW's.
     """
-    count = itertools.count()
+
+    def state_dict(groups: list[list[str]]) -> dict[str, Any]:
+        order = itertools.count()
+        members = [name for group in groups for name in group]
+        steps = {name: {"step": torch.tensor(step)} if "exp_avg_sq" in states[name] else {} for name in members}
+        return {
+            "state": {index: {**steps[name], **states[name]} for index, name in enumerate(members)},
+            "param_groups": [{"params": [next(order) for _ in group]} for group in groups],
+        }
+
+    has_muon = any("momentum" in state for state in states.values())
     return {
         "model": {name: weights[parameter] for name, parameter in names.items() if parameter in weights},
-        "optimizer": {
-            "state": {index: {"step": torch.tensor(step), **moments} for index, moments in states.items()},
-            "param_groups": [{"params": [next(count) for _ in group]} for group in groups],
-        },
+        "optimizer": {str(i): state_dict([group]) for i, group in enumerate(groups)}
+        if has_muon
+        else state_dict(groups),
     }
+
+
+def from_torch_state(optimizer: dict[str, Any], groups: list[list[str]]) -> tuple[dict[str, dict[str, Any]], float]:
+    """The inverse of to_torch_state(): optimizer states by parameter, and the number of Adam's steps.
+
+    Raises KeyError, TypeError or AttributeError where the states are of other parameters.
+    """
+    if "state" in optimizer:
+        members = {name: (optimizer, i) for i, name in enumerate(name for group in groups for name in group)}
+    else:
+        members = {name: (optimizer[str(g)], i) for g, group in enumerate(groups) for i, name in enumerate(group)}
+    states = {name: dict(state_dict["state"][i]) for name, (state_dict, i) in members.items()}
+    steps = [float(state.pop("step")) for state in states.values() if "step" in state]
+    return states, max(steps)
 
 
 # ------------------------------------------------------------------------------------------------------ models
 
 
 def load_model(checkpoint: dict[str, Any], where: str | Path, sdp_kernel: str = "auto", **changes: Any) -> GPT:
-    """The network of a checkpoint, with its weights; changes: model fields that need not match, such as dropout."""
+    """The model of a checkpoint, with its weights; changes: model fields to override, such as dropout."""
     values = check_fields(checkpoint["model_config"], fields_of(ModelConfig), f"{where}: model_config")
     try:
-        config = ModelConfig(**{**values, **changes})
+        if (
+            values.get("n_expert", 0) > 1
+            and values.get("n_expert_per_token") == 1
+            and "rope_trained_length" not in values
+        ):
+            raise UserError(
+                "n_expert_per_token 1 of an earlier version, whose router was never trained (its gate was always 1): "
+                "train it again"
+            )
+        as_trained = ModelConfig(**values)  # which fills in rope_trained_length where an older checkpoint lacks it
+        config = ModelConfig(**{**as_trained.to_dict(), **changes})
     except UserError as error:
         raise UserError(f"{where}: model_config: {error}") from None
     weights = checkpoint["model"]
     if not all(isinstance(name, str) and isinstance(weight, torch.Tensor) for name, weight in weights.items()):
-        raise UserError(f"{where}: damaged checkpoint: model must hold tensors by name")
-    if not all(weight.is_contiguous() for weight in weights.values()):  # a few bytes can pose as terabytes
-        raise UserError(f"{where}: damaged checkpoint: its weights are not stored whole")
+        raise UserError(f"{where}: damaged checkpoint: model must be a dict of tensors by name")
+    if not all(weight.is_contiguous() for weight in weights.values()):  # an expanded scalar could claim terabytes
+        raise UserError(f"{where}: damaged checkpoint: its weights are not stored in full")
     layers = {match[1] for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))}
-    if len(layers) != config.n_layer:  # before anything is allocated by a number from a stranger's file
+    if len(layers) != config.n_layer:  # before anything is allocated by a number from an untrusted file
         raise UserError(f"{where}: its config says {config.n_layer} layers, its weights have {len(layers)}")
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without storage
         expected = {name: tuple(weight.shape) for name, weight in GPT(config).state_dict().items()}
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise UserError(
                 f"{where}: the weights do not fit the model: {name} has shape {found.get(name)}, "
-                f"its config asks for {expected.get(name)}"
+                f"by its config {expected.get(name)}"
             )
     model = GPT(config, sdp_kernel)
     model.load_state_dict(weights)
@@ -274,8 +317,8 @@ def load_model(checkpoint: dict[str, Any], where: str | Path, sdp_kernel: str = 
 
 
 def load_checkpoint_tokenizer(checkpoint: dict[str, Any], where: str | Path) -> Tokenizer:
-    """The tokenizer that a checkpoint carries; raises UserError where it does not fit the model."""
+    """The tokenizer stored in a checkpoint; raises UserError if its vocabulary is not the model's."""
     tokenizer = tokenizer_from_dict(checkpoint["tokenizer"], f"{where}: tokenizer")
     if tokenizer.vocab_size != checkpoint["model_config"].get("vocab_size"):
-        raise UserError(f"{where}: its tokenizer has {tokenizer.vocab_size} tokens, its model another number")
+        raise UserError(f"{where}: its tokenizer has {tokenizer.vocab_size} tokens, its model another vocab_size")
     return tokenizer
