@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from base.configuration import Config, UserError, option
 from layers.cache import KVCache
-from layers.experts import MixtureOfExperts, mixture_layers
+from layers.experts import MixtureOfExperts, Routing
 from layers.generation import generate_tokens
 from layers.head import Head
 from layers.masks import attention_mask, block_masks, positions_inside
@@ -70,7 +70,10 @@ class ModelConfig(Config):
     rope_theta: float = option(10000.0, "base of the RoPE frequencies", above=0.0)
     rope_scaling: str = option("none", "context extension beyond the trained window", choices=ROPE_SCALING)
     rope_factor: float = option(
-        1.0, "for rope_scaling: block_size over the trained context window", minimum=1.0, maximum=1024
+        1.0, "for rope_scaling: how many times the trained context window", minimum=1.0, maximum=1024
+    )
+    rope_trained_length: int | None = option(
+        None, "for rope_scaling yarn: the trained context window; null: block_size / rope_factor", minimum=1
     )
 
     n_expert: int = option(
@@ -91,6 +94,8 @@ class ModelConfig(Config):
             self.n_kv_head = self.n_head
         if self.n_hidden is None:
             self.n_hidden = 32 * math.ceil(MLP_HIDDEN[self.mlp] * self.n_embd / 32)
+        if self.rope_trained_length is None:  # kept from now on, however far the window is widened
+            self.rope_trained_length = max(1, round(self.block_size / self.rope_factor))
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
         if self.n_head % self.n_kv_head:
@@ -178,17 +183,6 @@ class Attention(nn.Module):
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, n_head, T, head_dim) -> heads side by side again
         return self.residual_dropout(self.out(y))
 
-    def weights(self, x: torch.Tensor, rope: RopeAngles | None, mask: torch.Tensor | None) -> torch.Tensor:
-        """The attention weights (B, n_head, T, T) that forward() applies without ever storing them; row: query."""
-        q, k, _ = self.project(x, rope)
-        k = k.repeat_interleave(self.config.n_head // self.config.n_kv_head, dim=1)
-        scores = q @ k.mT / math.sqrt(self.config.head_dim)
-        if mask is None and self.config.is_causal:
-            mask = torch.ones_like(scores, dtype=torch.bool).tril()
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        return scores.softmax(-1)
-
 
 class MLP(nn.Module):
     """Two linear layers around a nonlinearity, for every token by itself.
@@ -225,6 +219,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.config = config
         self.attention_norm = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.attention = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.n_embd, eps=config.norm_eps)
@@ -240,9 +235,11 @@ class Block(nn.Module):
         rope: RopeAngles | None,
         mask: torch.Tensor | BlockMask | None = None,
         cache: KVCache | None = None,
+        routing: Routing | None = None,
     ) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x), rope, mask, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        h = self.mlp_norm(x)
+        return x + (self.mlp(h, routing) if self.config.n_expert else self.mlp(h))
 
 
 class GPT(nn.Module):
@@ -255,11 +252,15 @@ class GPT(nn.Module):
             raise UserError("vocab_size is not set: it comes from the tokenizer")
         self.config, self.sdp_kernel, self.windows = config, sdp_kernel, config.windows
         self.restart_positions = True  # in every document
+        self.router_loss: torch.Tensor | float = (
+            0.0  # of the last forward pass with targets, weighted, mean over layers
+        )
         self.use_flex = False  # flex attention where there are masks, once compiled
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.use_rope:
             cos, sin = rope_table(
-                config.block_size, config.head_dim, config.rope_theta, config.rope_scaling, config.rope_factor
+                *(config.block_size, config.head_dim, config.rope_theta),
+                *(config.rope_scaling, config.rope_factor, config.rope_trained_length),
             )
             self.register_buffer("rope_cos", cos, persistent=False)  # computed anew, so not in checkpoints
             self.register_buffer("rope_sin", sin, persistent=False)
@@ -293,12 +294,16 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if onto_residual else 0.02)
 
     def hidden(
-        self, idx: torch.Tensor, cache: KVCache | None = None, documents: torch.Tensor | None = None
+        self,
+        idx: torch.Tensor,
+        cache: KVCache | None = None,
+        documents: torch.Tensor | None = None,
+        routing: Routing | None = None,
     ) -> torch.Tensor:
         """Final hidden states (B, T, n_embd) of token ids (B, T); with a cache, idx follows the tokens in it.
 
         documents (B, T): a number for every token's document; attention stays inside. With restart_positions each of
-        them begins at position 0.
+        them begins at position 0. routing: for a mixture of experts, which tokens are padding; collects losses.
         """
         start = cache.length if cache is not None else 0
         T = idx.size(1)
@@ -319,7 +324,7 @@ class GPT(nn.Module):
         masks = self.masks(T, cache, documents, idx.device)
         with sdpa_kernel(SDP_KERNELS[self.sdp_kernel]) if self.sdp_kernel != "auto" else contextlib.nullcontext():
             for block, window in zip(self.blocks, self.windows, strict=True):
-                x = block(x, rope, masks[window], cache)
+                x = block(x, rope, masks[window], cache, routing)
         if cache is not None:
             cache.length = end
         return self.norm(x)
@@ -351,12 +356,19 @@ class GPT(nn.Module):
         In training, "mean" and "sum" include the experts' load-balancing loss, times the number of targets in a sum.
         with_logits: false where only the loss ("mean" or "sum") is wanted: None instead, and much less memory.
         """
-        hidden = self.hidden(idx, documents=documents)
+        routing = Routing()
+        if self.config.n_expert and loss_mask is not None:  # what follows a row's last target is padding
+            routing.is_token = loss_mask.flip(1).cummax(1).values.flip(1) > 0
+        hidden = self.hidden(idx, None, documents, routing)
         if targets is None:
             return self.lm_head(hidden), None
+        router_loss = 0.0
+        if routing.losses and self.config.expert_balance == "loss":
+            router_loss = self.config.router_loss_weight * sum(routing.losses) / len(routing.losses)
+        self.router_loss = router_loss  # for losses that are made of log-probabilities, which do not include it
         count = targets.numel() if loss_mask is None else loss_mask.sum().clamp(min=1)
         if not with_logits:
-            total = self.lm_head(hidden, targets, loss_mask) + self.router_loss() * count
+            total = self.lm_head(hidden, targets, loss_mask) + router_loss * count
             return None, total if reduction == "sum" else total / count
         logits = self.lm_head(hidden)
         losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
@@ -364,15 +376,8 @@ class GPT(nn.Module):
             losses = losses * loss_mask
         if reduction == "none":
             return logits, losses
-        total = losses.sum() + self.router_loss() * count
+        total = losses.sum() + router_loss * count
         return logits, total if reduction == "sum" else total / count
-
-    def router_loss(self) -> torch.Tensor | float:
-        """The weighted load-balancing loss of the last forward pass, averaged over layers; 0 where there is none."""
-        if not (self.training and self.config.n_expert and self.config.expert_balance == "loss"):
-            return 0.0
-        losses = [mixture.router_loss for mixture in mixture_layers(self)]
-        return self.config.router_loss_weight * sum(losses) / len(losses)
 
     def parameter_count(self) -> int:
         """Number of weights; tied ones count once."""
@@ -398,18 +403,6 @@ class GPT(nn.Module):
         if self.config.is_causal:
             raise UserError("predict() is for models with full attention (is_causal: false); use generate()")
         return self.lm_head(self.hidden(idx)).argmax(-1)
-
-    @torch.no_grad()
-    def attention_maps(self, idx: torch.Tensor) -> torch.Tensor:
-        """Attention weights (n_layer, B, n_head, T, T) over token ids (B, T); each row, a query's, sums to 1."""
-        inputs: list[tuple] = []
-        hooks = [b.attention.register_forward_pre_hook(lambda _, args: inputs.append(args)) for b in self.blocks]
-        try:
-            self.hidden(idx)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return torch.stack([b.attention.weights(*args[:3]) for b, args in zip(self.blocks, inputs, strict=True)])
 
     def generate(
         self,

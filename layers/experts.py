@@ -1,7 +1,11 @@
-"""Mixture of experts: several MLPs per layer, of which a router picks a few for every token.
+"""Mixture of experts (MoE): several MLPs per layer, and a router that sends every token to the top-k of them.
 
-Shazeer et al. 2017 (arXiv:1701.06538); with the router's softmax, renormalised over the chosen, what Mixtral
-(arXiv:2401.04088) and Qwen3-MoE compute. Dropless: every token gets the experts that it chose.
+    probabilities = softmax(router(x))                          # over the experts
+    y = sum(gate_i * expert_i(x) for i in top-k)                # gates: the k probabilities, renormalised to sum to 1
+
+Many parameters at the compute of few: a token passes through k of the n_expert MLPs (Shazeer et al. 2017,
+arXiv:1701.06538). This form is that of Mixtral (arXiv:2401.04088) and Qwen3-MoE. It is dropless: an expert has no
+capacity limit, so no token is dropped.
 """
 
 from collections.abc import Callable
@@ -12,65 +16,143 @@ import torch.nn.functional as F
 
 
 def grouped_mm(x: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Rows x (N, in), sorted by group, each times its group's matrix of weights (E, in, out); counts (E,): of rows."""
-    is_aligned = all(size % 8 == 0 for size in weights.shape[1:])  # to 16 bytes
-    if x.device.type == "cpu" or (x.is_cuda and x.dtype == torch.bfloat16 and is_aligned):
+    """Grouped matrix product: rows x (N, in), sorted by group, times their group's matrix of weights (E, in, out).
+
+    counts (E,): number of rows per group. Returns (N, out).
+    """
+    is_aligned = all(size * x.element_size() % 16 == 0 for size in weights.shape[1:])  # the kernel reads 16 bytes
+    is_compiling = torch.compiler.is_compiling()
+    on_cpu = x.device.type == "cpu" and not is_compiling  # (compiled, it takes bfloat16 alone)
+    if is_aligned and (on_cpu or (x.is_cuda and x.dtype == torch.bfloat16)):
         return F.grouped_mm(x, weights, offs=counts.cumsum(0).int())
-    parts = x.split(counts.tolist())  # elsewhere there is no kernel for it
-    return torch.cat([part @ weight for part, weight in zip(parts, weights.unbind(), strict=True)])
+    return product_by_group(x, weights, counts) if is_compiling else loop_over_groups(x, weights, counts)
+
+
+def loop_over_groups(x: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """grouped_mm() for devices, types and sizes without a kernel: one product per group."""
+    groups = x.split(counts.tolist())
+    return torch.cat([group @ weight for group, weight in zip(groups, weights.unbind(), strict=True)])
+
+
+@torch.library.custom_op("nano::product_by_group", mutates_args=())
+def product_by_group(x: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """loop_over_groups() as one operation of a compiled graph: the sizes of the groups differ from step to step."""
+    return loop_over_groups(x, weights, counts)
+
+
+@product_by_group.register_fake
+def _(x, weights, counts):
+    return x.new_empty(x.size(0), weights.size(2))
+
+
+@torch.library.custom_op("nano::gradient_by_group", mutates_args=())
+def gradient_by_group(x: torch.Tensor, dy: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The gradient of product_by_group's weights: x^T dy of every group, (E, in, out)."""
+    sizes = counts.tolist()
+    return torch.stack([a.mT @ b for a, b in zip(x.split(sizes), dy.split(sizes), strict=True)])
+
+
+@gradient_by_group.register_fake
+def _(x, dy, counts):
+    return x.new_empty(counts.size(0), x.size(1), dy.size(1))
+
+
+def keep_inputs(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def product_backward(ctx, dy):
+    x, weights, counts = ctx.saved_tensors
+    dy = dy.contiguous()
+    return product_by_group(dy, weights.mT.contiguous(), counts), gradient_by_group(x, dy, counts), None
+
+
+product_by_group.register_autograd(product_backward, setup_context=keep_inputs)
+
+
+class Routing:
+    """What the mixtures of all layers share in a forward pass.
+
+    is_token (B, T): False where a token is padding, which the balance of experts leaves out; None: nowhere.
+    losses: every layer's load-balancing loss. A class of its own, as FSDP and ZeRO would hand a layer a copy of a list.
+    """
+
+    def __init__(self, is_token: torch.Tensor | None = None) -> None:
+        self.is_token = is_token
+        self.losses: list[torch.Tensor] = []
 
 
 class MixtureOfExperts(nn.Module):
-    """n_expert SwiGLU MLPs of width n_hidden, of which n_expert_per_token work on a token; shared ones work on all."""
+    """n_expert SwiGLU MLPs of width n_hidden, n_expert_per_token of them per token, and optional shared experts."""
 
     def __init__(self, config, shared: nn.Module | None) -> None:
-        """config: a ModelConfig; shared: an MLP for every token, or None."""
+        """config: a ModelConfig; shared: an MLP that every token passes through (the shared experts), or None."""
         super().__init__()
         self.config, self.shared = config, shared
         self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
         self.up = nn.Parameter(torch.empty(config.n_expert, 2 * config.n_hidden, config.n_embd))  # gate first
         self.down = nn.Parameter(torch.empty(config.n_expert, config.n_embd, config.n_hidden))
-        self.adapters = nn.ModuleDict()  # of up and down: what LoRA adds
-        self.register_buffer("counts", torch.zeros(config.n_expert), persistent=False)  # tokens since the last look
+        self.adapters = nn.ModuleDict()  # LoRA adapters of "up" and "down"
+        self.register_buffer("tokens_per_expert", torch.zeros(config.n_expert), persistent=False)  # since last read
         if config.expert_balance == "bias":
             self.register_buffer("choice_bias", torch.zeros(config.n_expert))
-        self.router_loss: torch.Tensor | float = 0.0  # of the last forward pass
+        self.residual_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens, k = x.reshape(-1, x.size(-1)), self.config.n_expert_per_token
+    def forward(self, x: torch.Tensor, routing: Routing | None = None) -> torch.Tensor:
+        """x (B, T, n_embd) -> (B, T, n_embd); below, N = B T tokens, E experts, k experts per token.
+
+        In training, the load-balancing loss is added to routing.losses.
+        """
+        tokens, k = x.reshape(-1, x.size(-1)), self.config.n_expert_per_token  # (N, n_embd)
+
+        # route: the top-k experts of every token, and the weights of their outputs
         probabilities = self.router(tokens).float().softmax(-1)  # (N, E)
         scores = probabilities
-        if self.config.expert_balance == "bias":
-            scores = scores + self.choice_bias  # who is chosen, not how much it counts
-        chosen = scores.topk(k, sorted=False).indices  # (N, k)
-        gates = probabilities.gather(1, chosen)
-        gates = gates / gates.sum(1, keepdim=True)
+        if self.config.expert_balance == "bias":  # the bias affects which experts are chosen, not their gates
+            scores = scores + self.choice_bias
+        experts = scores.topk(k, sorted=False).indices  # (N, k)
+        gates = probabilities.gather(1, experts)
+        if k > 1:  # with one expert the quotient would be 1, and the router would get no gradient: its probability
+            gates = gates / gates.sum(1, keepdim=True)  # itself is the gate then (Switch, arXiv:2101.03961)
 
-        order = chosen.flatten().argsort(stable=True)  # (token, choice) pairs, sorted by expert
-        rows = order // k
-        counts = torch.bincount(chosen.flatten(), minlength=self.config.n_expert)
-        inputs = tokens[rows]
-        gate, up = self.project("up", inputs, counts).chunk(2, dim=-1)
-        outputs = self.project("down", F.silu(gate) * up, counts)
+        # dispatch: a copy of each token per chosen expert, sorted by expert, so that each works on consecutive rows
+        order = experts.flatten().argsort(stable=True)  # (N k,) indices of (token, expert) pairs
+        rows = order // k  # each pair's token
+        counts = self.count(experts)  # (E,) pairs per expert
+        gate, up = self.project("up", tokens[rows], counts).chunk(2, dim=-1)  # (N k, n_hidden) each
+        outputs = self.project("down", F.silu(gate) * up, counts)  # (N k, n_embd)
+
+        # combine: the weighted sum of each token's k outputs, back in the order of the tokens
         outputs = outputs * gates.flatten()[order, None].to(outputs.dtype)
         y = torch.zeros_like(tokens, dtype=outputs.dtype).index_add(0, rows, outputs)
+        y = self.residual_dropout(y)
         if self.training:
-            self.counts += counts
-            # Fedus et al. 2021 (arXiv:2101.03961): 1 when all experts get the same, n_expert when one gets all
-            share = counts / counts.sum()
-            self.router_loss = self.config.n_expert * (share * probabilities.mean(0)).sum()
+            mean_probabilities = probabilities.mean(0)
+            if routing is not None and routing.is_token is not None:
+                weight = routing.is_token.flatten().to(probabilities.dtype)  # (N,)
+                counts = self.count(experts, weight)
+                mean_probabilities = weight @ probabilities / weight.sum().clamp(min=1)
+            self.tokens_per_expert += counts
+            # load-balancing (auxiliary) loss of Fedus et al. 2021 (arXiv:2101.03961): E sum_i f_i P_i, f_i the fraction
+            # of pairs sent to expert i, P_i its mean probability; 1 if uniform, E / k if all tokens take the same k.
+            # Without it a router tends to collapse: favoured experts train more and are favoured even more
+            fraction = counts / counts.sum().clamp(min=1)
+            if routing is not None:
+                routing.losses.append(self.config.n_expert * (fraction * mean_probabilities).sum())
         if self.shared is not None:
             y = y + self.shared(tokens)
         return y.view(x.shape)
 
+    def count(self, experts: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """How many of the pairs (N, k) each expert has, (E,); weight (N,): what each token counts, else 1."""
+        ones = torch.ones_like(experts) if weight is None else weight[:, None].expand(experts.shape)
+        counts = torch.zeros(self.config.n_expert, dtype=ones.dtype, device=experts.device)
+        return counts.scatter_add(0, experts.flatten(), ones.flatten())
+
     def project(self, name: str, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Rows x (N, in), sorted by expert, each through its expert's matrix of this name."""
+        """Rows x (N k, in), sorted by expert, times their expert's matrix of this name ("up" or "down")."""
         y = grouped_mm(x, getattr(self, name).mT.to(x.dtype), counts)
         return y + self.adapters[name](x, counts) if name in self.adapters else y
-
-    def rebalance(self, counts: torch.Tensor) -> None:
-        """Make experts with more tokens than others less likely to be chosen (Wang et al. 2024, arXiv:2408.15664)."""
-        self.choice_bias += self.config.expert_bias_rate * (counts.mean() - counts).sign()
 
 
 def mixture_layers(model: nn.Module) -> list[MixtureOfExperts]:
@@ -79,15 +161,19 @@ def mixture_layers(model: nn.Module) -> list[MixtureOfExperts]:
 
 @torch.no_grad()
 def count_expert_tokens(model: nn.Module, sum_over_ranks: Callable[..., list[float]]) -> torch.Tensor:
-    """Tokens that each expert got since the last call, (layers, experts), on all processes.
+    """Tokens routed to each expert since the last call, (n_layer, n_expert), summed over all processes.
 
-    Rebalances where the balance is kept by biases, so it is to be called once after every step.
+    Call it once after every optimizer step: with expert_balance "bias" it also updates the router biases.
     """
     layers = mixture_layers(model)
-    local = torch.stack([layer.counts for layer in layers])
+    local = torch.stack([layer.tokens_per_expert for layer in layers])
     counts = torch.tensor(sum_over_ranks(*local.flatten().tolist())).view_as(local)
     for layer, row in zip(layers, counts, strict=True):
-        layer.counts.zero_()
-        if layer.config.expert_balance == "bias":
-            layer.rebalance(row.to(layer.choice_bias))
+        layer.tokens_per_expert.zero_()
+        is_frozen = not layer.router.weight.requires_grad  # with LoRA: an adapter's file does not hold the biases
+        if (
+            layer.config.expert_balance == "bias" and not is_frozen
+        ):  # auxiliary-loss-free balancing: Wang et al. 2024, arXiv:2408.15664
+            load = row.to(layer.choice_bias)
+            layer.choice_bias += layer.config.expert_bias_rate * (load.mean() - load).sign()  # up where underloaded
     return counts

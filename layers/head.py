@@ -1,20 +1,24 @@
-"""The output layer: logits, or their loss without ever holding all of them.
+"""The output layer (language-model head): logits, or the cross-entropy loss without storing all logits.
 
-The logits of a step are its largest tensor by far where the vocabulary is large: 16 windows of 1,024 tokens over 50,304
-tokens take 3.3 GB in float32, and their gradient as much again.
+    logits = head(hidden)                           # (B, T, vocab_size)
+    loss = head(hidden, targets, loss_mask)         # a scalar, the sum over the targets in the loss
+
+With a large vocabulary the logits are by far the largest tensor of a training step: 16 sequences of 1,024 tokens over a
+vocabulary of 50,304 take 3.3 GB in float32, and their gradient as much again. The loss needs them chunk by chunk only.
 """
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 
-def logits_at_once(device: torch.device) -> int:
-    """How many logits the loss holds at a time: on a CPU what its caches have room for."""
+def logits_per_chunk(device: torch.device) -> int:
+    """Number of logits (tokens x vocab_size) that the chunked loss stores at a time; on a CPU they fit its cache."""
     return 1 << 22 if device.type == "cpu" else 1 << 26
 
 
 class Head(nn.Linear):
-    """A linear layer from hidden states to logits over the vocabulary."""
+    """A linear layer without bias from hidden states to logits over the vocabulary."""
 
     def __init__(self, n_embd: int, vocab_size: int) -> None:
         super().__init__(n_embd, vocab_size, bias=False)
@@ -24,47 +28,111 @@ class Head(nn.Linear):
     ) -> torch.Tensor:
         """Logits (B, T, vocab_size) of hidden states (B, T, n_embd); given targets (B, T), their summed loss instead.
 
-        The cross-entropy in nats of the targets where loss_mask (B, T) is 1; a scalar, whose gradient is made with it.
+        The loss is the cross-entropy in nats, summed over the targets where loss_mask (B, T) is 1: a scalar.
         """
         if targets is None:
             return super().forward(hidden)
         mask = torch.ones_like(targets) if loss_mask is None else loss_mask
-        at_once = max(1, logits_at_once(hidden.device) // len(self.weight))
-        return SummedCrossEntropy.apply(hidden.flatten(0, 1), self.weight, targets.flatten(), mask.flatten(), at_once)
+        if matmul_dtype(hidden) == torch.float16:
+            # float16 needs GradScaler's factor before the gradient of the logits is rounded, or the entries of rare
+            # tokens underflow to 0. The factor comes with the backward pass, so the gradient cannot be made before it.
+            losses = F.cross_entropy(super().forward(hidden).flatten(0, 1).float(), targets.flatten(), reduction="none")
+            return (losses * mask.flatten()).sum()
+        chunk_size = max(1, logits_per_chunk(hidden.device) // len(self.weight))  # in tokens
+        arguments = hidden.flatten(0, 1), self.weight, targets.flatten(), mask.flatten(), chunk_size
+        if torch.compiler.is_compiling():  # as one operation: traced, the loop would be fixed to one number of tokens
+            return chunked_cross_entropy(*arguments, matmul_dtype(hidden))[0]
+        return ChunkedCrossEntropy.apply(*arguments)
 
 
-class SummedCrossEntropy(torch.autograd.Function):
-    """sum(mask * cross_entropy(hidden @ weight.T, targets)), for `at_once` tokens after another.
+def matmul_dtype(x: torch.Tensor) -> torch.dtype:
+    """The precision of matrix products with x: autocast's where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
-    The gradient of the logits, softmax less the target, is used as soon as it is there and forgotten (as in Liger
-    Kernel, Hsu et al. 2024, arXiv:2410.10989): the same products as ever, in less memory.
+
+def loss_and_gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    mask: torch.Tensor,
+    chunk_size: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """sum(mask * cross_entropy(hidden @ weight.T, targets)) and its gradients, chunk_size tokens at a time.
+
+    hidden (N, n_embd), weight (vocab_size, n_embd), targets and mask (N,) with N = B T. The backward pass needs the
+    gradient of the logits, softmax(logits) - one_hot(target), which is cheapest to compute while the logits exist. So
+    the gradients of hidden and weight are computed with the loss, then the chunk is discarded, as does Liger Kernel
+    (Hsu et al. 2024, arXiv:2410.10989). The matrix products stay the same; only memory is saved.
     """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)  # sums and softmax need more than half precision
+    total = torch.zeros((), dtype=dtype, device=hidden.device)
+    d_hidden = torch.empty_like(hidden) if needs_hidden else None
+    d_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
+    for start in range(0, len(hidden), chunk_size):
+        chunk = slice(start, start + chunk_size)
+        h, target, m = hidden[chunk], targets[chunk, None], mask[chunk, None].to(dtype)  # m: (chunk_size, 1)
+        log_p = (h @ weight.T).to(dtype).log_softmax(-1)  # (chunk_size, vocab_size)
+        total -= (log_p.gather(1, target) * m).sum()
+        if needs_hidden or needs_weight:  # in place: p - one_hot(target), 0 where the mask is 0
+            d_logits = log_p.exp_().scatter_add_(1, target, torch.full_like(m, -1.0)).mul_(m).to(h.dtype)
+        if needs_hidden:
+            d_hidden[chunk] = d_logits @ weight
+        if needs_weight:
+            d_weight += d_logits.T @ h
+    return total, d_hidden, d_weight
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """loss_and_gradients() as a function that autograd knows."""
 
     @staticmethod
     def forward(
-        ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, at_once: int
+        ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, chunk_size: int
     ) -> torch.Tensor:
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=dtype, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
-        for start in range(0, len(hidden), at_once):
-            part = slice(start, start + at_once)
-            h, target, counts = hidden[part], targets[part, None], mask[part, None].to(dtype)
-            log_p = (h @ weight.T).to(dtype).log_softmax(-1)  # (at_once, vocab_size)
-            total -= (log_p.gather(1, target) * counts).sum()
-            if needs_hidden or needs_weight:
-                d_logits = log_p.exp_().scatter_add_(1, target, torch.full_like(counts, -1.0)).mul_(counts).to(h.dtype)
-            if needs_hidden:
-                d_hidden[part] = d_logits @ weight
-            if needs_weight:
-                d_weight += d_logits.T @ h
+        needs = ctx.needs_input_grad[:2]
+        total, d_hidden, d_weight = loss_and_gradients(hidden, weight, targets, mask, chunk_size, *needs)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         return total
 
     @staticmethod
     def backward(ctx, d_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        parts = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if d is None else (d * d_total).to(dtype) for d, dtype in parts), None, None, None
+        """The stored gradients times that of the sum: the chain rule, since the sum is a scalar."""
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if g is None else (g * d_total).to(dtype) for g, dtype in gradients), None, None, None
+
+
+@torch.library.custom_op("nano::chunked_cross_entropy", mutates_args=())
+def chunked_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    mask: torch.Tensor,
+    chunk_size: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """loss_and_gradients() as one operation of a compiled graph; dtype: of the matrix products."""
+    with torch.autocast(hidden.device.type, dtype, enabled=dtype != hidden.dtype):
+        return loss_and_gradients(hidden, weight, targets, mask, chunk_size, True, True)
+
+
+@chunked_cross_entropy.register_fake
+def _(hidden, weight, targets, mask, chunk_size, dtype):
+    full = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.new_empty((), dtype=full), torch.empty_like(hidden), torch.empty_like(weight, dtype=full)
+
+
+def save_gradients(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+
+
+def use_gradients(ctx, d_total, *_):
+    (d_hidden, d_weight), (hidden_dtype, weight_dtype) = ctx.saved_tensors, ctx.dtypes
+    return (d_hidden * d_total).to(hidden_dtype), (d_weight * d_total).to(weight_dtype), None, None, None, None
+
+
+chunked_cross_entropy.register_autograd(use_gradients, setup_context=save_gradients)

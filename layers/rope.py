@@ -14,13 +14,18 @@ ROPE_SCALING = ("none", "linear", "ntk", "yarn")
 
 
 def rope_table(
-    block_size: int, head_dim: int, theta: float, scaling: str = "none", factor: float = 1.0
+    block_size: int,
+    head_dim: int,
+    theta: float,
+    scaling: str = "none",
+    factor: float = 1.0,
+    trained_length: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and signed sines (block_size, 1, head_dim) of every position's angles, for apply_rope().
 
     The half-rotation convention of Llama and Qwen: dimension i forms a pair with dimension i + head_dim / 2.
     """
-    frequency, scale = rope_frequencies(block_size, head_dim, theta, scaling, factor)
+    frequency, scale = rope_frequencies(head_dim, theta, scaling, factor, trained_length or block_size)
     angle = torch.outer(torch.arange(block_size).float(), frequency)[:, None, :]  # (block_size, 1, head_dim / 2)
     cos, sin = scale * angle.cos(), scale * angle.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
@@ -36,14 +41,14 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 def rope_frequencies(
-    block_size: int, head_dim: int, theta: float, scaling: str, factor: float
+    head_dim: int, theta: float, scaling: str, factor: float, trained_length: int
 ) -> tuple[torch.Tensor, float]:
     """Angles per position (head_dim / 2,), and the factor on queries and keys, by kind of scaling.
 
-    All kinds read `factor` times as far as was trained, block_size / factor; Peng et al. 2023 (YaRN, arXiv:2309.00071)
-    describes them. linear: positions are interpolated (Chen et al. 2023, arXiv:2306.15595). ntk: a larger base, which
-    stretches the slow pairs and spares the fast ones. yarn: pairs that turn often within the trained window stay as
-    they are, those that never complete a turn are interpolated, with a ramp between.
+    All kinds read `factor` times as far as trained_length, the window of the training; Peng et al. 2023 (YaRN,
+    arXiv:2309.00071) describes them. linear: positions are interpolated (Chen et al. 2023, arXiv:2306.15595). ntk: a
+    larger base, which stretches the slow pairs and spares the fast ones. yarn: pairs that turn often within the trained
+    window stay as they are, those that never complete a turn are interpolated, with a ramp between.
     """
     D = head_dim
     if scaling == "ntk" and D > 2:
@@ -53,11 +58,10 @@ def rope_frequencies(
         return frequency / factor, 1.0
     if scaling != "yarn":
         return frequency, 1.0
-    trained = block_size / factor
 
     def pair_that_turns(times: int) -> float:
-        """Index of the pair that completes so many turns in the trained window: theta^(-2i/D) trained = 2 pi times."""
-        return D * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(theta))
+        """Index of the pair that completes so many turns in the trained window, from theta^(-2i/D) L = 2 pi times."""
+        return D * math.log(trained_length / (times * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = max(0, math.floor(pair_that_turns(32))), min(D - 1, math.ceil(pair_that_turns(1)))
     ramp = ((torch.arange(D // 2) - low) / max(0.001, high - low)).clamp(0, 1)  # 0: stays, 1: is interpolated

@@ -44,8 +44,10 @@ def sample(
     logits = penalise_repetition(logits.float(), context, repetition_penalty)
     if temperature == 0:  # greedy decoding: the limit of a temperature that goes to 0
         return logits.argmax(-1)
-    # below 1 the temperature sharpens the distribution, above 1 it flattens it
-    probabilities = filter_logits(logits / temperature, top_k, top_p, min_p).softmax(-1)
+    # Below 1 the temperature sharpens the distribution, above 1 it flattens it. The largest logit becomes 0 first: then
+    # no temperature, however small, gives inf - inf.
+    logits = (logits - logits.max(-1, keepdim=True).values) / max(temperature, torch.finfo(logits.dtype).tiny)
+    probabilities = filter_logits(logits, top_k, top_p, min_p).softmax(-1)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
 
@@ -67,8 +69,8 @@ def filter_logits(
     min_p: those at least min_p times as likely as the likeliest (arXiv:2407.01082).
     """
     if top_k is not None and top_k < logits.size(-1):
-        threshold = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, -math.inf)
+        kept = logits.topk(top_k)  # exactly k, also where several are equally likely
+        logits = torch.full_like(logits, -math.inf).scatter(1, kept.indices, kept.values)
     if top_p is not None and top_p < 1.0:
         ordered, order = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)

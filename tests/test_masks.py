@@ -102,7 +102,7 @@ def test_where_flex_attention_does_not_work_masks_stay_with_sdpa(capsys):
 def test_flash_attention_with_a_mask_is_refused():
     on_gpu = SimpleNamespace(device=torch.device("cuda"))
     model = GPT(ModelConfig(**SHAPE))
-    with pytest.raises(UserError, match="sdp_kernel flash takes no masks"):
+    with pytest.raises(UserError, match="sdp_kernel flash supports no masks"):
         choose_attention(TrainConfig(sdp_kernel="flash", mask_documents=True), model, on_gpu)
     choose_attention(TrainConfig(sdp_kernel="flash"), model, on_gpu)
 

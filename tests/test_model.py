@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from base.configuration import UserError
+from layers.attention_maps import attention_maps
 from layers.cache import KVCache
 from layers.experts import count_expert_tokens, mixture_layers
 from layers.norm import rms_norm
@@ -127,7 +128,8 @@ def test_experts_equal_transformers(n_expert_per_token):
     transformers = pytest.importorskip("transformers")
     model = make(n_expert=8, n_expert_per_token=n_expert_per_token, n_hidden=24)
     experts = {"num_experts": 8, "num_experts_per_tok": n_expert_per_token, "moe_intermediate_size": 24}
-    config = transformers.Qwen3MoeConfig(**settings_of(model), **experts, norm_topk_prob=True, mlp_only_layers=[])
+    experts["norm_topk_prob"] = n_expert_per_token > 1  # one expert: its probability is the gate, as in Switch
+    config = transformers.Qwen3MoeConfig(**settings_of(model), **experts, mlp_only_layers=[])
     assert_same_logits(model, transformers.Qwen3MoeForCausalLM(config), tokens(3, 16))
 
 
@@ -239,7 +241,7 @@ def test_a_loss_without_logits_is_the_same_loss(monkeypatch, tie_embeddings, los
     model = make(tie_embeddings=tie_embeddings).double()
     idx, targets = tokens(2, 9), tokens(2, 9).flip(0)
     loss_mask = None if loss_mask is None else loss_mask.float()
-    monkeypatch.setattr("layers.head.logits_at_once", lambda device: 4 * 50 + 7)
+    monkeypatch.setattr("layers.head.logits_per_chunk", lambda device: 4 * 50 + 7)
     gradients = []
     for with_logits in (True, False):
         model.zero_grad()
@@ -525,7 +527,7 @@ def test_attention_maps_are_the_weights_that_attention_applies(is_causal, use_ro
         vocab_size=11, block_size=9, n_layer=2, n_head=4, n_kv_head=2, n_embd=16, is_causal=is_causal, use_rope=use_rope
     )
     model, idx = GPT(config).double(), torch.randint(11, (3, 9))
-    maps = model.attention_maps(idx)
+    maps = attention_maps(model, idx)
     assert maps.shape == (2, 3, 4, 9, 9)
     assert torch.allclose(maps.sum(-1), torch.ones_like(maps[..., 0]))
     assert bool((maps.triu(1) == 0).all()) == is_causal
@@ -537,3 +539,36 @@ def test_attention_maps_are_the_weights_that_attention_applies(is_causal, use_ro
         x = x + block.attention.out((weights @ values).transpose(1, 2).reshape(3, 9, 16))
         x = x + block.mlp(block.mlp_norm(x))
     assert torch.allclose(model.lm_head(model.norm(x)), model(idx)[0], atol=1e-6)
+
+
+def test_top_k_keeps_k_also_where_several_are_equally_likely():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0]])
+    for k in (1, 2, 3):
+        assert filter_logits(logits, top_k=k).isfinite().sum() == k
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-40, 1e-300])
+def test_a_temperature_near_zero_is_greedy(temperature):
+    model = make().eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1000)  # logits so large that such a temperature takes them out of float32's range
+    prompt = tokens(1, 4)
+    draw = lambda **settings: [t.item() for t in model.generate(prompt, 8, seed=0, **settings)]  # noqa: E731
+    assert draw(temperature=temperature, top_p=0.9, min_p=0.1) == draw(temperature=0.0)
+
+
+def test_float16_moves_the_rows_of_rare_tokens():
+    """The gradient is made after the loss is scaled, as GradScaler means it: no more rows underflow than by logits."""
+    torch.manual_seed(0)
+    model = make(vocab_size=4000, tie_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)  # rare tokens: probabilities far below those of the others
+    idx, targets = torch.randint(0, 4000, (2, 4, 16))
+    underflows = []
+    for with_logits in (True, False):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = model(idx, targets, None, "sum", None, with_logits)[1]
+        (loss * 2.0**10).backward()
+        underflows.append((model.lm_head.weight.grad == 0).all(1).sum().item())
+    assert underflows[0] == underflows[1]

@@ -1,0 +1,126 @@
+"""Mixtures of experts in training: what the router learns from, what its balance counts, what adapters leave alone."""
+
+import pytest
+import torch
+from conftest import DATA, FAST, TINY, read_log
+from processes import newest_log
+
+from base.configuration import UserError
+from layers.experts import MixtureOfExperts, Routing, mixture_layers
+from model import GPT, ModelConfig
+from text.batches import Batch
+from training.config import TrainConfig
+from training.grpo import PolicyLoss
+from training.losses import DistillationLoss, PreferenceLoss
+from weights.checkpointing import load_checkpoint, load_model
+
+SHAPE = {"vocab_size": 40, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_hidden": 16, "n_expert": 4}
+
+
+def make(**options) -> GPT:
+    torch.manual_seed(0)
+    return GPT(ModelConfig(**SHAPE | options))
+
+
+@pytest.mark.parametrize("n_expert_per_token", [1, 2])
+def test_the_loss_alone_teaches_the_router(n_expert_per_token):
+    model = make(n_expert_per_token=n_expert_per_token, expert_balance="none")
+    idx = torch.randint(0, 40, (3, 16))
+    model(idx, idx.roll(-1, 1))[1].backward()
+    assert all(layer.router.weight.grad.abs().max() > 1e-6 for layer in mixture_layers(model))
+
+
+def test_one_expert_of_an_earlier_version_is_refused(prepared, call):
+    options = [*TINY, *FAST, *DATA, "--n_expert", "4", "--n_expert_per_token", "1", "--optimizer", "adamw"]
+    assert call("train.py", "-t", "pretrain", *options, "--max_steps", "1").status == 0
+    checkpoint = load_checkpoint("checkpoint/pretrain.pt")
+    load_model(checkpoint, "pretrain.pt")
+    del checkpoint["model_config"]["rope_trained_length"]
+    with pytest.raises(UserError, match="of an earlier version"):
+        load_model(checkpoint, "pretrain.pt")
+
+
+def test_padding_is_no_part_of_the_balance():
+    """A batch, and the same with padding behind its rows: the same counts, the same balancing loss."""
+    model = make()
+    idx = torch.randint(1, 40, (3, 10))
+    padded = torch.cat((idx, torch.zeros(3, 6, dtype=torch.long)), dim=1)
+    mask = (torch.arange(16) < 10).float().expand(3, 16).clone()
+    mask[:, :4] = 0  # a question's tokens are no targets, but tokens
+    losses, counts = [], []
+    for tokens, loss_mask in ((idx, mask[:, :10]), (padded, mask)):
+        for layer in mixture_layers(model):
+            layer.tokens_per_expert.zero_()
+        model(tokens, tokens, loss_mask)
+        losses.append(model.router_loss.item())
+        counts.append(torch.stack([layer.tokens_per_expert.clone() for layer in mixture_layers(model)]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert torch.equal(counts[0], counts[1]) and counts[0].sum() == 2 * 3 * 10 * 2  # layers, rows, tokens, choices
+
+
+def test_the_balancing_loss_is_the_formula_over_the_tokens_that_count():
+    layer = MixtureOfExperts(make().config, None)
+    torch.nn.init.normal_(layer.up), torch.nn.init.normal_(layer.down)
+    x, is_token = torch.randn(2, 5, 16), torch.arange(10).view(2, 5) % 3 > 0
+    routing = Routing(is_token)
+    layer(x, routing)
+    probabilities = layer.router(x[is_token]).softmax(-1).double()
+    fraction = torch.zeros(4, dtype=torch.float64)
+    for row in probabilities:
+        for expert in row.topk(2).indices:
+            fraction[expert] += 1 / (2 * len(probabilities))
+    expected = sum(4 * fraction[i] * probabilities[:, i].mean() for i in range(4))
+    assert routing.losses[0].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_experts_drop_as_a_dense_mlp_does():
+    x = torch.ones(1, 1000, 16)
+    layer = MixtureOfExperts(make(dropout=0.3).config, None)
+    torch.nn.init.normal_(layer.up), torch.nn.init.normal_(layer.down), layer.router.weight.data.zero_()
+    share = (layer(x) == 0).float().mean().item()
+    assert share == pytest.approx(0.3, abs=0.02)
+    assert (layer.eval()(x) == 0).float().mean() == 0
+
+
+def balancing_share(loss, batch: Batch, **options) -> tuple[float, float]:
+    """What the balancing loss adds to a training loss, and what it is to add."""
+    values = []
+    for weight in (0.0, 3.0):
+        model = make(router_loss_weight=weight, **options).train()
+        values.append(loss(model, batch, "sum").item())
+    return values[1] - values[0], model.router_loss.item() * batch.count
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ipo", "simpo", "orpo", "grpo", "distill"])
+def test_every_objective_includes_the_balancing_loss_once(kind):
+    torch.manual_seed(1)
+    idx, targets = torch.randint(1, 40, (2, 4, 16))
+    mask = torch.ones(4, 16)
+    if kind == "distill":
+        batch, loss = Batch(idx, targets, mask, 64), DistillationLoss(make(n_expert=0), 2.0, 0.75)
+    elif kind == "grpo":
+        zeros = torch.zeros(4, 16)
+        batch, loss = Batch(idx, targets, mask, 4, None, zeros, zeros, torch.ones(4)), PolicyLoss(0.2, 0.01)
+    else:
+        batch = Batch(idx, targets, mask, 2, reference=torch.zeros(2))
+        loss = PreferenceLoss(TrainConfig(loss=kind), lambda *values: list(values))
+    added, expected = balancing_share(loss, batch)
+    assert expected > 0.5 and added == pytest.approx(expected, rel=1e-3)
+
+
+def test_an_adapter_leaves_the_router_biases_of_its_base_alone(prepared, call):
+    """Its file does not hold them: what it is trained with must be what it is loaded with."""
+    options = [*TINY, "--n_expert", "4", "--expert_balance", "bias", "--expert_bias_rate", "0.05"]
+    plain = ["-t", "pretrain", *FAST, *DATA, "--eval_iters", "0", "--optimizer", "adamw", "--max_steps", "12"]
+    assert call("train.py", *plain, *options).status == 0
+    base = load_checkpoint("checkpoint/pretrain.pt")["model"]
+    biases = [name for name in base if name.endswith("choice_bias")]
+    assert biases and any(base[name].abs().max() > 0.04 for name in biases)  # the base's did move
+    adapter = ["--use_lora", "true", "--from_checkpoint", "checkpoint/pretrain.pt", "--stage", "tuned"]
+    assert call("train.py", *plain, *adapter, "--learning_rate", "0.01", "--warmup_iters", "1").status == 0
+    trained = read_log(newest_log(prepared), "val")[-1]["val_loss"]
+    resume = ["--use_lora", "true", "--from_checkpoint", "checkpoint/tuned_lora_last.pt", "--stage", "again"]
+    assert (
+        call("train.py", *plain, *resume, "--max_steps", "1", "--learning_rate", "1e-30", "--min_lr", "0").status == 0
+    )
+    assert read_log(newest_log(prepared), "val")[-1]["val_loss"] == pytest.approx(trained, rel=1e-5)
