@@ -73,28 +73,30 @@ def loss_by_position(model: GPT, ids: np.ndarray, n_windows: int, batch_size: in
 
 
 def perplexity_by_position(path: str, file: str, factor: float, scalings: list[str], n_windows: int, device: str):
-    """Losses by position for each kind of RoPE scaling {name: (block_size,)}, and the window that was trained."""
+    """Losses by position for each kind of RoPE scaling {name: (block_size,)}, the model's own first; its window."""
     checkpoint = load_checkpoint(path)
     ids = load_checkpoint_tokenizer(checkpoint, path).encode(read_text(file), special=True)
-    trained = checkpoint["model_config"]["block_size"]
-    changes = {"block_size": math.floor(trained * factor), "rope_factor": factor}
-    if len(ids) <= changes["block_size"]:
-        raise UserError(f"{file}: {len(ids)} tokens do not fill a window of {changes['block_size']}")
-    if factor > 1 and not checkpoint["model_config"].get("use_rope", True):
-        raise UserError(f"{path}: learned positions end at {trained}: --factor needs RoPE")
+    own = checkpoint["model_config"]
+    window = math.floor(own["block_size"] * factor)
+    if len(ids) <= window:
+        raise UserError(f"{file}: {len(ids)} tokens do not fill a window of {window}")
+    if factor > 1 and not own.get("use_rope", True):
+        raise UserError(f"{path}: learned positions end at {own['block_size']}: --factor needs RoPE")
     losses = {}
-    for scaling in dict.fromkeys(["none", *scalings]):
-        model = load_model(checkpoint, path, **changes, rope_scaling=scaling).to(find_device(device)).eval()
+    for scaling in dict.fromkeys([own.get("rope_scaling", "none"), *scalings]):
+        total = own.get("rope_factor", 1.0) * factor  # over the window that the frequencies were trained with
+        changes = {"block_size": window, "rope_factor": total, "rope_scaling": scaling}
+        model = load_model(checkpoint, path, **changes).to(find_device(device)).eval()
         if not model.config.is_causal:
             raise UserError(f"{path}: with full attention there is no next token to predict")
         losses[scaling] = loss_by_position(model, ids, n_windows)
-    return losses, trained
+    return losses, own["block_size"]
 
 
 def print_perplexities(losses: dict[str, np.ndarray], trained: int) -> None:
     """A row for each range of positions, a column for each kind of scaling."""
     rows = [("positions", *losses)]
-    block_size = len(losses["none"])
+    block_size = len(next(iter(losses.values())))
     for part in np.array_split(np.arange(block_size), min(N_RANGES, block_size)):
         values = (f"{math.exp(min(700.0, loss[part].mean())):.2f}" for loss in losses.values())
         rows.append((f"{part[0] + 1}-{part[-1] + 1}" + (" (beyond)" if part[0] >= trained else ""), *values))
@@ -131,7 +133,7 @@ def main() -> None:
     group.add_argument("-o", "--output", metavar="PNG", default="perplexity.png", help="picture to write [%(default)s]")
     group.add_argument("--factor", metavar="X", type=float, default=1.0, help="window over the trained one [1]")
     group.add_argument(
-        "--scaling", nargs="+", choices=ROPE_SCALING, default=[], help="kinds of RoPE scaling to try beside none"
+        "--scaling", nargs="+", choices=ROPE_SCALING, default=[], help="RoPE scaling to try beside the model's own"
     )
     group.add_argument("--windows", metavar="N", type=int, default=64, help="windows of the text to read [64]")
     group = parser.add_argument_group("Questions")
@@ -139,7 +141,9 @@ def main() -> None:
     group.add_argument("--show", metavar="N", type=int, default=5, help="wrong answers to print [5]")
     args, _ = parser.parse()
     if bool(args.text) == bool(args.questions):
-        raise UserError("command line: name a text, or --questions FILE")
+        raise UserError(
+            f"command line: {'one of them at a time' if args.text else 'name'}: a text, or --questions FILE"
+        )
     if args.questions:
         warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}")
         generator = load_text_generator(args.model or "checkpoint/sft.pt", args.device, True, lora=args.lora)

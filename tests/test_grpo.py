@@ -163,7 +163,7 @@ def test_it_goes_on_as_if_it_had_not_stopped(half_trained, call):
     ("script", "argv", "words"),
     [
         ("problem.py", [*BY_REWARD, "--batch_size", "30"], "batch_size (30) must be divisible by grpo_group (16)"),
-        ("problem.py", [*BY_REWARD, "--from_checkpoint", ""], "from_checkpoint: which checkpoint?"),
+        ("problem.py", [*BY_REWARD, "--from_checkpoint", ""], "from_checkpoint is not set"),
         ("problem.py", ["sort", "--loss", "dpo"], "--loss dpo means nothing here"),
         ("train.py", ["-t", "grpo", "--from_checkpoint", "checkpoint/none.pt"], "no such checkpoint"),
         ("train.py", ["-t", "pretrain", "--loss", "grpo"], "no such file"),

@@ -83,7 +83,7 @@ def test_it_begins_as_the_base_and_merges_into_an_ordinary_model(options):
 
 def test_only_the_adapter_is_trained_and_saved(base, call):
     result = trained(call, "--max_steps", "10", *ON_BASE)
-    assert "of an adapter trained" in result.out
+    assert "trainable (LoRA)" in result.out
     whole, adapter = load_checkpoint("checkpoint/base.pt"), load_checkpoint("checkpoint/sft_lora.pt")
     assert (
         adapter["model"].keys() == lora.adapter_weights(adapter["model"]).keys() and len(adapter["model"]) == 2 * 4 * 2
@@ -182,7 +182,7 @@ def test_what_does_not_belong_together_is_refused(base, call):
         ("train.py", "-t", "sft", *SFT, *FAST, "--from_checkpoint", adapter): "an adapter; --use_lora true goes on",
         ("train.py", *LORA, "--from_checkpoint", adapter, "--lora_rank", "2"): "a run keeps them",
         ("inference.py", "-m", adapter, "-p", "a"): "an adapter; -m names its model (checkpoint/base.pt)",
-        ("inference.py", "-m", "checkpoint/base.pt", "--lora", "checkpoint/base.pt", "-p", "a"): "a whole model",
+        ("inference.py", "-m", "checkpoint/base.pt", "--lora", "checkpoint/base.pt", "-p", "a"): "a full model",
         ("inference.py", "-m", "checkpoint/base.pt", "--merge", "x.pt"): "--merge needs the adapter",
     }
     for command, words in refusals.items():
@@ -191,7 +191,7 @@ def test_what_does_not_belong_together_is_refused(base, call):
     args = ["-t", "pretrain", *TINY, *FAST, *DATA, "--max_steps", "11", "--stage", "other"]
     assert call("train.py", *args).status == 0
     result = call("inference.py", "-m", "checkpoint/other.pt", "--lora", adapter, "-p", "a")
-    assert result.status == 1 and "an adapter of another model (checkpoint/base.pt), or of other weights" in result.err
+    assert result.status == 1 and "trained on another base model (checkpoint/base.pt)" in result.err
 
 
 def test_a_hostile_adapter_is_refused(base, call):

@@ -15,7 +15,8 @@ from text.batches import TrainBatches, ValidationBatches
 from text.token_files import TokenFile
 from training import losses
 from training.config import TrainConfig
-from training.losses import Distillation, Preference
+from training.engine import Engine
+from training.losses import DistillationLoss, PreferenceLoss
 from weights.checkpointing import load_checkpoint
 
 FAST_PAIRS = [*FAST, "--gradient_accumulation_steps", "1", "--optimizer", "adamw", "--eval_iters", "0"]
@@ -88,14 +89,14 @@ def test_preference_loss_is_the_formula(pairs, kind):
     options = {"block_size": 32, "vocab_size": file.header["vocab_size"], "batch_size": 5, "seed": 1}
     batches = TrainBatches([file], accumulation_steps=1, **options)
     model, reference = (small_model(file.header["vocab_size"], seed) for seed in (0, 1))
-    losses.compute_reference_margins(reference, batches.datasets[0], 7, torch.device("cpu"))
+    losses.compute_reference_margins(reference, batches.datasets[0], 7, Engine(TrainConfig(device="cpu")))
     (batch,) = batches.at(0)
     total = 0.0
     for chosen, rejected, _ in (batches.sample(i) for i in range(5)):
         w, l = ([by_hand(m, t.tolist(), k.tolist()) for m in (model, reference)] for t, k in (chosen, rejected))  # noqa: E741
         total += loss_by_hand(kind, w, l, (chosen[1].sum(), rejected[1].sum()))
     config = TrainConfig(loss=kind, dpo_beta=0.3, dpo_chosen_weight=0.5, simpo_gamma=0.7)
-    loss = Preference(config, lambda *values: list(values))
+    loss = PreferenceLoss(config, lambda *values: list(values))
     rows = [batches.sample(i).chosen for i in range(5)]
     likely = sum(by_hand(model, tokens.tolist(), mask.tolist()) / mask.sum() for tokens, mask in rows)
     assert loss(model, batch, "sum").item() == pytest.approx(total - 0.5 * likely, rel=1e-4)
@@ -160,7 +161,7 @@ def test_distillation_is_the_formula():
                 soft_p, soft_q = (p[t] / 3).softmax(-1), (q[t] / 3).softmax(-1)
                 divergence = sum(soft_q[i] * (soft_q[i] / soft_p[i]).log() for i in range(20))
                 expected += 0.25 * -p[t].log_softmax(-1)[targets[b, t]] + 0.75 * 9 * divergence
-    loss = Distillation(teacher, 3.0, 0.75)
+    loss = DistillationLoss(teacher, 3.0, 0.75)
     torch.testing.assert_close(loss(student, batch, "sum").double(), expected, rtol=1e-4, atol=1e-5)
     plain = losses.next_token(student, batch, "none")
     assert torch.equal(loss(student, batch, "none"), plain)
@@ -179,10 +180,10 @@ def test_a_student_comes_nearer_to_its_teacher(pairs, call):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["-t", "distill", "--teacher", ""], "teacher: which checkpoint?"),
+        (["-t", "distill", "--teacher", ""], "teacher is not set"),
         (["-t", "distill", "--teacher", "checkpoint/none.pt"], "no such checkpoint"),
-        (["-t", "dpo", "--loss", "next_token"], "cannot use pairs of answers"),
-        (["-t", "sft", "--loss", "dpo", "--from_checkpoint", "checkpoint/sft.pt"], "needs pairs"),
+        (["-t", "dpo", "--loss", "next_token"], "cannot train on preference pairs"),
+        (["-t", "sft", "--loss", "dpo", "--from_checkpoint", "checkpoint/sft.pt"], "needs preference pairs"),
         (["-t", "dpo", "--dpo_beta", "0"], "dpo_beta must be above 0"),
     ],
 )
@@ -197,7 +198,7 @@ def test_mistakes_are_told(pairs, call, argv, words):
         ({"prompt": "a", "chosen": "b"}, '"rejected" is missing'),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
         ({"chosen": "b", "rejected": "c"}, '"prompt" is missing'),
-        ({"messages": [{"role": "assistant", "content": "x"}], "chosen": "b", "rejected": "c"}, "is due"),
+        ({"messages": [{"role": "assistant", "content": "x"}], "chosen": "b", "rejected": "c"}, "expected system"),
         ({"messages": "x", "chosen": "b", "rejected": "c"}, "must be a list"),
     ],
 )

@@ -1,11 +1,12 @@
 """The fields of a training config: config/NAME.json, or --field value on the command line."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from base.configuration import Config, UserError, option
 from base.devices import DTYPES
 from model import SDP_KERNELS
-from training.losses import LOSSES
+from training.losses import COMPARES_POLICIES, LOSSES
 from training.optimizer import OPTIMIZERS, SCHEDULES, schedule
 from training.run_log import SINKS
 from weights.lora import TARGETS
@@ -16,7 +17,9 @@ class TrainConfig(Config):
     """How the network is trained."""
 
     stage: str = option(
-        "", "name of this run's checkpoints; empty: the config file's name", section="The run and its checkpoints"
+        "",
+        "name of this run's checkpoints; empty: the config file's, or problem_NAME",
+        section="The run and its checkpoints",
     )
     loss: str = option("next_token", "training objective", choices=LOSSES)
     from_checkpoint: str = option("", "checkpoint to start from; one of the same stage resumes that run")
@@ -27,7 +30,7 @@ class TrainConfig(Config):
 
     dataset_path: list[list[str]] = option(
         [],
-        "[[train file, validation file], ...], in order: a curriculum; empty: dataset/<stage>_{train,val}.bin",
+        "[[train file, validation file], ...], in order: a curriculum; empty: dataset/NAME_{train,val}.bin of -t NAME",
         section="Data",
     )
     tokenizer_path: str = option("dataset/tokenizer.json", "tokenizer that the data was prepared with")
@@ -85,7 +88,9 @@ class TrainConfig(Config):
 
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps", section="Device and precision")
     dtype: str = option(
-        "auto", "precision of the matrix products (autocast); auto: half on CUDA", choices=("auto", *DTYPES)
+        "auto",
+        "precision of the matrix products (autocast); auto: bfloat16 or float16 on CUDA, else float32",
+        choices=("auto", *DTYPES),
     )
     sdp_kernel: str = option("auto", "kernel of scaled_dot_product_attention", choices=("auto", *SDP_KERNELS))
     compile: str = option("auto", "torch.compile; auto: on CUDA", choices=("auto", "true", "false"))
@@ -144,8 +149,30 @@ class TrainConfig(Config):
             raise UserError(f"stage must be a plain name, got {self.stage!r}")
         if self.use_lora and not self.from_checkpoint:
             raise UserError("use_lora: an adapter needs a trained model: --from_checkpoint names it")
+        if self.loss in COMPARES_POLICIES and (self.dropout or self.lora_dropout):
+            raise UserError(
+                f"loss {self.loss} compares probabilities of two policies, which dropout would fill with noise: "
+                "leave dropout and lora_dropout at 0"
+            )
+        if self.sample_tokens and not self.sample_prompt:
+            raise UserError("sample_prompt is empty: a sample continues at least one character")
         if self.lr_decay_iters is None:
             self.lr_decay_iters = self.max_steps or 100_000
+
+    @property
+    def name(self) -> str:
+        """What the run's checkpoints are called: the stage, and whether they are adapters."""
+        return self.stage + ("_lora" if self.use_lora else "")
+
+    @property
+    def best_path(self) -> Path:
+        """<stage>.pt: the checkpoint of the lowest validation loss."""
+        return Path(self.save_checkpoint_to) / f"{self.name}.pt"
+
+    @property
+    def last_path(self) -> Path:
+        """<stage>_last.pt: the newest checkpoint, to resume from."""
+        return Path(self.save_checkpoint_to) / f"{self.name}_last.pt"
 
     def lr_scale(self, step: int) -> float:
         """Learning rate at a step (from 0), as a share of the peak."""

@@ -26,6 +26,16 @@ def log_probabilities(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return -model(batch.idx, batch.targets, batch.loss_mask, "none")[1]
 
 
+def balancing_loss(model: torch.nn.Module) -> torch.Tensor | float:
+    """The weighted load-balancing loss of a mixture's last forward pass, also under DDP's and DeepSpeed's wrappers.
+
+    model(..., "sum") includes it, times the targets; a loss that is made of log-probabilities has to add it.
+    """
+    while hasattr(model, "module"):
+        model = model.module
+    return model.router_loss
+
+
 def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     """Rewards (B,), group after group, standardized within their group: (r - mean) / std."""
     groups = rewards.view(-1, group_size)
@@ -98,11 +108,14 @@ class Rollouts:
         self.model.eval()
         seed = int(rng.integers(1 << 62))
         sample = self.sample if self.sampler.problem.is_causal else self.sample_in_one_pass
-        batch, completions = sample(prompts, answers, seed)
+        # In the precision of training, and training is without dropout here: before the first update of these
+        # completions the ratio p_new / p_old is to be 1, not 1 and noise.
+        with self.engine.autocast():
+            batch, completions = sample(prompts, answers, seed)
+            old, reference = log_probabilities(self.model, batch), log_probabilities(self.reference, batch)
+        self.model.train()
         rewards = reward(completions, answers)
         self.rewards.append(rewards.mean().item())
-        old, reference = log_probabilities(self.model, batch), log_probabilities(self.reference, batch)
-        self.model.train()
         return batch._replace(reference=reference, old=old, advantage=group_advantages(rewards, group))
 
     def sample(self, prompts: torch.Tensor, answers: torch.Tensor, seed: int) -> tuple[Batch, torch.Tensor]:
@@ -161,4 +174,5 @@ class PolicyLoss:
             return 1 - right.all(1, keepdim=True).float()  # (B, 1)
         new = log_probabilities(model, batch)
         losses = policy_loss(new, batch.old, batch.reference, batch.advantage, self.clip, self.beta)
-        return ((losses * batch.loss_mask).sum(1) / batch.loss_mask.sum(1)).sum()
+        per_completion = (losses * batch.loss_mask).sum(1) / batch.loss_mask.sum(1)
+        return per_completion.sum() + balancing_loss(model) * batch.count

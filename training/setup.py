@@ -20,7 +20,7 @@ from text.tokenizer import Tokenizer
 from training import preflight
 from training.config import TrainConfig
 from training.engine import Engine, Loss
-from training.losses import NEEDS_REFERENCE, make_loss, next_token
+from training.losses import COMPARES_POLICIES, make_loss, next_token
 from training.sources import SOURCES
 from weights import lora
 from weights.checkpointing import load_checkpoint_or_previous, load_model
@@ -52,6 +52,7 @@ class Run:
     adapter: dict[str, Any] | None = None  # settings and base of the LoRA adapter that is trained
     state: State = field(default_factory=State)
     is_resumed: bool = False  # goes on with an earlier run of the same stage
+    is_from_previous: bool = False  # from NAME.previous, as the newest checkpoint is damaged
     changes: list[str] = field(default_factory=list)  # fields that are not as they were in that one
     expert_counts: torch.Tensor | None = None  # tokens of each layer's experts since the last evaluation
     matmul_flops: float | None = None  # the device's measured rate in FLOP/s, for mfu
@@ -65,20 +66,15 @@ class Run:
         return self.source.tokenizer
 
     @property
-    def name(self) -> str:
-        """What its checkpoints are called."""
-        return self.config.stage + ("_lora" if self.config.use_lora else "")
-
-    @property
     def best_path(self) -> Path:
         """The checkpoint of the lowest validation loss."""
-        return Path(self.config.save_checkpoint_to) / f"{self.name}.pt"
+        return self.config.best_path
 
     @property
     def last_path(self) -> Path:
-        """The newest checkpoint, to resume from."""
-        name = f"{self.name}_last" + ("" if self.engine.writes_shards else ".pt")
-        return Path(self.config.save_checkpoint_to) / name
+        """The newest checkpoint, to resume from: a file, or a folder of every process's shards."""
+        last = self.config.last_path
+        return last.with_suffix("") if self.engine.writes_shards else last
 
     def config_values(self) -> dict[str, Any]:
         """The training config as plain values, with the fields of the data's own config, if it has one."""
@@ -111,8 +107,13 @@ def read_configs(training: str | None, model: str | None, overrides: dict[str, A
     if training or "problem" not in overrides:
         path = find_config(training or "pretrain")
         known = {**model_fields, **train_fields, **problem_fields}
-        values = {**check_fields(read_json(path), known, str(path)), **overrides}
+        values = check_fields(read_json(path), known, str(path))
+        data = values.get("stage") or path.stem  # --stage names the checkpoints, not the data
+        values |= overrides
     if "problem" in values:
+        if model:
+            model_path = find_config(model)
+            values = {**check_fields(read_json(model_path), model_fields, str(model_path)), **values}
         return problem_config(values.pop("problem"), values)
     for name in values:
         if name in problem_fields:
@@ -130,7 +131,7 @@ def read_configs(training: str | None, model: str | None, overrides: dict[str, A
     except UserError as error:
         raise UserError(f"{path}, with the command line: {error}") from None
     if not config.dataset_path:
-        config.dataset_path = [[f"dataset/{config.stage}_train.bin", f"dataset/{config.stage}_val.bin"]]
+        config.dataset_path = [[f"dataset/{data}_train.bin", f"dataset/{data}_val.bin"]]
     return RunConfig(config, explicit, defaults)
 
 
@@ -148,12 +149,12 @@ def problem_config(name: str, given: dict[str, Any], stored: dict[str, Any] | No
     for option_name in given:
         owners = [other for other, entry in PROBLEMS.items() if option_name in entry.options]
         if owners and name not in owners:
-            raise UserError(f"command line: --{option_name} belongs to {', '.join(owners)}, not to {name}")
+            raise UserError(f"--{option_name} belongs to {', '.join(owners)}, not to {name}")
         if option_name in NOT_FOR_PROBLEMS:
-            raise UserError(f"command line: --{option_name} means nothing here: toy problems make their own data")
+            raise UserError(f"--{option_name} means nothing here: toy problems make their own data")
     loss = given.get("loss")
     if loss not in (None, *LOSSES):
-        raise UserError(f"command line: --loss {loss} means nothing here: it is one of {', '.join(LOSSES)}")
+        raise UserError(f"--loss {loss} means nothing here: it is one of {', '.join(LOSSES)}")
     base = stored or {"stage": f"problem_{name}", **TRAINING, **problem.training}
     if loss == "grpo" and not stored:
         base |= {"stage": f"problem_{name}_grpo", **TRAINING_BY_REWARD, **problem.by_reward}
@@ -185,6 +186,29 @@ def make_model(config: TrainConfig, shape: dict[str, Any], tokenizer: Tokenizer)
     return GPT(model_config, config.sdp_kernel)
 
 
+# what may change of a trained model: with RoPE the weights serve any window, and scaling is there to widen it
+CONTEXT_FIELDS = ("block_size", "rope_scaling", "rope_factor")
+
+
+def context_changes(config: TrainConfig, explicit: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Fields of another context window for a trained model, as far as they were asked for and are possible."""
+    trained = checkpoint["model_config"]
+    asked = {name: explicit[name] for name in CONTEXT_FIELDS if explicit.get(name) is not None}
+    known = fields_of(ModelConfig)
+    changes = {name: value for name, value in asked.items() if value != trained.get(name, known[name].default)}
+    starts_anew = checkpoint["train_config"].get("stage") != config.stage and not config.use_lora
+    if not (changes and starts_anew and trained.get("use_rope", True)):
+        return {}
+    scaling = asked.get("rope_scaling", trained.get("rope_scaling", "none"))
+    length = trained.get("rope_trained_length") or trained["block_size"] / trained.get("rope_factor", 1.0)
+    window = asked.get("block_size", trained["block_size"])
+    if scaling == "none":  # trained on as it is, the longer window becomes the trained one
+        changes |= {"rope_factor": 1.0, "rope_trained_length": max(round(length), window)}
+    elif "rope_factor" not in asked:
+        changes["rope_factor"] = max(1.0, window / length)
+    return changes
+
+
 def restore_model(
     config: TrainConfig, explicit: dict[str, Any], checkpoint: dict[str, Any]
 ) -> tuple[GPT, dict[str, Any] | None]:
@@ -193,13 +217,16 @@ def restore_model(
     Raises UserError where a model field was asked to be another than it was trained with.
     """
     where = config.from_checkpoint
-    changes = {} if config.dropout is None else {"dropout": config.dropout}
+    changes = context_changes(config, explicit, checkpoint)
     for name, value in explicit.items():
         trained = checkpoint["model_config"].get(name, fields_of(ModelConfig)[name].default)
-        if value is not None and value != trained:
-            raise UserError(
-                f"{name} is {value} here, {trained} in {where}: a trained model keeps its shape; leave {name} out"
-            )
+        if value is not None and value != trained and name not in changes:
+            advice = "a trained model keeps its shape"
+            if name in CONTEXT_FIELDS:
+                advice = "another window takes RoPE, another --stage name, and a run without LoRA"
+            raise UserError(f"{name} is {value} here, {trained} in {where}: {advice}; leave {name} out")
+    if config.dropout is not None or config.loss in COMPARES_POLICIES:
+        changes["dropout"] = config.dropout or 0.0
     is_adapter = "lora" in checkpoint
     if is_adapter and not config.use_lora:
         raise UserError(
@@ -242,12 +269,17 @@ def build_run(asked: RunConfig, engine: Engine) -> Run:
     engine.prepare(model)
     if checkpoint and is_same_run(run, checkpoint):
         resume(run, checkpoint)
+    elif checkpoint:
+        now, before = model.config.to_dict(), checkpoint["model_config"]
+        known = fields_of(ModelConfig)
+        context = {name: before.get(name, known[name].default) for name in (*CONTEXT_FIELDS, "dropout")}
+        run.changes = changed_fields(now, context)
     return run
 
 
 def choose_reference(config: TrainConfig, checkpoint: dict[str, Any] | None) -> None:
     """The reference policy, if none is named: where the run began, also when it is resumed later."""
-    if config.reference or config.loss not in (*NEEDS_REFERENCE, "grpo"):
+    if config.reference or config.loss not in COMPARES_POLICIES:
         return
     is_same_stage = checkpoint is not None and checkpoint["train_config"].get("stage") == config.stage
     before = checkpoint["train_config"].get("reference") if is_same_stage else None
@@ -276,14 +308,20 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
             f"had {data['sizes']}: a run keeps its data; or give this one another --stage name to start from "
             "the weights alone"
         )
-    run.is_resumed = True
+    (total,) = run.engine.sum_over_ranks(float(checkpoint["step"]))
+    if total != checkpoint["step"] * run.engine.world_size:
+        raise UserError(
+            f"{where}: step {checkpoint['step']:,} here, another on other hosts: they read different files under this "
+            "name; use a shared folder, or copy the newest one to all"
+        )
+    run.is_resumed, run.is_from_previous = True, checkpoint.get("is_previous", False)
     run.changes = changed_fields(run.config_values(), checkpoint["train_config"])
     run.engine.load_state_dict(checkpoint)
     run.state = State(
         step=checkpoint["step"],
         samples=data["samples"],
         tokens=data["tokens"],
-        best_val_loss=checkpoint["best_val_loss"],
+        best_val_loss=math.inf if math.isnan(checkpoint["best_val_loss"]) else checkpoint["best_val_loss"],
         evals_without_gain=data["evals_without_gain"],
         skipped_steps=data.get("skipped_steps", 0),
     )

@@ -63,6 +63,7 @@ class TokenFiles:
             "world_size": engine.world_size,
             "pad_to": shape.block_size if engine.use_compile else 16,  # one shape: a compiled model is compiled once
             "mask_documents": config.mask_documents,
+            "is_compiled": engine.use_compile,
         }
         steps, pack_samples = config.gradient_accumulation_steps, config.pack_samples
         batches = TrainBatches(train_files, accumulation_steps=steps, pack_samples=pack_samples, **shared)
@@ -80,11 +81,10 @@ class TokenFiles:
         """What evaluations measure beside the loss."""
         return {}
 
-    def next_command(self, path: Path) -> str:
-        """How to try the trained model."""
-        if self.config.use_lora:
-            return f"python inference.py -i -m {self.config.from_checkpoint} --lora {path}"
-        return f"python inference.py {'-i ' if self.has_questions else ''}-m {path}"
+    def next_command(self, path: Path, base: str) -> str:
+        """How to try the trained model; base: of an adapter, the checkpoint that it belongs to."""
+        model = f"{base} --lora {path}" if base else str(path)
+        return f"python inference.py {'-i ' if self.has_questions else ''}-m {model}"
 
 
 def check_vocabulary(file: TokenFile, tokenizer: Tokenizer, tokenizer_from: str) -> None:
@@ -92,7 +92,7 @@ def check_vocabulary(file: TokenFile, tokenizer: Tokenizer, tokenizer_from: str)
     if file.header.get("tokenizer") != tokenizer.fingerprint():
         raise UserError(
             f"{file.path} was prepared with another vocabulary ({file.header.get('vocab_size')} tokens) "
-            f"than that of {tokenizer_from} ({tokenizer.vocab_size}); prepare it again"
+            f"than that of {tokenizer_from} ({tokenizer.vocab_size}); run data.py again"
         )
 
 
@@ -134,6 +134,7 @@ class ToyProblem:
         validation = HeldOut(self.sampler, "val", parse_length(self.settings.train_length), n, **shared)
         if config.loss == "grpo":
             reference = load_frozen_model("from_checkpoint", config.reference, self.tokenizer, engine.device)
+            check_window(self.sampler, reference.config)
             batches = Rollouts(self.sampler, model, reference, engine)
         else:
             batches = TrainInstances(self.sampler, accumulation_steps=config.gradient_accumulation_steps, **shared)
@@ -146,7 +147,7 @@ class ToyProblem:
         n_right, n = self.engine.sum_over_ranks(float(right.sum()), float(len(right)))
         return {"accuracy": n_right / n}
 
-    def next_command(self, path: Path) -> str:
+    def next_command(self, path: Path, base: str) -> str:
         return f"python problem.py {self.settings.problem} --checkpoint {path}"
 
 
