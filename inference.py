@@ -126,18 +126,19 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("-m", "--model", metavar="FILE", default="checkpoint/sft.pt", help="checkpoint [%(default)s]")
     parser.add_argument("-i", "--instruct", action="store_true", help="prompts are questions (instruct template)")
-    parser.add_argument("-p", "--prompt", metavar="TEXT", help="answer this and leave")
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="answer this prompt and exit")
     parser.add_argument("--lora", metavar="FILE", default="", help="answer with this adapter on the model")
     parser.add_argument("--merge", metavar="OUT.pt", help="write model and adapter together as one checkpoint")
     parser.add_argument("--num_samples", metavar="N", type=int, default=1, help="answers to draw for -p [1]")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="also end at this; may be repeated")
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
     parser.add_argument("--profile", action="store_true", help="print tokens per second")
-    sampling = parser.add_argument_group(GenerationConfig.__doc__)
+    sampling = parser.add_argument_group("Sampling")
     short = {"max_length": "-l", "temperature": "-t", "top_k": "-k", "repetition_penalty": "-r"}
     for name, field in fields_of(GenerationConfig).items():
         flags = [short[name]] if name in short else []
-        sampling.add_argument(*flags, f"--{name}", metavar=field.metavar, help=field.help_text)
+        text = field.help_text.replace("[256]", "[the model's window]")
+        sampling.add_argument(*flags, f"--{name}", metavar=field.metavar, help=text)
     return parser
 
 

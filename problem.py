@@ -1,16 +1,16 @@
-"""Toy sequence problems that show what attention can learn; tasks.py holds the table of them.
+"""Train and test transformers on toy sequence problems, each of which shows something that attention can learn.
 
     python problem.py --list                        the problems
     python problem.py sort                          trains, tests on held-out instances, prints the exact-match accuracy
     python problem.py sort --length 20 --use_rope false --n_layer 3         any field can be overridden
-    python problem.py copy --train_length 1-10 --test_length 11-20          does it work at lengths never trained on?
-    python problem.py sort --plot                   curves, accuracy by length and attention maps as PNG
+    python problem.py copy --train_length 1-10 --test_length 11-20          length generalisation
+    python problem.py sort --plot                   training curves, accuracy by length and attention maps as PNG
     python problem.py sort --checkpoint checkpoint/problem_sort.pt          tests a trained model
-    python problem.py                               type inputs, read the answers of the models trained so far
+    python problem.py                               interactive: type inputs for the models trained so far
     python problem.py all                           every problem in turn, and a table of the results
 
-Training and held-out instances are told apart by a hash of the prompt, so that none is ever both. Fields not given take
-the value in the problem's entry (problems/tasks.py), or else the customary one (problems/config.py).
+A hash of the prompt decides whether an instance is for training or held out, so none is ever both. Defaults come from
+the problem's entry (problems/tasks.py), then from problems/config.py.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import torch
 import train
 from base.configuration import Parser, UserError, check_fields, fields_of, run_main
 from base.devices import find_device
+from layers.attention_maps import attention_maps
 from model import GPT, ModelConfig
 from problems.config import ProblemConfig, find_problem, parse_length
 from problems.instances import HeldOut, InstanceSampler, exact_match
@@ -37,7 +38,8 @@ from training.engine import Engine
 from training.run_log import print_table
 from training.setup import problem_config
 from training.sources import check_window, problem_tokenizer
-from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
+from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer
+from weights.lora import load_merged
 
 # --------------------------------------------------------------------------------------------------------- answers
 
@@ -47,21 +49,22 @@ class Score(NamedTuple):
     n: int
 
     @property
-    def share(self) -> float:
+    def accuracy(self) -> float:
         return self.n_right / self.n
 
     def __str__(self) -> str:
-        percent = 100.0 if self.n_right == self.n else min(99.99, 100 * self.share)  # 100.00 is said of all alone
+        percent = 100.0 if self.n_right == self.n else min(99.99, 100 * self.accuracy)  # 100.00% means all
         return f"{percent:.2f}% ({self.n_right}/{self.n})"
 
 
-def total(right: dict[int, np.ndarray]) -> Score:
-    return Score(sum(int(r.sum()) for r in right.values()), sum(map(len, right.values())))
+def total(correct: dict[int, np.ndarray]) -> Score:
+    """The score over all lengths, from exact_match()."""
+    return Score(sum(int(c.sum()) for c in correct.values()), sum(map(len, correct.values())))
 
 
 @dataclass
 class Solver:
-    """A trained model that answers typed inputs."""
+    """A trained model with its tokenizer and problem: answers prompts given as text."""
 
     model: GPT
     tokenizer: CharTokenizer
@@ -69,7 +72,7 @@ class Solver:
     device: torch.device
 
     def encode(self, text: str) -> torch.Tensor:
-        """Token ids (1, T) of a prompt, its end mark added where it lacks; raises UserError."""
+        """Token ids (1, T) of a prompt, with the problem's separator at the end; raises UserError."""
         ends = self.problem.ends
         if ends and not text.endswith(ends):
             text = text.rstrip(" " + ends) + ends
@@ -77,18 +80,19 @@ class Solver:
         if unknown:
             raise UserError(f"not in the alphabet {self.tokenizer.characters!r}: {unknown!r}")
         if not 0 < len(text) <= self.model.config.block_size:
-            raise UserError(f"{len(text)} characters do not fit the window of {self.model.config.block_size}")
+            raise UserError(f"{len(text)} characters do not fit into the window of {self.model.config.block_size}")
         return torch.from_numpy(self.tokenizer.encode(text).astype(np.int64))[None].to(self.device)
 
     def answer(self, text: str) -> str:
-        """What the model says to an input: in one pass with full attention, else character by character."""
+        """The model's answer: by greedy decoding, token by token; with full attention in one forward pass."""
         idx = self.encode(text)
         self.model.eval()
         if not self.problem.is_causal:
             return self.tokenizer.decode(self.model.predict(idx)[0].tolist())
-        room = self.model.config.block_size - idx.size(1) + 1
-        said = [token.item() for token in self.model.generate(idx, room, temperature=0.0, stop_tokens=(EOS,))]
-        return self.tokenizer.decode(said[: said.index(EOS)] if EOS in said else said)
+        max_new_tokens = self.model.config.block_size - idx.size(1) + 1
+        steps = self.model.generate(idx, max_new_tokens, temperature=0.0, stop_tokens=(EOS,))
+        tokens = [token.item() for token in steps]
+        return self.tokenizer.decode(tokens[: tokens.index(EOS)] if EOS in tokens else tokens)
 
 
 def text_of(codes: np.ndarray) -> str:
@@ -96,23 +100,22 @@ def text_of(codes: np.ndarray) -> str:
     return "".join(chr(code) for code in codes if code)
 
 
-def show_examples(solver: Solver, held_out: HeldOut, right: dict[int, np.ndarray], n: int = 4) -> None:
-    """Print a few instances that were answered wrong, and a few that were answered right."""
-    for verdict, wanted in (("wrong", False), ("right", True)):
-        places = [(length, i) for length, r in right.items() for i in np.flatnonzero(r == wanted)]
-        for j in np.linspace(0, len(places) - 1, min(n, len(places))).astype(int):
-            length, i = places[j]
+def show_examples(solver: Solver, held_out: HeldOut, correct: dict[int, np.ndarray], n: int = 4) -> None:
+    """Print a few wrong and a few right answers."""
+    for label, is_right in (("wrong", False), ("right", True)):
+        found = [(length, i) for length, c in correct.items() for i in np.flatnonzero(c == is_right)]
+        for j in np.linspace(0, len(found) - 1, min(n, len(found))).astype(int):
+            length, i = found[j]
             prompt, expected, _ = held_out.by_length[length]
             prompt, expected = text_of(prompt[i]), text_of(expected[i])
-            said = solver.answer(prompt)
-            print(f"{verdict}: {prompt} -> {said}" + ("" if wanted else f"  (it is {expected})"))
+            print(f"{label}: {prompt} -> {solver.answer(prompt)}" + ("" if is_right else f"  (expected {expected})"))
 
 
-# --------------------------------------------------------------------------------------------------------- running
+# ------------------------------------------------------------------------------------------- training and testing
 
 
 class Outcome(NamedTuple):
-    """What came of a problem: a row of the table that `all` prints."""
+    """Result of one problem: a row of the table that `all` prints."""
 
     config: TrainConfig
     settings: ProblemConfig
@@ -129,20 +132,20 @@ class Outcome(NamedTuple):
         return self.settings.problem, lengths, str(self.score), f"{self.n_parameters:,}", f"{self.minutes:.1f}", seed
 
 
-def load_solver(path: str | Path, device: torch.device, name: str, needed: int = 0) -> Solver:
-    """A trained model; with rotary positions its window is widened to what is needed."""
+def load_solver(path: str | Path, device: torch.device, name: str, min_window: int = 0) -> Solver:
+    """A trained model. Rotary positions are computed, not learned: with them the window can grow to min_window."""
     checkpoint = load_checkpoint(path)
     tokenizer = load_checkpoint_tokenizer(checkpoint, path)
     problem = find_problem(name)
     if tokenizer.fingerprint() != problem_tokenizer(problem).fingerprint():
         raise UserError(f"{path}: its alphabet is not that of {name}")
     shape = checkpoint["model_config"]
-    changes = {"block_size": max(needed, shape["block_size"])} if shape.get("use_rope") else {}
-    return Solver(load_model(checkpoint, path, **changes).to(device), tokenizer, problem, device)
+    changes = {"block_size": max(min_window, shape["block_size"])} if shape.get("use_rope") else {}
+    return Solver(load_merged(checkpoint, path, **changes).to(device), tokenizer, problem, device)
 
 
 def stored_fields(path: str | Path) -> dict[str, Any]:
-    """The fields that a checkpoint of a problem was trained with; raises UserError where it is none."""
+    """Training and problem config of a checkpoint; raises UserError if it is not a checkpoint of a problem."""
     values = load_checkpoint(path)["train_config"]
     if "problem" not in values:
         raise UserError(f"{path}: not a checkpoint of problem.py")
@@ -152,50 +155,52 @@ def stored_fields(path: str | Path) -> dict[str, Any]:
 def test(
     path: str | Path, config: TrainConfig, settings: ProblemConfig, plot: bool, example: str | None, log: Path | None
 ) -> Score:
-    """Test a checkpoint on held-out instances, print what it gets wrong and right, draw the pictures."""
+    """Exact-match accuracy of a checkpoint on the test split; prints examples and, on request, writes the plots."""
     engine = Engine(config)
     sampler = InstanceSampler(settings, problem_tokenizer(find_problem(settings.problem)))
     solver = load_solver(path, engine.device, settings.problem, sampler.window())
     check_window(sampler, solver.model.config)
     lengths, shared = parse_length(settings.test_length), {"batch_size": config.batch_size, "seed": config.random_seed}
     held_out = HeldOut(sampler, "test", lengths, settings.test_instances, **shared)
-    right = exact_match(solver.model, held_out, engine)
-    show_examples(solver, held_out, right)
+    correct = exact_match(solver.model, held_out, engine)
+    show_examples(solver, held_out, correct)
     unit = solver.problem.unit
-    if len(right) > 1:
-        for length, r in right.items():
-            score = Score(int(r.sum()), len(r))
-            print(f"{length:3} {unit}: {score if score.n else 'no instance is held out'}")
+    if len(correct) > 1:
+        for length, c in correct.items():
+            score = Score(int(c.sum()), len(c))
+            print(f"{length:3} {unit}: {score if score.n else 'no instance in the test split'}")
     if plot:
         example = example or text_of(next(i.prompt[-1] for i in held_out.by_length.values() if len(i.prompt)))
-        draw(solver, config.stage, settings, log, right, example)
-    return total(right)
+        draw(solver, config.stage, settings, log, correct, example)
+    return total(correct)
 
 
 def draw(
-    solver: Solver, name: str, settings: ProblemConfig, log: Path | None, right: dict[int, np.ndarray], example: str
+    solver: Solver, name: str, settings: ProblemConfig, log: Path | None, correct: dict[int, np.ndarray], example: str
 ) -> None:
     """Write NAME.png and NAME_attention.png."""
     trained = parse_length(settings.train_length)
-    by_length = {length: float(r.mean()) for length, r in right.items() if len(r)}
+    by_length = {length: float(c.mean()) for length, c in correct.items() if len(c)}
     title = f"{settings.problem}, trained on {settings.train_length or 'all'} {solver.problem.unit}"
     draw_results(f"{name}.png", title, log, by_length, trained, solver.problem.unit)
     ids = solver.encode(example)
-    maps = solver.model.attention_maps(ids)[:, 0].float().cpu().numpy()  # (n_layer, n_head, T, T)
+    maps = attention_maps(solver.model, ids)[:, 0].float().cpu().numpy()  # (n_layer, n_head, T, T)
     title = f"{settings.problem}: {example} \N{RIGHTWARDS ARROW} {solver.answer(example)}"
     draw_attention(f"{name}_attention.png", title, maps, list(solver.tokenizer.decode(ids[0].tolist())))
-    print(f"pictures: {name}.png, {name}_attention.png")
+    print(f"plots: {name}.png, {name}_attention.png")
 
 
-def solve(name: str, overrides: dict[str, Any], plot: bool, example: str | None) -> Outcome | None:
-    """Train on a problem and test the best checkpoint; None where the training was interrupted."""
-    asked = problem_config(name, overrides)
-    run = train.train_stage(asked, Engine)
+def train_and_test(name: str, overrides: dict[str, Any], plot: bool, example: str | None) -> Outcome | None:
+    """Train on a problem and test its best checkpoint; None if the training was interrupted."""
+    config = problem_config(name, overrides)
+    run = train.train_stage(config, Engine, [name if argument == "all" else argument for argument in sys.argv[1:]])
     if run.stopped:
         return None
-    score = test(run.best_path, asked.training, asked.settings, plot, example, run.log_path)
+    if run.best_path not in run.written and not run.is_resumed:  # a file of that name is another run's
+        raise UserError(f"{name}: no evaluation was finite, so there is no best checkpoint to test")
+    score = test(run.best_path, config.training, config.settings, plot, example, run.log_path)
     minutes = (time.perf_counter() - run.began) / 60
-    return Outcome(asked.training, asked.settings, score, run.model.parameter_count(), minutes)
+    return Outcome(config.training, config.settings, score, run.model.parameter_count(), minutes)
 
 
 def list_problems() -> None:
@@ -211,11 +216,11 @@ def list_problems() -> None:
     print_table(rows)
 
 
-def converse(paths: dict[str, Path], device: torch.device, current: str) -> None:
-    """Read lines: the name of a problem turns to it, anything else is an input to the one turned to."""
+def interact(paths: dict[str, Path], device: torch.device, current: str) -> None:
+    """Answer lines of standard input; the name of a problem at the start of a line switches to that problem."""
     solvers: dict[str, Solver] = {}
     interactive = sys.stdin.isatty()
-    print(f"type an input, or the name of a problem to turn to it: {', '.join(paths)}", file=sys.stderr)
+    print(f"type an input, or the name of a problem to switch to it: {', '.join(paths)}", file=sys.stderr)
     while True:
         try:
             line = input(f"{current}> " if interactive else "").strip("\r\n")
@@ -235,7 +240,7 @@ def converse(paths: dict[str, Path], device: torch.device, current: str) -> None
 
 
 def trained_problems(folder: str) -> dict[str, Path]:
-    """The checkpoints of problems in a folder, by problem."""
+    """Paths of the checkpoints in a folder, by problem."""
     found = {name: Path(folder, f"problem_{name}.pt") for name in PROBLEMS}
     found = {name: path for name, path in found.items() if path.is_file()}
     if not found:
@@ -245,48 +250,51 @@ def trained_problems(folder: str) -> dict[str, Path]:
 
 def main() -> None:
     parser = Parser(__doc__, ProblemConfig, TrainConfig, ModelConfig)
-    parser.add_argument("problem", nargs="?", default=argparse.SUPPRESS, help="a problem of the table, or all")
-    parser.add_argument("--list", action="store_true", help="print the table of problems")
-    parser.add_argument("--checkpoint", metavar="FILE", help="test this one instead of training; alone: talk to it")
-    parser.add_argument("--plot", action="store_true", help="write <stage>.png and <stage>_attention.png")
-    parser.add_argument("--example", metavar="TEXT", help="input for the attention maps [the first of the test]")
+    parser.add_argument("problem", nargs="?", default=argparse.SUPPRESS, help="name of a problem (--list), or all")
+    parser.add_argument("--list", action="store_true", help="list the problems")
+    parser.add_argument("--checkpoint", metavar="FILE", help="test this model; without a problem: interactive")
+    parser.add_argument("--plot", action="store_true", help="write plots: <stage>.png and <stage>_attention.png")
+    parser.add_argument("--example", metavar="TEXT", help="input for the attention maps [the first test instance]")
     args, overrides = parser.parse()
     name = overrides.pop("problem", None)
     if args.example and not args.plot:
-        raise UserError("command line: --example is for --plot")
+        raise UserError("command line: --example needs --plot")
     if args.list:
         list_problems()
     elif args.checkpoint:
         test_checkpoint(args, name, overrides)
     elif name is None:
         paths = trained_problems(overrides.get("save_checkpoint_to", "checkpoint"))
-        converse(paths, find_device(overrides.get("device", "auto")), next(iter(paths)))
+        interact(paths, find_device(overrides.get("device", "auto")), next(iter(paths)))
     elif name == "all":
         outcomes = []
         for each in PROBLEMS:
-            outcomes.append(solve(each, overrides, args.plot, None))
+            outcomes.append(train_and_test(each, overrides, args.plot, None))
             if outcomes[-1] is None:
                 break
             print(f"accuracy: {outcomes[-1].score}\n")
         print_table([Outcome.COLUMNS, *(outcome.row() for outcome in outcomes if outcome)])
     else:
-        outcome = solve(name, overrides, args.plot, args.example)
+        outcome = train_and_test(name, overrides, args.plot, args.example)
         if outcome:
             print(f"{outcome.n_parameters:,} parameters, {outcome.minutes:.1f} minutes")
             print(f"accuracy: {outcome.score}")
 
 
 def test_checkpoint(args: argparse.Namespace, name: str | None, overrides: dict[str, Any]) -> None:
-    """Test a trained model on its own problem; without a problem's name, talk to it."""
+    """--checkpoint: test a trained model on a problem; without a problem's name, interactive."""
     stored = stored_fields(args.checkpoint)
     if "train_fraction" in overrides:
-        raise UserError("command line: --train_fraction with --checkpoint: what it was trained on stays as it was")
-    asked = problem_config(name or stored["problem"], {**overrides, "from_checkpoint": ""}, stored)
-    if asked.model:
-        raise UserError(f"command line: --{next(iter(asked.model))} with --checkpoint: a trained model keeps its shape")
-    config, settings = asked.training, asked.settings
+        raise UserError("command line: --train_fraction with --checkpoint: it would mix training and test instances")
+    run_config = problem_config(
+        name or stored["problem"], {**overrides, "from_checkpoint": "", "use_lora": False}, stored
+    )
+    if run_config.model:
+        field = next(iter(run_config.model))
+        raise UserError(f"command line: --{field} with --checkpoint: the shape of a trained model cannot change")
+    config, settings = run_config.training, run_config.settings
     if name is None:
-        converse({settings.problem: Path(args.checkpoint)}, find_device(config.device), settings.problem)
+        interact({settings.problem: Path(args.checkpoint)}, find_device(config.device), settings.problem)
     else:
         print(f"accuracy: {test(args.checkpoint, config, settings, args.plot, args.example, None)}")
 

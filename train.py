@@ -53,7 +53,9 @@ def train(run: Run, log: RunLog) -> State:
     done = config.max_steps is not None and state.step >= config.max_steps
     with StopRequest() as stop, contextlib.closing(steps):
         while not done:
-            # this process's micro-batches of the global batch; how many targets the whole step has, on all processes
+            # This process's micro-batches of the global batch, and how many targets the whole step has. Whether to stop
+            # is summed too: a signal or a clock that one process alone has seen must end the loop on all of them at the
+            # same step, as everything below that saves or evaluates takes all processes.
             step_began = time.perf_counter()
             micro_batches = next(steps)
             local = sum(batch.count for batch in micro_batches), sum(batch.idx.numel() for batch in micro_batches)
@@ -97,11 +99,12 @@ def train(run: Run, log: RunLog) -> State:
                 done = done or has_reached_its_end(config, state)
             if state.step % config.save_interval == 0 and save_or_warn(run, run.last_path, log):
                 saved = state.step
-        if state.step and not stop.requested and evaluated != state.step:
+        (stopping,) = engine.sum_over_ranks(float(stop.requested))
+        if state.step and not stopping and evaluated != state.step:
             evaluate_and_save(run, log)
         if state.step and saved != state.step:
             save_or_warn(run, run.last_path, log, must=True)
-        run.stopped = stop.requested
+        run.stopped = bool(stopping)
     return state
 
 
@@ -163,15 +166,16 @@ def evaluate(run: Run) -> tuple[float, float]:
     sums = torch.zeros(5, dtype=torch.float64)
     for batch in run.validation:
         batch = batch.to(engine.device)
-        with engine.autocast():
-            losses = run.loss(network, batch, "none")  # (B, T) per target, or (B, 1) per pair or answer
-        s = losses.double().sum(1).cpu()
-        c = target_counts(batch, losses).double().sum(1).cpu()
+        losses = engine.compute_loss(run.loss, batch, "none")  # (B, T) per target, or (B, 1) per pair or answer
+        # per sample; float64, in which large sums lose nothing, exists on CPUs and CUDA but not on MPS
+        s = losses.cpu().double().sum(1)
+        c = target_counts(batch, losses).cpu().double().sum(1)
         sums += torch.stack([s.sum(), c.sum(), (s * s).sum(), (s * c).sum(), (c * c).sum()])
     network.train()
     s, c, ss, sc, cc = engine.sum_over_ranks(*sums.tolist())
     mean = s / c
-    return mean, math.sqrt(max(0.0, ss - 2 * mean * sc + mean * mean * cc)) / c
+    variance = ss - 2 * mean * sc + mean * mean * cc
+    return mean, math.sqrt(max(0.0, variance)) / c if math.isfinite(variance) else math.nan
 
 
 def target_counts(batch: Batch, losses: torch.Tensor) -> torch.Tensor:
@@ -185,9 +189,11 @@ def evaluate_and_save(run: Run, log: RunLog) -> None:
     """Evaluate; write <stage>.pt if the validation loss fell."""
     state, config = run.state, run.config
     val_loss, standard_error = evaluate(run)
-    improved = val_loss < state.best_val_loss
+    improved = val_loss < state.best_val_loss  # never true of nan
     state.evals_without_gain = 0 if improved else state.evals_without_gain + 1
-    before, state.best_val_loss = state.best_val_loss, min(val_loss, state.best_val_loss)
+    before = state.best_val_loss
+    if improved:
+        state.best_val_loss = val_loss
     record = {
         "type": "val",
         "step": state.step,
@@ -197,6 +203,9 @@ def evaluate_and_save(run: Run, log: RunLog) -> None:
         "tokens": state.tokens,
     }
     line = f"step {state.step:,}: val loss {val_loss:.4f} ± {standard_error:.4f}"
+    if not math.isfinite(val_loss):
+        record["not_finite"] = True  # JSON has no nan: val_loss itself becomes null
+        line += " (not finite: not compared with the best)"
     if config.loss in PER_TOKEN_LOSSES:
         record["perplexity"] = math.exp(min(val_loss, 700))
         line += f", perplexity {record['perplexity']:.2f}"
@@ -224,8 +233,9 @@ def sample_text(run: Run, model: GPT) -> str:
     """A short continuation of sample_prompt; its random numbers are its own, so that training is not disturbed."""
     model.eval()
     idx = torch.from_numpy(run.tokenizer.encode(run.config.sample_prompt).astype("int64"))[None].to(run.engine.device)
-    steps = model.generate(idx, run.config.sample_tokens, temperature=0.8, seed=run.config.random_seed)
-    text = run.tokenizer.decode([tokens.item() for tokens in steps])
+    with run.engine.autocast():  # the precision of training: some attention kernels know no other
+        steps = model.generate(idx, run.config.sample_tokens, temperature=0.8, seed=run.config.random_seed)
+        text = run.tokenizer.decode([tokens.item() for tokens in steps])
     model.train()
     return text
 
@@ -235,32 +245,44 @@ def sample_text(run: Run, model: GPT) -> str:
 
 def save_or_warn(run: Run, path: Path, log: RunLog, must: bool = False) -> bool:
     """Save; where any process fails to (a full disk), all of them return False, or stop if it must succeed."""
-    failure = None
-    try:
-        save(run, path)
-    except SaveError as error:
-        failure = error
-    (failures,) = run.engine.sum_over_ranks(float(failure is not None))
-    if not failures:
-        return True
-    failure = failure or SaveError(f"{path}: another process could not write it")
-    if must or run.config.stop_on_failed_save:
-        raise failure
-    log.message(f"warning: {failure}; training goes on to the next save")
-    return False
+    for work in (keep_earlier, save):  # saving gathers shards from all processes: none may begin it alone
+        failure = None
+        try:
+            work(run, path, log)
+        except SaveError as error:
+            failure = error
+        except OSError as error:
+            failure = SaveError(f"{path}: not written ({error.strerror or error})")
+        (failures,) = run.engine.sum_over_ranks(float(failure is not None))
+        if failures:
+            failure = failure or SaveError(f"{path}: another process could not write it")
+            if must or run.config.stop_on_failed_save:
+                raise failure
+            log.message(f"warning: {failure}; training goes on to the next save")
+            return False
+    run.written.add(path)
+    return True
 
 
-def save(run: Run, path: Path) -> None:
-    """Write a checkpoint. What an earlier run left under this name is kept as NAME.bak."""
-    state = run.state
-    if run.engine.is_main and path not in run.written and path.exists() and not run.is_resumed:
+def keep_earlier(run: Run, path: Path, log: RunLog) -> None:
+    """Keep what another run left under this name as NAME.bak, and this run's last save as NAME.previous."""
+    if not run.engine.is_main:
+        return
+    is_first = path not in run.written
+    is_ours = run.is_resumed and (path == run.best_path or Path(run.config.from_checkpoint).resolve() == path.resolve())
+    if is_first and path.exists() and not is_ours:  # also the newer save of a run that goes on from an older one
         backup = path.with_name(path.name + ".bak")
         if backup.is_dir():
             shutil.rmtree(backup)
         os.replace(path, backup)
-    if run.engine.is_main and path == run.last_path and path.is_file():
-        keep_previous(path, only_if_none=path not in run.written)  # what this run has not written may be damaged
-    run.written.add(path)
+        log.message(f"{path}: of an earlier run, kept as {backup.name}")
+    if path == run.last_path and path.is_file():
+        keep_previous(path, only_if_none=is_first and run.is_from_previous)  # that one is damaged
+
+
+def save(run: Run, path: Path, log: RunLog) -> None:
+    """Write a checkpoint: the engine's state, and all that inference and resuming need beside it."""
+    state = run.state
     run.engine.save(
         path,
         {
@@ -287,7 +309,7 @@ def lock_checkpoints(run: Run) -> Iterator[None]:
     if not run.engine.is_main:
         yield
         return
-    folder, stage = Path(run.config.save_checkpoint_to), run.name
+    folder, stage = Path(run.config.save_checkpoint_to), run.config.name
     try:
         with hold_lock(folder / f".{stage}.lock"):
             for leftover in folder.glob(f".{glob.escape(stage)}*.tmp"):
@@ -339,10 +361,14 @@ def train_with_log(run: Run, argv: list[str]) -> None:
         reached = f"best validation loss {state.best_val_loss:.4f} ({best})"
         reached = reached if math.isfinite(state.best_val_loss) else "not evaluated yet"
         print(f"step {state.step:,}, {reached}; log: {log.path}")
-        command = f"{engine.launcher} {Path(sys.argv[0]).name} {shlex.join(without_flag(argv, '--from_checkpoint'))}"
-        print(f"to go on: {command} --from_checkpoint {last}")
+        again = without_flag(argv, "--from_checkpoint")
+        if config.max_steps and state.step >= config.max_steps:  # as it is, the command would end at once
+            again = [*without_flag(again, "--max_steps"), "--max_steps", str(2 * config.max_steps)]
+        again += ["--from_checkpoint", str(last)]
+        print(f"to go on: {engine.launcher} {Path(sys.argv[0]).name} {shlex.join(again)}")
         if best in run.written:
-            print(f"to try it: {run.source.next_command(best)}")
+            base = run.adapter["base"] if run.adapter else ""
+            print(f"to try it: {run.source.next_command(best, base)}")
 
 
 def without_flag(argv: list[str], flag: str) -> list[str]:
@@ -355,13 +381,16 @@ def without_flag(argv: list[str], flag: str) -> list[str]:
     return kept
 
 
-def train_stage(asked: RunConfig, make_engine: Callable[[TrainConfig], Engine]) -> Run:
-    """Build the run that was asked for on an engine, report what is about to be trained, and train it."""
+def train_stage(asked: RunConfig, make_engine: Callable[[TrainConfig], Engine], argv: list[str] | None = None) -> Run:
+    """Build the run that was asked for on an engine, report what is about to be trained, and train it.
+
+    argv: the arguments that a command to go on repeats; None: those of the script.
+    """
     run = build_run(asked, make_engine(asked.training))
     with contextlib.redirect_stdout(Console(sys.stdout)), contextlib.redirect_stderr(Console(sys.stderr)):
         if run.engine.is_main:
             preflight.report(run)
-        train_with_log(run, sys.argv[1:])
+        train_with_log(run, sys.argv[1:] if argv is None else argv)
     return run
 
 

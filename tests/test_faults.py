@@ -97,6 +97,20 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_training_going(prepared, 
     assert last.read_bytes() == before
 
 
+def test_a_log_that_cannot_be_written_does_not_end_the_run(prepared, call):
+    """No file may grow beyond 5 kB: neither the log nor a checkpoint; the log ends with a whole line."""
+    limits = {resource.RLIMIT_FSIZE: 5_000}
+    job = fork("train.py", *ARGUMENTS, "--max_steps", "60", cwd=prepared, limits=limits)
+    job.join(60)
+    said = (prepared / "output.txt").read_text()
+    assert (
+        job.exitcode == 1 and "Traceback" not in said and "run_last.pt: not written" in said
+    )  # the checkpoint's fault
+    assert said.count(".log: not written (") == 1 and "60/60" in said
+    steps = [record["step"] for record in read_log(newest_log(prepared), "train")]
+    assert 3 < len(steps) < 60 and steps == list(range(1, len(steps) + 1))
+
+
 def test_a_flipped_bit_or_a_missing_end_is_noticed(prepared, call):
     trained(call, "--max_steps", "4", "--save_interval", "2")
     last = prepared / "checkpoint" / "run_last.pt"
@@ -131,18 +145,18 @@ def test_every_bit_of_a_weight_is_covered(prepared, call):
             load_checkpoint(last)
 
 
-def test_resuming_falls_back_to_the_predecessor(prepared, call, capsys):
+def test_resuming_falls_back_to_the_previous_checkpoint(prepared, call, capsys):
     trained(call, "--max_steps", "4", "--save_interval", "2")
     last = prepared / "checkpoint" / "run_last.pt"
     assert load_checkpoint(f"{last}.previous")["step"] == 2
     last.write_bytes(last.read_bytes()[:-100])
     result = trained(call, "--max_steps", "6", *ON)
-    assert "run_last.pt: " in result.err and "going on from its predecessor, step 2" in result.err
+    assert "run_last.pt: " in result.err and "using the previous checkpoint, step 2" in result.err
     assert load_checkpoint(last)["step"] == 6
     trained(call, "--max_steps", "6", "--stage", "whole")
     assert same_weights(load_checkpoint(last), load_checkpoint("checkpoint/whole_last.pt"))
     last.unlink()
-    assert load_checkpoint_or_previous(last)["step"] > 0  # a predecessor alone will do
+    assert load_checkpoint_or_previous(last)["step"] > 0  # NAME.previous alone is enough
 
 
 @pytest.fixture
@@ -254,7 +268,7 @@ def test_weights_that_only_claim_to_be_large_are_refused(work, prepared, call):
     checkpoint["model"] = {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}
     torch.save({**checkpoint, "model_config": shape}, "hostile.pt")
     assert (work / "hostile.pt").stat().st_size < 10**6
-    with pytest.raises(UserError, match="not stored whole"):
+    with pytest.raises(UserError, match="not stored in full"):
         load_model(load_checkpoint("hostile.pt"), "hostile.pt")
 
 

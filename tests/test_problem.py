@@ -123,10 +123,10 @@ def test_options_change_the_answers(name, overrides, obvious):
         assert answer == obvious(prompt.removesuffix("=")), prompt
 
 
-def test_every_closing_bracket_is_marked_with_its_value():
+def test_the_auxiliary_target_of_a_closing_bracket_is_its_value():
     sampler = make_sampler("boolean")
     instances = sampler.draw(np.random.default_rng(0), 200, 4, "train")
-    for prompt, marks in zip(instances.prompt, instances.marks, strict=True):
+    for prompt, aux_targets in zip(instances.prompt, instances.aux_targets, strict=True):
         text = problem.text_of(prompt)
         opened = []
         for i, character in enumerate(text):
@@ -135,7 +135,7 @@ def test_every_closing_bracket_is_marked_with_its_value():
             expected = 0
             if character == ")":
                 expected = ord(str(value_of(re.findall(r"[()*+01]", text[opened.pop() : i + 1]))))
-            assert marks[i] == expected
+            assert aux_targets[i] == expected
 
 
 def test_boolean_expressions_keep_to_their_depth_and_leaf_probability():
@@ -332,7 +332,7 @@ def test_a_new_problem_is_a_generator_and_an_entry(work, call, monkeypatch):
     result = call("problem.py", "largest", "--max_steps", "150", *QUICK)
     assert result.status == 0, result.err
     assert last_score(result.out)[0] > 95
-    for name in ("README.md", "README.zh.md"):
+    for name in ("docs/toy-problems.md", "docs/toy-problems.zh.md"):
         readme = (ROOT / name).read_text(encoding="utf-8")
         assert inspect.getsource(largest) in readme and '"0123456789=", largest, ends="=", length="4"' in readme
 
@@ -341,7 +341,7 @@ def test_a_generator_that_leaves_its_alphabet_is_named(work, call, monkeypatch):
     for alphabet, lacks in (("012345678=", "9"), ("123456789=", "0")):
         monkeypatch.setitem(PROBLEMS, "largest", Problem("", alphabet, largest, ends="=", length="4"))
         result = call("problem.py", "largest", "--max_steps", "1", *QUICK)
-        assert result.status == 1 and f"makes '{lacks}', which its alphabet lacks" in result.err
+        assert result.status == 1 and f"makes '{lacks}', which is not in its alphabet" in result.err
 
 
 def test_all_runs_every_problem_and_ends_with_a_table(work, call, monkeypatch):
@@ -377,7 +377,7 @@ def test_the_list_shows_every_problem(work, call):
         (["sort", "--n_head", "3"], "must be divisible by n_head"),
         (["sort", "--checkpoint", "none.pt"], "none.pt: no such checkpoint"),
         (["sort", "--from_checkpoint", "none.pt"], "none.pt: no such checkpoint"),
-        (["sort", "--example", "123"], "--example is for --plot"),
+        (["sort", "--example", "123"], "--example needs --plot"),
         ([], "no problem has been trained"),
     ],
 )
@@ -403,3 +403,27 @@ def test_a_small_space_is_tested_whole():
     everything = np.array([[a, b] for a in range(10) for b in range(10)])
     expected = sampler.split_of(drawing.hash_rows(spell(everything))) == drawing.SPLITS.index("test")
     assert len(held_out.by_length[2].prompt) == expected.sum() > 0
+
+
+def test_another_runs_checkpoint_is_not_tested_for_this_one(sorted_model, call, monkeypatch):
+    """Where no evaluation was finite, there is no best checkpoint, whatever an earlier run left."""
+    monkeypatch.setattr("train.evaluate", lambda run: (math.nan, math.nan))
+    result = call("problem.py", "sort", "--length", "3", "--max_steps", "3", *QUICK)
+    assert result.status == 1 and "no evaluation was finite" in result.err and "accuracy: " not in result.out
+
+
+def test_a_model_config_is_heeded_for_problems_too(work, call):
+    (work / "narrow.json").write_text('{"n_layer": 1, "n_head": 1, "n_embd": 16}')
+    arguments = ["--problem", "sort", "--length", "3", "--max_steps", "1", "--device", "cpu"]
+    assert call("train.py", *arguments, "-m", "narrow.json").status == 0
+    assert load_checkpoint("checkpoint/problem_sort.pt")["model_config"]["n_embd"] == 16
+    assert call("train.py", *arguments, "-m", "none").status == 1
+
+
+def test_an_adapter_of_a_problem_is_tested_and_talked_to(sorted_model, call, work):
+    (work / "checkpoint" / "problem_sort.pt").rename(work / "base.pt")
+    adapter = ["--use_lora", "true", "--from_checkpoint", "base.pt", "--length", "3", "--max_steps", "20"]
+    trained = call("problem.py", "sort", *adapter, "--device", "cpu", "--learning_rate", "0.001")
+    assert trained.status == 0, trained.err
+    again = call("problem.py", "sort", "--checkpoint", "checkpoint/problem_sort_lora.pt", "--device", "cpu")
+    assert again.status == 0 and last_score(again.out) == last_score(trained.out)

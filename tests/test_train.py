@@ -14,9 +14,9 @@ from model import GPT, ModelConfig
 from text.batches import TrainBatches
 from text.token_files import TokenFile
 from training.config import TrainConfig
-from training.engine import Engine
+from training.engine import Engine, place_steps
 from training.losses import next_token
-from training.optimizer import SCHEDULES, Muon, make_optimizer, orthogonalise, schedule
+from training.optimizer import SCHEDULES, CombinedOptimizer, Muon, make_optimizer, orthogonalise, schedule
 from training.run_log import StopRequest
 from weights.checkpointing import load_checkpoint
 
@@ -70,7 +70,7 @@ def test_resume_gives_the_same_weights_and_the_logs_join(call, prepared, optimiz
     only_log(prepared).rename("first.txt")
     last = f"parts/{stage}_last.pt"
     result = call("train.py", "-t", path, "--from_checkpoint", last, "--save_checkpoint_to", "parts")
-    assert result.status == 0 and "continues" in result.out
+    assert result.status == 0 and "resumes" in result.out
     assert same_weights(f"whole/{stage}_last.pt", last)
     assert same_weights(f"whole/{stage}.pt", f"parts/{stage}.pt")
     resumed = read_log(only_log(prepared), "train")
@@ -273,7 +273,7 @@ def test_compile_leaves_no_trace(call, prepared, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", broken)
     result = call("train.py", "-t", path, "--compile", "true", "--save_checkpoint_to", "fallback")
-    assert result.status == 0 and "going on without" in result.err
+    assert result.status == 0 and "continuing without" in result.err
     assert load_checkpoint("fallback/pretrain_last.pt")["step"] == 6
 
 
@@ -456,3 +456,15 @@ def test_help_lists_every_field():
     out, _ = process.communicate(timeout=60)
     for name in (*ModelConfig.__dataclass_fields__, *TrainConfig.__dataclass_fields__):
         assert f"--{name}" in out
+
+
+def test_adams_steps_are_placed_where_a_fused_kernel_wants_them():
+    """Shown on the meta device: a ZeRO checkpoint's groups do not say fused, so torch leaves the steps on the CPU."""
+    p = torch.nn.Parameter(torch.empty(3, device="meta"))
+    optimizer = torch.optim.AdamW([p])
+    states = {0: {"step": torch.tensor(7.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}}
+    optimizer.load_state_dict({"state": states, "param_groups": [{"params": [0]}]})
+    optimizer.param_groups[0]["fused"] = True
+    assert optimizer.state[p]["step"].device.type == "cpu"
+    place_steps(CombinedOptimizer(optimizer))
+    assert optimizer.state[p]["step"].device.type == "meta"

@@ -80,7 +80,7 @@ def test_a_job_whose_process_dies_ends_with_a_message(prepared):
     worker(job, 1).kill()
     status, _, err = finish(job, timeout=60)
     assert status != 0
-    assert "process 0 lost contact" in err or "exitcode  : -9" in err
+    assert "process 0 lost the connection" in err or "exitcode  : -9" in err
     assert load_checkpoint(prepared / "checkpoint" / "pretrain_last.pt")["step"] >= 5
 
 
@@ -92,7 +92,7 @@ def test_a_job_whose_process_hangs_ends_within_the_timeout(prepared):
     psutil.wait_procs([waiting], timeout=40)
     hung.kill()  # torchrun would after half a minute
     status, _, err = finish(job, timeout=60)
-    assert status != 0 and "process 0 lost contact with the others" in err
+    assert status != 0 and "process 0 lost the connection to the other processes" in err
 
 
 def test_torchrun_restarts_a_job_where_it_was(prepared):
@@ -107,7 +107,7 @@ def test_torchrun_restarts_a_job_where_it_was(prepared):
     status, out, err = finish(job)
     assert status == 0, err
     assert (folder / "pretrain_last.pt.bak").read_bytes() == b"of an earlier run"
-    continued = re.search(r"continues checkpoint/pretrain_last.pt at step (\d+)", out)
+    continued = re.search(r"resumes checkpoint/pretrain_last.pt at step (\d+)", out)
     assert continued and int(continued[1]) % 5 == 0
     assert load_checkpoint(folder / "pretrain_last.pt")["step"] == 300
 
@@ -121,7 +121,7 @@ def test_a_signal_to_torchrun_saves(prepared, signal_number):
     else:
         job.send_signal(signal_number)
     _, out, err = finish(job)
-    assert "lost contact" not in err
+    assert "lost the connection" not in err
     assert "to go on: " in out
     saved = load_checkpoint(prepared / "checkpoint" / "pretrain_last.pt")["step"]
     assert saved == read_log(newest_log(prepared), "train")[-1]["step"]
@@ -138,7 +138,7 @@ def test_started_plainly_it_is_one_process(prepared, call, monkeypatch):
 def test_a_mistake_is_explained(prepared):
     status, _, err = finish(start(2, "-t", "pretrain", *ARGUMENTS, "--gradient_accumulation_steps", "5", cwd=prepared))
     assert status != 0 and 'Traceback (most recent call last):\n  File "/train' not in err
-    assert "gradient_accumulation_steps (5) cannot be shared out over 2 processes: set it to 4 or 6" in err
+    assert "gradient_accumulation_steps (5) is not divisible by 2 processes: set it to 4 or 6" in err
 
 
 @pytest.mark.parametrize(("steps", "world_size", "says"), [(5, 2, "4 or 6"), (1, 2, "set it to 2 "), (7, 4, "4 or 8")])
@@ -148,7 +148,7 @@ def test_the_nearest_accumulations_that_work_are_named(steps, world_size, says):
     check_accumulation(8, world_size)
 
 
-def test_lost_contact_is_told_from_other_errors():
+def test_communication_errors_are_told_from_other_errors():
     assert is_communication_error(torch.distributed.DistBackendError("x"))
     assert is_communication_error(
         RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer")

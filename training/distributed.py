@@ -1,4 +1,9 @@
-"""What training on several processes needs, whoever starts them: torch.distributed.run or DeepSpeed's launcher."""
+"""Training on several processes: the base of the engines in train_ddp.py and train_deepspeed.py.
+
+The launcher (torchrun or deepspeed) starts WORLD_SIZE processes and sets environment variables in each: its RANK among
+all, its LOCAL_RANK on its host, and where the process of rank 0 listens (MASTER_ADDR, MASTER_PORT). Rank 0 is the main
+process: it writes the log and the checkpoints.
+"""
 
 import datetime
 import os
@@ -13,8 +18,8 @@ from model import GPT
 from training.engine import Engine
 
 
-class GroupEngine(Engine):
-    """One process of a group; RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR are in the environment."""
+class DistributedEngine(Engine):
+    """An engine in a torch.distributed process group: one process, one device."""
 
     def __init__(self, config: Any) -> None:
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -25,7 +30,7 @@ class GroupEngine(Engine):
             raise UserError(f"backend {backend!r} is not in this build of torch; use gloo, or nccl on CUDA")
         self.timeout = datetime.timedelta(minutes=config.process_timeout)
         store, rank, world_size = next(dist.rendezvous("env://", timeout=self.timeout))
-        # torchrun hands a restarted job the same store, with the addresses of the processes that are dead
+        # after a restart torchrun reuses its store, with the addresses of dead processes in it: one prefix per attempt
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=self.timeout)
 
@@ -42,7 +47,7 @@ class GroupEngine(Engine):
         self.seed_dropout()
 
     def seed_dropout(self) -> None:
-        """Another one on every process; to be called when all have made the same weights."""
+        """A different seed per rank, for different dropout masks; called once all have the same initial weights."""
         if self.rank > 0:
             torch.manual_seed(self.config.random_seed + self.rank)
 
@@ -52,7 +57,7 @@ class GroupEngine(Engine):
         return sums.tolist()
 
     def random_states(self) -> dict[str, Any]:
-        """Of every process, so that a run on as many goes on exactly as it would have."""
+        """States of all ranks, so that a run resumed on the same number of processes is exact."""
         states = {}
         for name, state in super().random_states().items():
             parts = [torch.empty_like(state, device=self.device) for _ in range(self.world_size)]
@@ -67,23 +72,23 @@ class GroupEngine(Engine):
 
 
 def check_accumulation(accumulation_steps: int, world_size: int) -> None:
-    """Raises UserError unless the micro-batches of a step can be shared out equally."""
+    """Raises UserError unless every process gets the same number of micro-batches per step."""
     if accumulation_steps % world_size:
-        below = accumulation_steps - accumulation_steps % world_size
-        nearest = " or ".join(str(value) for value in (below, below + world_size) if value)
+        lower = accumulation_steps - accumulation_steps % world_size
+        nearest = " or ".join(str(value) for value in (lower, lower + world_size) if value)
         raise UserError(
-            f"gradient_accumulation_steps ({accumulation_steps}) cannot be shared out over {world_size} processes: "
-            f"set it to {nearest} (batch_size times this is the global batch)"
+            f"gradient_accumulation_steps ({accumulation_steps}) is not divisible by {world_size} processes: "
+            f"set it to {nearest} (the global batch is batch_size x gradient_accumulation_steps)"
         )
 
 
 def is_communication_error(error: RuntimeError) -> bool:
-    """Whether an error of torch's comes from the processes' talking to each other."""
+    """Whether an error comes from communication between processes: torch raises a plain RuntimeError for some."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()
 
 
-def launch(work: Callable[[], None]) -> None:
-    """Do this process's share of a job's work; explains lost contact, and says which process met an error."""
+def run_process(work: Callable[[], None]) -> None:
+    """Run work() as this process's part of a job; explains communication errors, and names the rank in others."""
     rank = int(os.environ["RANK"])
     try:
         work()
@@ -92,8 +97,8 @@ def launch(work: Callable[[], None]) -> None:
             raise
         first_line = str(error).strip().split("\n")[0]
         raise UserError(
-            f"process {rank} lost contact with the others: one died or hangs, or the network is down ({first_line}); "
-            "a restart continues from the last checkpoint"
+            f"process {rank} lost the connection to the other processes: one died or hangs, or the network is down "
+            f"({first_line}); restart with --from_checkpoint to resume from the last checkpoint"
         ) from None
     except UserError as error:
         if rank == 0:

@@ -1,4 +1,7 @@
-"""What a training run tells the world: a log file of JSON lines, the console, and TensorBoard or wandb when asked."""
+"""Logging of a training run: a file of JSON lines, a progress bar, optionally TensorBoard and Weights & Biases.
+
+Also what else ties a long run to its terminal: signals that ask it to stop, output streams that close.
+"""
 
 import json
 import math
@@ -16,7 +19,7 @@ from base.configuration import UserError, silence
 
 
 class RunLog:
-    """Writes records to train_<time>.log in the working directory and shows them; silent where is_main is false."""
+    """Writes records to train_<time>.log in the working directory and to the console; does nothing unless is_main."""
 
     def __init__(
         self,
@@ -38,42 +41,55 @@ class RunLog:
             disable=not is_main,
             dynamic_ncols=True,
             smoothing=0.05,
-            mininterval=0.2 if sys.stderr.isatty() else 20,  # a file wants fewer lines than a terminal
+            mininterval=0.2 if sys.stderr.isatty() else 20,  # seconds; output redirected to a file gets fewer lines
         )
         if not is_main:
             return
         self.file, self.path = create_log_file()
+        self.has_failed = False
         self.header = {"type": "header", **header}
         self.write(self.header)
         for sink in log_to:
             self.sinks.append(SINKS[sink](name, header))
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; what JSON cannot say (inf, nan) becomes null."""
+        """Append one record as a line of JSON; inf and nan, which JSON has no words for, become null."""
         if not self.is_main:
             return
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.file.write(json.dumps(plain, ensure_ascii=False) + "\n")
-        self.file.flush()
+        self.append(plain)
         if self.file.tell() > self.max_bytes:
             self.rotate()
         for sink in self.sinks:
             sink({k: v for k, v in plain.items() if isinstance(v, (int, float))}, record["type"])
 
+    def append(self, record: dict[str, Any]) -> None:
+        """Write a line, or nothing of it: where the disk is full, training goes on, and the log when there is room."""
+        line, start = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace"), self.file.tell()
+        try:
+            if self.file.write(line) < len(line):  # unbuffered: some of it may have found room
+                raise OSError("the disk is full?")
+        except OSError as error:
+            self.file.truncate(start)
+            self.file.seek(start)
+            if not self.has_failed:
+                self.message(f"warning: {self.path}: not written ({error.strerror or error}); training goes on without")
+            self.has_failed = True
+
     def rotate(self) -> None:
-        """Begin the log anew; what it held until now becomes NAME.1, in place of an older one."""
+        """Log rotation: the file is renamed to NAME.1, replacing an older one, and a new file starts."""
         self.file.close()
         os.replace(self.path, f"{self.path}.1")
-        self.file = open(self.path, "x", encoding="utf-8")  # noqa: SIM115
-        self.file.write(json.dumps(self.header, ensure_ascii=False) + "\n")
+        self.file = open(self.path, "xb", buffering=0)  # noqa: SIM115
+        self.append(self.header)
 
     def step(self, record: dict[str, Any]) -> None:
-        """A training record: into the log, and onto the progress bar."""
+        """Write a training record, and show loss and speed on the progress bar."""
         self.write({"type": "train", **record})
         self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s", refresh=False)
 
     def message(self, text: str) -> None:
-        """A line on the console, above the progress bar."""
+        """Print a line above the progress bar."""
         if self.is_main:
             tqdm.write(text)
 
@@ -86,12 +102,12 @@ class RunLog:
 
 
 def create_log_file() -> tuple[Any, Path]:
-    """A new train_<time>.log, never an existing one."""
+    """Create a new train_<time>.log; an existing file is never overwritten."""
     for attempt in range(100):
         suffix = f"_{attempt}" if attempt else ""
         path = Path(f"train_{time.strftime('%Y%m%d_%H%M%S')}{suffix}.log")
         try:
-            return open(path, "x", encoding="utf-8"), path
+            return open(path, "xb", buffering=0), path
         except FileExistsError:
             continue
     raise UserError("cannot find a free name for the log file train_<time>.log")
@@ -133,11 +149,12 @@ def wandb_sink(name: str, header: dict[str, Any]) -> Any:
     return sink
 
 
+# name -> factory of sink(values, kind), which logs a record; values None closes it
 SINKS = {"tensorboard": tensorboard_sink, "wandb": wandb_sink}
 
 
 class Console:
-    """A stream whose reader may leave, a closed terminal or pipe: from then on it is silent, and the run goes on."""
+    """An output stream that survives a broken pipe or closed terminal: further output is dropped, the run continues."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -160,22 +177,20 @@ class Console:
 
 
 class StopRequest:
-    """Turns the first Ctrl-C, SIGTERM, SIGUSR1 (Slurm's warning) or SIGHUP (a closed terminal) into a flag.
+    """Graceful shutdown: the first Ctrl-C, SIGTERM, SIGUSR1 (Slurm's warning) or SIGHUP (closed terminal) sets a flag.
 
-    The step in hand then ends and is saved.
-
-    A second one acts as it would have without; but launchers pass on what the terminal sent to their processes too, so
-    what follows within two seconds is the same request.
+    The loop then finishes its step and saves. A second signal has its default effect, but within two seconds of the
+    first it is ignored: launchers forward to their processes the Ctrl-C that the terminal has sent to these as well.
     """
 
     NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-    SAME = 2.0
+    GRACE_SECONDS = 2.0
 
     def __enter__(self) -> "StopRequest":
         self.requested_at: float | None = None
         signals = {name: getattr(signal, name) for name in self.NAMES if hasattr(signal, name)}
         if "SIGHUP" in signals and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-            del signals["SIGHUP"]  # nohup: the run outlives its terminal
+            del signals["SIGHUP"]  # started with nohup, which ignores SIGHUP: stay with that
         self.previous = {number: signal.signal(number, self.request) for number in signals.values()}
         return self
 
@@ -186,7 +201,7 @@ class StopRequest:
     def request(self, number: int, frame: FrameType | None) -> None:
         if self.requested_at is None:
             self.requested_at = time.monotonic()
-        elif time.monotonic() > self.requested_at + self.SAME:
+        elif time.monotonic() > self.requested_at + self.GRACE_SECONDS:
             self.__exit__()
             signal.raise_signal(number)
 
@@ -196,7 +211,7 @@ class StopRequest:
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:
-    """Rows as an aligned Markdown table, the first one its head."""
+    """Print rows as an aligned Markdown table; the first row is the header."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for i, row in enumerate(rows):
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
