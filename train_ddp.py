@@ -39,6 +39,7 @@ class DDPEngine(DistributedEngine):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        self.launcher = f"python -m torch.distributed.run --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', 'N')}"
         self.resume_after_restart(config)
 
     def resume_after_restart(self, config: Any) -> None:

@@ -24,7 +24,7 @@ def test_a_signal_to_one_process_ends_all_of_them_with_a_save(prepared):
     worker(job, 1).send_signal(signal.SIGUSR1)
     status, out, err = finish(job, timeout=60)
     assert status == 0, err
-    assert "to go on: " in out
+    assert "to go on: python -m torch.distributed.run --nproc_per_node 2 train_ddp.py" in out
     saved = load_checkpoint(prepared / "checkpoint" / "pretrain_last.pt")["step"]
     assert saved == read_log(newest_log(prepared), "train")[-1]["step"]
     assert read_log(newest_log(prepared), "val") == []  # stopped, not evaluated
