@@ -31,8 +31,16 @@ DEEPSPEED = ("deepspeed.launcher.runner", "--num_gpus")
 LAUNCHERS = {"train_ddp.py": TORCHRUN, "train_deepspeed.py": DEEPSPEED}
 
 
+def free_port() -> int:
+    """A port that nobody uses now; launchers' own default would meet that of a test beside this one."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
 def start(n_processes, *argv, cwd, script="train_ddp.py", launcher=()):
     """A job under its launcher, in a session of its own, so that signals reach no one else."""
+    if script == "train_deepspeed.py":  # (torchrun's --standalone finds its own)
+        launcher = [*launcher, "--master_port", str(free_port())]
     command = [sys.executable, "-m", *LAUNCHERS[script], str(n_processes), *launcher]
     return subprocess.Popen(
         [*command, ROOT / script, *map(str, argv)],
@@ -165,9 +173,8 @@ def end_of(n_processes, cwd, *argv, script="train_ddp.py", **options) -> tuple[l
     """Exit statuses and output of a job whose processes are given what a launcher would give them."""
     for log in cwd.glob("train_*.log"):
         log.unlink()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    shared = {"WORLD_SIZE": n_processes, "LOCAL_SIZE": n_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {"WORLD_SIZE": n_processes, "LOCAL_SIZE": n_processes, "MASTER_ADDR": "127.0.0.1"}
+    shared["MASTER_PORT"] = free_port()
     jobs = []
     for rank in range(n_processes):
         environment = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import DATA, FAST, TINY, asked_by, start_script, write_jsonl
-from processes import assert_close, curves, end_of, finish, newest_log, start, train_on
+from processes import assert_close, curves, end_of, finish, free_port, newest_log, start, train_on
 
 from base.configuration import UserError
 from training.deepspeed_launcher import check_hosts, read_hostfile
@@ -163,6 +163,7 @@ def test_a_hostfile_after_the_script_starts_the_launcher(prepared):
     """On one host, whose two slots the launcher starts without ssh."""
     (prepared / "hostfile.txt").write_text("localhost slots=2  # this one\n")
     arguments = [*ARGUMENTS, "--optimizer", "adamw", "--max_steps", "2", "--hostfile=hostfile.txt"]
+    arguments += ["--master_port", str(free_port())]
     job = start_script(SCRIPT, *arguments, cwd=prepared, start_new_session=True)
     status, out, err = finish(job)
     assert status == 0, err
