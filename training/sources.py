@@ -133,7 +133,8 @@ class ToyProblem:
         n = (config.eval_iters or 40) * config.batch_size
         validation = HeldOut(self.sampler, "val", parse_length(self.settings.train_length), n, **shared)
         if config.loss == "grpo":
-            reference = load_frozen_model("from_checkpoint", config.reference, self.tokenizer, engine.device)
+            field = "from_checkpoint" if config.reference == config.from_checkpoint else "reference"
+            reference = load_frozen_model(field, config.reference, self.tokenizer, engine.device)
             check_window(self.sampler, reference.config)
             batches = Rollouts(self.sampler, model, reference, engine)
         else:
