@@ -151,7 +151,7 @@ def main() -> None:
         print(f"held-out exact match: {100 * n_right / n:.1f}% ({n_right}/{n})")
         return
     if args.lora:
-        raise UserError("command line: --lora is for --questions; inference.py --merge makes a model of an adapter")
+        raise UserError("command line: --lora is for --questions; inference.py --merge merges an adapter into a model")
     if not 1 <= args.factor <= 1024 or args.windows < 1:
         raise UserError("command line: --factor must be between 1 and 1024, --windows at least 1")
     if not args.output.endswith(".png") or not Path(args.output).parent.is_dir():

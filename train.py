@@ -179,7 +179,7 @@ def evaluate(run: Run) -> tuple[float, float]:
 
 
 def target_counts(batch: Batch, losses: torch.Tensor) -> torch.Tensor:
-    """1 where a loss is of a target that counts, in the losses' shape: (B, T) per target, or (B, 1) per pair."""
+    """Loss mask in the shape of the losses: (B, T) per target, or (B, 1) per pair or answer."""
     if losses.shape != batch.targets.shape:
         return torch.full_like(losses, batch.count > 0)
     return torch.ones_like(losses) if batch.loss_mask is None else batch.loss_mask

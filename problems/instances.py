@@ -240,7 +240,7 @@ def exact_match(model: torch.nn.Module, held_out: HeldOut, engine: Any) -> dict[
     correct: dict[int, list[np.ndarray]] = {length: [np.empty(0, bool)] for length in held_out.by_length}
     for length, (batch, answer_mask) in held_out.examples():
         batch = batch.to(engine.device)
-        with engine.autocast():
+        with engine.uncompiled():
             predicted = model(batch.idx)[0].argmax(-1)  # (B, T)
         matches = (predicted == batch.targets) | ~answer_mask.to(engine.device)
         if batch.count:

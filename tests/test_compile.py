@@ -12,6 +12,7 @@ from text.token_files import TokenFile
 from training.config import TrainConfig
 from training.engine import Engine
 from training.losses import next_token
+from training.setup import build_run, problem_config
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32}
 EXPERTS = {"n_expert": 4, "n_hidden": 24}
@@ -111,3 +112,20 @@ def test_experts_of_any_size_train(work, call, prepared):
         options = [*DATA, "--use_lora", "true", "--lora_rank", rank, "--from_checkpoint", "checkpoint/pretrain.pt"]
         result = call("train.py", "-t", "pretrain", *options, *FAST, "--max_steps", "2", "--stage", f"rank{rank}")
         assert result.status == 0, result.err
+
+
+@torch._dynamo.config.patch(recompile_limit=2, automatic_dynamic_shapes=False, fail_on_recompile_limit_hit=True)
+def test_only_the_training_step_is_compiled(work, call):
+    """Exact match and rollouts meet prompts of every length: they run uncompiled, in the precision of training."""
+    shape = ["--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--device", "cpu"]
+    assert call("problem.py", "copy", "--length", "1-8", *shape, "--max_steps", "1").status == 0
+    given = {"loss": "grpo", "length": "1-8", "device": "cpu", "batch_size": 32, "eval_iters": 8}
+    asked = problem_config("copy", {**given, "from_checkpoint": "checkpoint/problem_copy.pt"})
+    run = build_run(asked, Engine(asked.training))
+    torch._dynamo.reset()
+    counters.clear()
+    run.model.compile(backend="eager")
+    accuracy = run.source.metrics()["accuracy"]
+    batches = [run.batches.at(i * run.batches.samples_per_step)[0] for i in range(8)]
+    assert 0 <= accuracy <= 1 and len({batch.idx.shape for batch in batches}) > 3
+    assert counters["stats"]["unique_graphs"] == 0

@@ -12,7 +12,7 @@ override how gradients, sums and state dicts are combined over processes.
 import contextlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,12 @@ class Engine:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+    @contextlib.contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """For forward passes beside the training step: its precision, but no graphs for shapes that vary freely."""
+        with torch.compiler.set_stance("force_eager"), self.autocast():
+            yield
 
     def forward_backward(self, loss: Loss, batch: Batch, count: float, is_last: bool) -> torch.Tensor:
         """Accumulate the gradient of a micro-batch; returns its part of the step's mean loss.

@@ -110,7 +110,7 @@ class Rollouts:
         sample = self.sample if self.sampler.problem.is_causal else self.sample_in_one_pass
         # In the precision of training, and training is without dropout here: before the first update of these
         # completions the ratio p_new / p_old is to be 1, not 1 and noise.
-        with self.engine.autocast():
+        with self.engine.uncompiled():
             batch, completions = sample(prompts, answers, seed)
             old, reference = log_probabilities(self.model, batch), log_probabilities(self.reference, batch)
         self.model.train()

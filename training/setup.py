@@ -51,7 +51,7 @@ class Run:
     loss: Loss = next_token
     adapter: dict[str, Any] | None = None  # settings and base of the LoRA adapter that is trained
     state: State = field(default_factory=State)
-    is_resumed: bool = False  # goes on with an earlier run of the same stage
+    is_resumed: bool = False  # continues an earlier run of the same stage
     is_from_previous: bool = False  # from NAME.previous, as the newest checkpoint is damaged
     changes: list[str] = field(default_factory=list)  # fields that are not as they were in that one
     expert_counts: torch.Tensor | None = None  # tokens of each layer's experts since the last evaluation
@@ -196,8 +196,8 @@ def context_changes(config: TrainConfig, explicit: dict[str, Any], checkpoint: d
     asked = {name: explicit[name] for name in CONTEXT_FIELDS if explicit.get(name) is not None}
     known = fields_of(ModelConfig)
     changes = {name: value for name, value in asked.items() if value != trained.get(name, known[name].default)}
-    starts_anew = checkpoint["train_config"].get("stage") != config.stage and not config.use_lora
-    if not (changes and starts_anew and trained.get("use_rope", True)):
+    is_new_run = checkpoint["train_config"].get("stage") != config.stage and not config.use_lora
+    if not (changes and is_new_run and trained.get("use_rope", True)):
         return {}
     scaling = asked.get("rope_scaling", trained.get("rope_scaling", "none"))
     length = trained.get("rope_trained_length") or trained["block_size"] / trained.get("rope_factor", 1.0)
@@ -230,7 +230,7 @@ def restore_model(
     is_adapter = "lora" in checkpoint
     if is_adapter and not config.use_lora:
         raise UserError(
-            f"{where}: an adapter; --use_lora true goes on with it, inference.py --merge makes a model of it"
+            f"{where}: an adapter; --use_lora true resumes it, inference.py --merge merges it into its model"
         )
     base, base_path = lora.load_base(checkpoint, where) if is_adapter else (checkpoint, where)
     model = load_model(base, base_path, config.sdp_kernel, **changes)
