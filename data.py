@@ -1,28 +1,25 @@
 """Tokenise raw text: train a tokenizer, filter and deduplicate, split into training and validation, write token files.
 
-    python data.py                              dataset/pretrain.txt and dataset/sft.jsonl, if they exist
-    python data.py book.txt more/ old.txt.gz    text or jsonl, folders, gzip; the stage is inferred from the contents
+    python data.py                                   the files pretrain.*, sft.* and dpo.* in dataset/
+    python data.py book.txt notes/ questions.csv     text, JSON, CSV, Parquet; folders, archives, compressed or not
+    python data.py qa.json --fields question=Q answer=A      other names of fields
     python data.py --tokenizer bpe --vocab_size 4096
     python data.py --inspect dataset/sft_train.bin
 
-Writes dataset/tokenizer.json and, per stage, dataset/STAGE_train.bin and dataset/STAGE_val.bin.
-Every file is read twice, so that memory does not grow with the corpus: scan_corpus() collects what must be known first
-(the characters, a hash of every record), write_token_files() encodes.
+Writes dataset/tokenizer.json and, per stage, dataset/STAGE_train.bin and dataset/STAGE_val.bin. What a file is for (the
+stage) shows in its contents. Every file is read twice, so that memory does not grow with the corpus: scan_corpus()
+collects what must be known first (the characters, a hash of every record), write_token_files() encodes.
 """
 
 import argparse
 import contextlib
 import hashlib
-import itertools
 import json
-import lzma
 import math
+import os
 import sys
 import time
-import zlib
-from array import array
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,279 +27,249 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from base.configuration import Parser, UserError, find_config, read_json, run_main
+from base.configuration import (
+    Parser,
+    UserError,
+    command_line,
+    did_you_mean,
+    escape_control_characters,
+    find_config,
+    read_json,
+    run_main,
+)
 from base.files import atomic_write
 from text import corpus
-from text.batches import TrainBatches
-from text.cleaning import Cleaner, CleaningConfig, split_at_sentences
-from text.corpus import BadLines, Source
-from text.token_files import TokenFile, TokenFileWriter
+from text.baselines import compression_baselines, token_baselines
+from text.cleaning import Cleaner, CleaningConfig
+from text.corpus import BadLines
+from text.formats import Source, check_encoding, parse_fields
+from text.inspection import inspect
+from text.scan import SPLIT_BY, CorpusScan, progress_bar, scan_corpus, some_names
+from text.splitting import Split
+from text.token_files import HEADER_SIZE, TokenFile, TokenFileWriter, arguments_for_all, read_header
 from text.tokenizer import (
-    SPECIAL_TOKENS,
-    UNICODE_SIZE,
+    BOS,
+    EOS,
     BPETokenizer,
     CharTokenizer,
     Messages,
     Tokenizer,
     load_tokenizer,
-    mark_characters,
     remove_special_tokens,
 )
 
-COMPRESSION_SAMPLE = 1_000_000  # characters of the corpus that zlib and lzma compress, as baselines
 BPE_SAMPLE = 50_000_000  # characters that BPE merges are learned from
-DEFAULT_FILES = (
-    "pretrain.txt",
-    "pretrain.txt.gz",
-    "pretrain.jsonl",
-    "pretrain.jsonl.gz",
-    "sft.jsonl",
-    "sft.jsonl.gz",
-    "dpo.jsonl",
-)
+N_LEFT_OUT = 10  # files left out that are named
+STAGES = ("pretrain", "sft", "dpo")
 
 
-class CorpusScan:
-    """What the first pass over one stage's files finds out.
-
-    A record is a document, a conversation or a preference pair: the unit of filtering, deduplication and splitting.
-    Running text, which has no document delimiters, is neither filtered nor deduplicated, and is split by position.
-    """
-
-    def __init__(self, stage: str, sources: list[Source], cleaner: Cleaner) -> None:
-        self.stage, self.sources, self.cleaner = stage, sources, cleaner
-        self.record_hashes = array("Q")  # 64 bits per record, in order: duplicates are found without storing texts
-        self.record_accepted = array("b")  # per record: whether it passes the cleaner's filters
-        self.n_running_characters = 0
-        self.n_characters = 0
-        self.codepoint_mask = np.zeros(UNICODE_SIZE, dtype=bool)  # the characters of the accepted text
-        self.compression_sample = ""
-
-    def add_record(self, content: str, plain_text: str) -> bool:
-        """Hash a record's content and filter its text; returns whether it is accepted."""
-        self.record_hashes.append(hash64(content))
-        self.record_accepted.append(self.cleaner.accept(plain_text))
-        return bool(self.record_accepted[-1])
-
-    def add_text(self, text: str) -> None:
-        """Collect the characters of accepted text, and its beginning for compression_baselines()."""
-        text = remove_special_tokens(text) if self.stage == "pretrain" else text
-        mark_characters(self.codepoint_mask, text)
-        self.n_characters += len(text)
-        if len(self.compression_sample) < COMPRESSION_SAMPLE:
-            self.compression_sample += text[: COMPRESSION_SAMPLE - len(self.compression_sample)]
-
-    def documents(
-        self, source: Source, bad_lines: BadLines, progress: Callable[[int], None]
-    ) -> Iterator[tuple[str, bool]]:
-        """corpus.documents(), with documents longer than split_documents split at sentence ends."""
-        max_characters = self.cleaner.config.split_documents
-        for text, is_document in corpus.documents(source, bad_lines, progress):
-            if is_document and max_characters and len(text) > max_characters:
-                for piece in split_at_sentences(remove_special_tokens(text), max_characters):
-                    if piece.strip():
-                        yield f"<|bos|>{piece.strip()}<|eos|>", True
-            else:
-                yield text, is_document
-
-
-def hash64(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
-
-
-def conversation_text(messages: Messages) -> str:
-    return json.dumps([[message["role"], message["content"]] for message in messages], ensure_ascii=False)
-
-
-@contextlib.contextmanager
-def progress_bar(sources: list[Source], title: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar over the bytes of the files, with the time left; appears after one second."""
-    total = None if any(s.path.suffix == ".gz" for s in sources) else sum(s.path.stat().st_size for s in sources)
-    with tqdm(total=total, desc=title, unit="B", unit_scale=True, delay=1, leave=False, dynamic_ncols=True) as bar:
-        yield bar.update
-
-
-def scan_corpus(stage: str, sources: list[Source], bad_lines: BadLines, cleaner: Cleaner) -> CorpusScan:
-    """The first pass over one stage's files."""
-    scan = CorpusScan(stage, sources, cleaner)
-    with progress_bar(sources, f"reading {stage}") as progress:
-        for source in sources:
-            if stage != "pretrain":
-                for record in corpus.chat_records(source, stage, bad_lines, progress):
-                    texts = "\n".join(message["content"] for messages in record for message in messages)
-                    if not scan.add_record("".join(map(conversation_text, record)), texts):
-                        continue
-                    for message in itertools.chain.from_iterable(record):
-                        scan.add_text(message["content"])
-                        scan.codepoint_mask[ord("\n")] |= message["role"] == "system"  # the chat template adds one
-            else:
-                for text, is_document in scan.documents(source, bad_lines, progress):
-                    if is_document:
-                        if not scan.add_record(text, remove_special_tokens(text)):
-                            continue
-                    else:
-                        scan.n_running_characters += len(text)
-                    scan.add_text(text)
-    if not scan.n_characters:
-        reasons = "; ".join(["no training text", *cleaner.report()])
-        raise UserError(f"{', '.join(str(source.path) for source in sources)}: {reasons}")
-    return scan
-
-
-def deduplicate_and_split(hashes: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """(is_first, is_val), boolean (n_records,): the first of equal records, and the records of the validation split.
-
-    Records with the smallest hashes are for validation. A hash is a pseudo-random number that depends on the content
-    alone, so the split is random, the same every time, and equal records can never end up on both sides.
-    """
-    is_first = np.zeros(len(hashes), dtype=bool)
-    unique, first = np.unique(hashes, return_index=True)  # sorted
-    is_first[first] = True
-    n_val = min(len(unique) - 1, max(1, round(len(unique) * val_fraction)))
-    return is_first, hashes <= unique[n_val - 1] if n_val > 0 else np.zeros(len(hashes), dtype=bool)
+# ------------------------------------------------------------------------------------------------------ second pass
 
 
 def write_token_files(
-    scan: CorpusScan, tokenizer: Tokenizer, output: Path, val_fraction: float, block_size: int, bad_lines: BadLines
+    scan: CorpusScan,
+    tokenizer: Tokenizer,
+    bad_lines: BadLines,
+    files: contextlib.ExitStack,
+    args: argparse.Namespace,
+    shared: dict[str, Any],
 ) -> list[str]:
-    """The second pass over one stage's files: encode every record into its split's file; returns lines to report."""
+    """The second pass over one stage's files: encode every record into its split's file; returns lines to report.
+
+    files: the token files appear when it is closed.
+    """
+    split = Split(scan, args.val_fraction)
     stage, has_samples = scan.stage, scan.stage != "pretrain"
-    hashes = np.array(scan.record_hashes, dtype=np.uint64)
-    is_kept, is_val = (np.zeros(len(hashes), dtype=bool) for _ in range(2))
-    accepted = np.flatnonzero(np.array(scan.record_accepted, dtype=bool))
-    is_kept[accepted], is_val[accepted] = deduplicate_and_split(hashes[accepted], val_fraction)
-    if has_samples and not is_val.any():
-        raise UserError(
-            f"{scan.sources[0].path}: {is_kept.sum()} distinct sample(s); at least 2 are needed, one for validation"
-        )
-    val_start = int(scan.n_running_characters * (1 - val_fraction))  # running text: its last part is for validation
-    paths = {split: output / f"{stage}_{split}.bin" for split in ("train", "val")}
-    with contextlib.ExitStack() as stack:
-        writers = {
-            split: TokenFileWriter(stack.enter_context(atomic_write(path)), tokenizer.vocab_size, has_samples)
-            for split, path in paths.items()
-        }
-        progress = stack.enter_context(progress_bar(scan.sources, f"encoding {stage}"))
-        compression = None
-        if not has_samples:  # in the background: it takes half a second
-            executor = stack.enter_context(ThreadPoolExecutor(1))
-            compression = executor.submit(compression_baselines, scan.compression_sample)
-        record_index = position = 0  # position: in the running text, in characters
-        for source in scan.sources:
-            if has_samples:
-                for record in corpus.chat_records(source, stage, bad_lines, progress):
-                    for messages in record if is_kept[record_index] else ():
-                        ids, mask = tokenizer.encode_chat(messages)
-                        n_characters = sum(len(m["content"]) for m in messages if m["role"] == "assistant")
-                        writers["val" if is_val[record_index] else "train"].add(ids, n_characters, mask)
-                    record_index += 1
-                continue
-            for text, is_document in scan.documents(source, bad_lines, progress):
-                if is_document:
-                    if is_kept[record_index]:
-                        ids = tokenizer.encode(text, special=True)
-                        writers["val" if is_val[record_index] else "train"].add(ids, len(text))
-                    record_index += 1
-                    continue
-                cut = max(0, val_start - position)
-                for split, part in (("train", text[:cut]), ("val", text[cut:])):
-                    if part:
-                        writers[split].add(tokenizer.encode(part, special=True), len(part))
-                position += len(text)
-        if record_index != len(hashes) or position != scan.n_running_characters:
-            raise UserError(f"{scan.sources[0].path}: the files changed while they were read; run data.py again")
-        check_lengths(writers, scan, block_size)
+    paths = {name: Path(args.output) / f"{stage}_{name}.bin" for name in ("train", "val")}
+    sources = [source.describe() for source in scan.sources]
+    header_size = HEADER_SIZE + 2 * len(json.dumps(sources)) // 4096 * 4096
+    writers = {
+        name: TokenFileWriter(files.enter_context(atomic_write(path)), tokenizer.vocab_size, has_samples, header_size)
+        for name, path in paths.items()
+    }
+    with progress_bar(scan.sources, f"encoding {stage}") as progress, ThreadPoolExecutor(1) as executor:
+        compression = executor.submit(compression_baselines, scan.compression_sample) if not has_samples else None
+        if has_samples:
+            records = (r for s in scan.sources for r in corpus.chat_records(s, bad_lines, progress))
+            n_records = write_chats(records, split, tokenizer, writers)
+        else:
+            documents = (d for s in scan.sources for d in scan.documents(s, bad_lines, progress))
+            n_records = write_documents(documents, split, tokenizer, writers)
+        if n_records != len(scan.hashes):
+            raise UserError(f"{scan.sources[0].name}: the files changed while they were read; run data.py again")
+        check_lengths(writers, scan, args.block_size)
+        baselines = token_baselines(writers["train"].counts, writers["val"].counts)
         shared = {
             "stage": stage,
             "has_pairs": stage == "dpo",
             "tokenizer": tokenizer.fingerprint(),
             "vocab_size": tokenizer.vocab_size,
-            "val_fraction": val_fraction,
-            "duplicates_removed": int(len(accepted) - is_kept.sum()),
+            "val_fraction": args.val_fraction,
+            "duplicates_removed": split.n_duplicates,
+            "empty_removed": scan.n_empty,
             "dropped": dict(scan.cleaner.dropped),
-            "sources": [source.describe() for source in scan.sources],
-            "baselines": {**token_baselines(writers), **(compression.result() if compression else {})},
+            "sources": sources,
+            "baselines": {**baselines, **(compression.result() if compression else {})},
+            **shared,
         }
-        for split, writer in writers.items():
-            writer.finish({**shared, "split": split})
-    return report(writers, paths, shared, block_size)
+        for name, writer in writers.items():
+            writer.finish({**shared, "split": name})
+    return report(writers, paths, scan, split, args)
+
+
+def write_documents(
+    documents: Iterator[tuple[str, bool, bool, int]],
+    split: Split,
+    tokenizer: Tokenizer,
+    writers: dict[str, TokenFileWriter],
+) -> int:
+    """Encode documents, each as <|bos|>text<|eos|>; returns their number."""
+    record = start = 0  # start: characters of the document before this piece
+    delimit = split.n_kept > 1  # a text alone has no neighbours to be delimited from
+    for text, begins, ends, _ in documents:
+        if split.is_kept[record]:
+            parts = split.parts(record, text, start)
+            for i, (name, part) in enumerate(parts):
+                first = [BOS] if delimit and begins and i == 0 else []
+                last = [EOS] if delimit and ends and i == len(parts) - 1 else []
+                delimited = [np.array(first, tokenizer.dtype), tokenizer.encode(part, special=True), last]
+                ids = np.concatenate(delimited, dtype=tokenizer.dtype, casting="unsafe")
+                writers[name].add(ids, len(remove_special_tokens(part)))
+        start = 0 if ends else start + len(text)
+        record += ends
+    return record
+
+
+def write_chats(
+    records: Iterator[list[Messages]], split: Split, tokenizer: Tokenizer, writers: dict[str, TokenFileWriter]
+) -> int:
+    """Encode conversations, or the two of a preference pair; returns the number of records."""
+    record = -1
+    for record, conversations in enumerate(records):
+        for messages in conversations if split.is_kept[record] else ():
+            ids, mask = tokenizer.encode_chat(messages)
+            answers = [m for m in messages if m["role"] == "assistant" and m.get("weight", 1)]
+            n_characters = sum(len(message["content"]) for message in answers)
+            writers["val" if split.is_val[record] else "train"].add(ids, n_characters, mask)
+    return record + 1
 
 
 def check_lengths(writers: dict[str, TokenFileWriter], scan: CorpusScan, block_size: int) -> None:
     train, val = writers["train"], writers["val"]
+    if not train.n_tokens:
+        raise UserError("the training split is empty; add more data or lower --val_fraction")
+    names = some_names([source.name for source in scan.sources])
     if scan.stage == "pretrain" and train.n_tokens < block_size + 1:
         raise UserError(
-            f"{scan.sources[0].path}: {train.n_tokens} training tokens are fewer than one window of "
+            f"{names}: {train.n_tokens} training tokens are fewer than one window of "
             f"{block_size} + 1; add more text, or use a smaller --block_size here and in training"
         )
     if val.n_tokens < 2:
-        raise UserError(f"{scan.sources[0].path}: the validation split is empty; add more text or raise --val_fraction")
+        raise UserError(f"{names}: the validation split is empty; add more text or raise --val_fraction")
 
 
-def compression_baselines(sample: str) -> dict[str, float]:
-    """What general-purpose compressors make of a text, in bits per character.
-
-    A language model's loss in bits per character is the size it could compress the text to with arithmetic coding
-    (Delétang et al. 2023, arXiv:2309.10668), so a trained model should get below these.
-    """
-    data = sample.encode("utf-8")
-    lzma_filter = {"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 22}  # covers the sample in half the memory
-    return {
-        "zlib_bits_per_character": 8 * len(zlib.compress(data, 9)) / len(sample),
-        "lzma_bits_per_character": 8 * len(lzma.compress(data, filters=[lzma_filter])) / len(sample),
-    }
-
-
-def token_baselines(writers: dict[str, TokenFileWriter]) -> dict[str, float]:
-    """Validation losses, in nats per token, of two models that ignore the context.
-
-    uniform: every token is equally likely, log(vocab_size); an untrained model is close to it.
-    unigram: the probability of a token is its frequency in the training split.
-    """
-    train, val = writers["train"].counts, writers["val"].counts  # (vocab_size,)
-    probability = (train + 1) / (train.sum() + len(train))  # add-one smoothing: log(0) cannot occur
-    return {"uniform": math.log(len(train)), "unigram": float(-(val * np.log(probability)).sum() / max(1, val.sum()))}
+# ------------------------------------------------------------------------------------------------------ the report
 
 
 def report(
-    writers: dict[str, TokenFileWriter], paths: dict[str, Path], shared: dict[str, Any], block_size: int
+    writers: dict[str, TokenFileWriter], paths: dict[str, Path], scan: CorpusScan, split: Split, args: Any
 ) -> list[str]:
-    lines = []
-    for split, writer in writers.items():
-        line = f"{paths[split]}: {writer.n_tokens:,} tokens"
+    forms = sorted({source.form for source in scan.sources})
+    result = [f"{scan.stage}: {', '.join(forms)} from {some_names([source.name for source in scan.sources])}"]
+    noun = "pairs" if scan.stage == "dpo" else "samples"
+    for name, writer in writers.items():
+        line = f"{paths[name]}: {writer.n_tokens:,} tokens"
         if writer.mask_file is not None:
-            lengths = np.diff(writer.starts)
-            line += f" in {len(lengths):,} samples, {writer.n_loss_tokens:,} of them in the loss (answers)"
-            overlong = int((lengths > block_size + 1).sum())
-            if overlong:
-                line += f"; {overlong} samples are longer than block_size {block_size} (see the config field overlong)"
-        elif writer.n_tokens < block_size + 1:
-            line += f"; shorter than one window of {block_size} + 1: the validation loss will be unreliable"
-        lines.append(line)
-    if shared["duplicates_removed"]:
-        lines.append(f"{shared['duplicates_removed']:,} exact duplicates removed")
+            n_samples = (len(writer.starts) - 1) // (1 + (scan.stage == "dpo"))
+            line += f" in {n_samples:,} {noun}, {writer.n_loss_tokens:,} of them in the loss (answers)"
+        elif writer.n_tokens < args.block_size + 1:
+            line += f"; shorter than one window of {args.block_size} + 1: the validation loss will be unreliable"
+        result.append(line)
+    if split.n_cut:
+        which = "the text" if split.n_kept == 1 else f"each of {split.n_cut:,} large documents"
+        result.append(f"for validation: the last {100 * args.val_fraction:g}% of {which}")
+    if split.n_duplicates:
+        result.append(f"{split.n_duplicates:,} exact duplicates removed")
+    if scan.n_empty:
+        result.append(f"{scan.n_empty:,} empty left out")
+    if scan.stage == "sft":
+        answers = np.array(scan.answers, dtype=np.uint64)
+        val, train = (answers[split.is_kept & side] for side in (split.is_val, ~split.is_val))
+        if n_known := int(np.isin(val, train).sum()):
+            advice = "" if scan.split_by == "answer" else "; --split_by answer keeps them apart"
+            result.append(f"{n_known:,} of {len(val):,} validation answers are also answers in training{advice}")
+    if scan.stage != "pretrain":
+        result += window_advice(writers, args.block_size, noun)
     unknown = sum(writer.n_unknown for writer in writers.values())
     if unknown:
         total = sum(writer.n_tokens for writer in writers.values())
-        lines.append(f"{unknown:,} of {total:,} tokens are <|unknown|>: characters not in the tokenizer's vocabulary")
-    return lines
+        result.append(f"{unknown:,} of {total:,} tokens are <|unknown|>: characters not in the tokenizer's vocabulary")
+    return result + scan.cleaner.report()
 
 
-def make_tokenizer(kind: str, vocab_size: int, scans: list[CorpusScan]) -> Tokenizer:
-    """Train a tokenizer ("char" or "bpe") on all stages' text, or load the one in the file that `kind` names."""
+def window_advice(writers: dict[str, TokenFileWriter], block_size: int, noun: str) -> list[str]:
+    """What a context window of block_size holds of the samples, and which one would hold more."""
+    lengths = np.concatenate([np.diff(writer.starts) for writer in writers.values()])
+    if noun == "pairs":
+        lengths = lengths.reshape(-1, 2).max(1)
+    n_long = int((lengths > block_size + 1).sum())
+    if not n_long:
+        return []
+    window = 16
+    while window <= block_size or (lengths <= window + 1).mean() < 0.98:  # it holds block_size + 1 tokens of a sample
+        window *= 2
+    share = math.floor(100 * (lengths <= window + 1).mean())
+    return [
+        f"{n_long:,} of {len(lengths):,} {noun} are longer than block_size {block_size} and would be left out "
+        f"(overlong); {window} holds {share}%"
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ tokenizers
+
+
+def choose_tokenizer(kind: str | None, vocab_size: int | None, scans: list[CorpusScan], output: Path) -> Tokenizer:
+    """A new tokenizer for all stages' text ("char" or "bpe"), or the one in the file that `kind` names.
+
+    Without a kind, one that exists stays where only later stages are prepared: a model was trained with it, or will be.
+    """
+    existing = output / "tokenizer.json"
+    if kind is None:
+        is_later = not any(scan.stage == "pretrain" for scan in scans)
+        kind = str(existing) if is_later and existing.exists() else "char"
+    if vocab_size is not None and kind != "bpe":
+        raise UserError("--vocab_size is for --tokenizer bpe: other vocabularies are as large as they are")
     codepoint_mask = np.logical_or.reduce([scan.codepoint_mask for scan in scans])
     if kind == "char":
         return CharTokenizer.from_codepoint_mask(codepoint_mask)
     if kind == "bpe":
         total = min(BPE_SAMPLE, sum(scan.n_characters for scan in scans))
         with tqdm(total=total, desc="learning BPE", unit="character", unit_scale=True, delay=1, leave=False) as bar:
-            return BPETokenizer.train(bpe_training_texts(scans, bar), vocab_size)
-    tokenizer = load_tokenizer(kind)
+            return BPETokenizer.train(bpe_training_texts(scans, bar), vocab_size or 4096)
+    tokenizer = open_tokenizer(kind)
     characters = np.flatnonzero(codepoint_mask).astype("<u4").tobytes().decode("utf-32-le", "replace")
     unknown = tokenizer.unknown_characters(characters)
     if unknown:
-        print(f"{kind}: {len(unknown):,} characters of the text are not in it: {unknown[:40]}", file=sys.stderr)
+        shown = escape_control_characters(unknown[:40])
+        print(f"{kind}: {len(unknown):,} characters of the text are not in it: {shown}", file=sys.stderr)
     return tokenizer
+
+
+def open_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer in a file of its own or in a checkpoint."""
+    path = Path(name)
+    if not path.exists():
+        guess = did_you_mean(name.lower(), ("char", "bpe"))
+        raise UserError(f"--tokenizer {name}: no such file; it is char, bpe, a tokenizer file or a checkpoint{guess}")
+    is_checkpoint = path.is_dir()
+    if path.is_file():
+        with open(path, "rb") as file:
+            is_checkpoint = file.read(4) == b"PK\3\4"  # torch.save() writes a zip archive
+    if not is_checkpoint:
+        return load_tokenizer(name)
+    from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer
+
+    return load_checkpoint_tokenizer(load_checkpoint(name), name)
 
 
 def bpe_training_texts(scans: list[CorpusScan], bar: tqdm) -> Iterator[str]:
@@ -312,11 +279,11 @@ def bpe_training_texts(scans: list[CorpusScan], bar: tqdm) -> Iterator[str]:
     for scan in scans:
         budget = BPE_SAMPLE // len(scans)
         for source in scan.sources:
-            if scan.stage != "pretrain":
-                records = corpus.chat_records(source, scan.stage, ignored)
-                texts = (message["content"] for record in records for messages in record for message in messages)
+            if scan.stage == "pretrain":
+                texts = (text for text, _, _ in corpus.documents(source, ignored))
             else:
-                texts = (text for text, _ in corpus.documents(source, ignored))
+                records = corpus.chat_records(source, ignored)
+                texts = (message["content"] for record in records for messages in record for message in messages)
             for text in texts:
                 for start in range(0, min(len(text), budget), 1 << 16):
                     piece = text[start : start + (1 << 16)]
@@ -325,135 +292,171 @@ def bpe_training_texts(scans: list[CorpusScan], bar: tqdm) -> Iterator[str]:
                     yield piece
                 if budget <= 0:
                     break
+            if budget <= 0:
+                break
 
 
-# ---------------------------------------------------------------------------------------------------- inspection
+def save_tokenizer(tokenizer: Tokenizer, path: Path, files: contextlib.ExitStack, is_asked_for: bool) -> str:
+    """Write the tokenizer file, the one before kept as NAME.bak; returns a line to report."""
+    line = f"{path}: {tokenizer.kind}, vocabulary {tokenizer.vocab_size:,}"
+    contents = tokenizer.to_bytes()
+    before = path.read_bytes() if path.is_file() else None
+    if before == contents and not is_asked_for:
+        line += "; it was there and fits, so it is kept"
+    elif before not in (None, contents):
+        line += f"; the one before is kept as {path.name}.bak"
+    files.enter_context(atomic_write(path)).write(contents)
+    if before not in (None, contents):  # what is entered last appears first: at no time is there neither
+        files.enter_context(atomic_write(path.with_name(path.name + ".bak"))).write(before)
+    return line
 
 
-def inspect(path: str, tokenizer_path: str, block_size: int, n_samples: int = 3) -> None:
-    """Print the header, token statistics and a few samples of a token file."""
-    file = TokenFile(path)
-    header, tokens = file.header, file.tokens
-    tokenizer = load_tokenizer(tokenizer_path)
-    if tokenizer.fingerprint() != header["tokenizer"]:
-        raise UserError(
-            f"{path} was encoded with another tokenizer than {tokenizer_path}; pass the right one with --tokenizer FILE"
-        )
-    print(f"{path}: stage {header['stage']}, split {header['split']}, format {header['format']}")
-    for source in header["sources"]:
-        print(f"  from {source['path']}: {source['bytes']:,} bytes, sha256 {source['sha256'][:16]}")
-    print(
-        f"  {header['n_tokens']:,} tokens ({tokens.dtype}), vocabulary size {header['vocab_size']:,}, "
-        f"{header['n_characters']:,} characters"
-    )
-    print(f"  {header['duplicates_removed']:,} duplicates removed, {header['n_unknown']:,} unknown tokens")
-    print("  baselines: " + ", ".join(f"{name} {value:.3f}" for name, value in header["baselines"].items()))
-
-    counts = np.zeros(header["vocab_size"], dtype=np.int64)
-    for start in range(0, len(tokens), 1 << 22):
-        counts += np.bincount(tokens[start : start + (1 << 22)], minlength=len(counts))
-    order = np.argsort(-counts, kind="stable")[:20]
-    print("most frequent: " + "  ".join(f"{tokenizer.decode([i])!r} {counts[i] / len(tokens):.2%}" for i in order))
-    print("special tokens: " + "  ".join(f"{token} {counts[i]:,}" for i, token in enumerate(SPECIAL_TOKENS)))
-    print(f"used: {np.count_nonzero(counts):,} of {len(counts):,} tokens of the vocabulary")
-
-    if file.starts is not None:
-        lengths = np.diff(file.starts)
-        print(f"samples: {len(lengths):,}; share of tokens masked out of the loss: {1 - file.loss_mask.mean():.1%}")
-        print(f"longer than block_size {block_size}: {(lengths > block_size + 1).sum():,}")
-        edges = np.unique(np.quantile(lengths, np.linspace(0, 1, 11)).astype(int))
-        heights, edges = np.histogram(lengths, bins=edges if len(edges) > 1 else 1)
-        for height, low, high in zip(heights, edges, edges[1:], strict=False):
-            print(f"  {int(low):6}..{int(high):<6} {'#' * round(50 * height / heights.max())} {height:,}")
-    batch_size = 32
-    if file.starts is not None or len(tokens) > block_size:
-        batches = TrainBatches(
-            [file],
-            block_size=block_size,
-            vocab_size=header["vocab_size"],
-            batch_size=batch_size,
-            accumulation_steps=1,
-            seed=1337,
-        )
-        rows = [batches.sample(i)[0] for i in range(min(batch_size, batches.samples_per_epoch))]
-        ngrams = Counter(tuple(row[i : i + 8]) for row in rows for i in range(len(row) - 7))
-        print(
-            f"a batch of {len(rows)}: {len({row.tobytes() for row in rows})} distinct samples, "
-            f"{len(set(np.concatenate(rows).tolist()))} distinct tokens, "
-            f"{len(ngrams) / max(1, ngrams.total()):.0%} of its 8-grams distinct"
-        )
-        for row in rows[:n_samples]:
-            print(f"sample: {tokenizer.decode(row[:200])!r}")
-
-
-# ---------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------------------------ command line
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__, CleaningConfig)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("files", nargs="*", help="raw text files or folders [default: those in the output folder]")
-    parser.add_argument(
-        "--tokenizer", metavar="KIND", default=None, help="char, bpe, or a tokenizer file to reuse [default: char]"
+    add = parser.add_argument
+    add("files", nargs="*", help="raw files, folders or archives [pretrain.*, sft.*, dpo.* in the output folder]")
+    add(
+        "--fields",
+        metavar="OURS=NAME",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="other names of fields: question=Q answer=A",
     )
-    parser.add_argument("--vocab_size", metavar="N", type=int, default=4096, help="vocabulary size for BPE [4096]")
-    parser.add_argument(
-        "--val_fraction", metavar="X", type=float, default=0.1, help="share of the data for validation [0.1]"
-    )
-    parser.add_argument("--output", metavar="FOLDER", default="dataset", help="folder for the token files [dataset]")
-    parser.add_argument(
-        "--block_size",
-        metavar="N",
-        type=int,
-        default=None,
-        help="context window to check sample lengths against [config/model.json]",
-    )
-    parser.add_argument(
-        "--max_bad_lines", metavar="N", type=int, default=10, help="malformed jsonl lines to skip before giving up [10]"
-    )
-    parser.add_argument("--inspect", metavar="FILE", help="print statistics and samples of a token file")
+    add("--encoding", metavar="NAME", default="utf-8", help="of files that are not UTF-8: gbk, latin-1, utf-16 [utf-8]")
+    add("--plain_text", action="store_true", help="read everything as text, also what looks like JSON or CSV")
+    add("--tokenizer", metavar="KIND", help="char, bpe, a tokenizer file or a checkpoint [char, or the one there is]")
+    add("--vocab_size", metavar="N", type=int, help="vocabulary size for BPE [4096]")
+    add("--val_fraction", metavar="X", type=float, default=0.1, help="share of the data for validation [0.1]")
+    add("--split_by", choices=SPLIT_BY, default="sample", help="fine-tuning: what may not be on both sides [sample]")
+    add("--output", metavar="FOLDER", default="dataset", help="folder for the token files [dataset]")
+    add("--block_size", metavar="N", type=int, help="context window to check lengths against [config/model.json]")
+    add("--max_bad_lines", metavar="N", type=int, default=10, help="bad records to skip before giving up [10]")
+    add("--inspect", metavar="FILE", help="print statistics and samples of a token file")
     return parser
 
 
-def main() -> None:
-    args, overrides = make_parser().parse()
+def check_fields_seen(pairs: list[str], sources: list[Source]) -> None:
+    """Raises UserError for a --fields that no file has, which would have no effect."""
+    names = set().union(*(source.fields_seen for source in sources))
+    if pairs and not names:
+        raise UserError(f"--fields: {some_names([source.name for source in sources])}: plain text, which has no fields")
+    for name in parse_fields(pairs):
+        if name not in names:
+            hint = did_you_mean(name, names) or f"; there are {', '.join(sorted(names))[:200]}"
+            raise UserError(f"--fields: no record of the first ones has a field {name!r}{hint}")
+
+
+def default_files(output: Path) -> list[str]:
+    """The files named after a stage in the output folder; raises UserError if there are none."""
+    found = [p for p in sorted(output.glob("*")) if p.is_file() and p.name.split(".")[0] in STAGES]
+    found = [str(path) for path in found if path.suffix not in (".bin", ".bak", ".tmp")]
+    if not found:
+        raise UserError(
+            f"nothing to prepare: put text into {output}/pretrain.txt or conversations into {output}/sft.jsonl"
+        )
+    return found
+
+
+def options_given(parser: Parser, args: argparse.Namespace, overrides: dict[str, Any]) -> list[str]:
+    """The options of a command that prepares the same data again with another tokenizer."""
+    options = []
+    for name in ("encoding", "plain_text", "val_fraction", "split_by", "output", "block_size", "max_bad_lines"):
+        value = getattr(args, name)
+        if value != parser.get_default(name):
+            options += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    options += [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
+    options += ["--fields", *args.fields] if args.fields else []
+    return [os.fsencode(option).decode("utf-8", "replace") for option in options]
+
+
+def prepare(parser: Parser, args: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    """Both passes over all files; the token files and the tokenizer appear together at the end, or not at all."""
+    start, output = time.perf_counter(), Path(args.output)
     try:
         cleaning = CleaningConfig(**overrides)
     except UserError as error:
         raise UserError(f"command line: {error}") from None
-    output = Path(args.output)
+    paths = args.files or default_files(output)
+    sources, left_out = corpus.find_sources(paths, args.encoding, parse_fields(args.fields), args.plain_text)
+    for line in left_out[:N_LEFT_OUT]:
+        print(f"left out: {escape_control_characters(line)[:160]}", file=sys.stderr)
+    if len(left_out) > N_LEFT_OUT:
+        print(f"left out: {len(left_out) - N_LEFT_OUT:,} more", file=sys.stderr)
+    check_fields_seen(args.fields, sources)
+    for source in sources:
+        if not args.files and source.form == "text" and not source.path.name.startswith("pretrain"):
+            raise UserError(
+                f"{source.name}: plain text, no questions and answers (docs/data.md shows their forms); "
+                "if it is text to pretrain on, name it pretrain.txt"
+            )
+    bad_lines = BadLines(args.max_bad_lines)
+    by_stage = {stage: [source for source in sources if source.stage == stage] for stage in STAGES}
+    if args.split_by != "sample" and not by_stage["sft"]:
+        raise UserError(f"--split_by {args.split_by} is for fine-tuning data, which is not among the files")
+    scans = [
+        scan_corpus(stage, group, bad_lines, Cleaner(cleaning), args.split_by)
+        for stage, group in by_stage.items()
+        if group
+    ]
+    tokenizer = choose_tokenizer(args.tokenizer, args.vocab_size, scans, output)
+    options = options_given(parser, args, overrides)
+    contents = [tokenizer.fingerprint(), options, [[s.name, s.sha256] for s in sources]]
+    preparation = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
+    lines = []
+    with contextlib.ExitStack() as files:
+        for scan in scans:
+            given = list(dict.fromkeys(source.given for source in scan.sources))
+            shared = {"arguments": [*given, *options], "preparation": preparation}
+            lines += write_token_files(scan, tokenizer, bad_lines, files, args, shared)
+        lines.append(save_tokenizer(tokenizer, output / "tokenizer.json", files, bool(args.tokenizer)))
+    print("\n".join(lines))
+    unknown = max(share_of_unknown(output, scan.stage) for scan in scans)
+    print("".join(advice_on_vocabulary(output, tokenizer, unknown)), end="")
+    size, seconds = sum(source.bytes for source in sources) / 1e6, time.perf_counter() - start
+    print(f"{size:.1f} MB prepared in {seconds:.1f} s")
+
+
+def share_of_unknown(output: Path, stage: str) -> float:
+    """The share of a stage's training tokens that are <|unknown|>."""
+    header = read_header(output / f"{stage}_train.bin")
+    return header["n_unknown"] / header["n_tokens"]
+
+
+def advice_on_vocabulary(output: Path, tokenizer: Tokenizer, unknown: float) -> list[str]:
+    """What to do where stages were prepared with different tokenizers, or with one that lacks many characters."""
+    headers = {path: read_header(path) for path in sorted(output.glob("*_train.bin"))}
+    foreign = [path for path, header in headers.items() if header.get("tokenizer") != tokenizer.fingerprint()]
+    if not foreign and unknown < 0.01:
+        return []
+    again = command_line("data.py", *arguments_for_all(output), "--tokenizer", "char")
+    lines = [f"{path} is of another vocabulary, which no model can be trained with beside this one" for path in foreign]
+    if unknown >= 0.01:
+        lines.append(f"warning: {unknown:.0%} of the tokens are <|unknown|>, which a model can only learn to repeat")
+    lines.append(f"one vocabulary for all stages, to pretrain with anew: {again}")
+    return [escape_control_characters(line) + "\n" for line in lines]
+
+
+def main() -> None:
+    parser = make_parser()
+    args, overrides = parser.parse()
     if args.block_size is None:
         args.block_size = read_json(find_config("model")).get("block_size", 256)
     if not 0 < args.val_fraction < 1:
         raise UserError(f"command line: --val_fraction must be between 0 and 1, got {args.val_fraction}")
     if args.block_size < 1:
         raise UserError(f"command line: --block_size must be at least 1, got {args.block_size}")
+    check_encoding(args.encoding)
     if args.inspect:
-        inspect(args.inspect, args.tokenizer or str(Path(args.inspect).parent / "tokenizer.json"), args.block_size)
+        file = TokenFile(args.inspect)
+        name = args.tokenizer or str(file.path.parent / "tokenizer.json")
+        inspect(file, open_tokenizer(name), name, args.block_size)
         return
-
-    paths = args.files or [str(output / name) for name in DEFAULT_FILES if (output / name).exists()]
-    if not paths:
-        raise UserError(
-            f"nothing to prepare: put text into {output}/pretrain.txt or conversations into {output}/sft.jsonl"
-        )
-    start = time.perf_counter()
-    sources = corpus.find_sources(paths)
-    by_stage: dict[str, list[Source]] = {}
-    for source in sources:
-        by_stage.setdefault(corpus.stage_of(source), []).append(source)
-    bad_lines = BadLines(args.max_bad_lines)
-    scans = [scan_corpus(stage, group, bad_lines, Cleaner(cleaning)) for stage, group in by_stage.items()]
-    tokenizer = make_tokenizer(args.tokenizer or "char", args.vocab_size, scans)
-    lines = []
-    for scan in scans:
-        lines += write_token_files(scan, tokenizer, output, args.val_fraction, args.block_size, bad_lines)
-        lines += scan.cleaner.report()
-    tokenizer.save(output / "tokenizer.json")
-    print("\n".join(lines))
-    size, seconds = sum(source.bytes for source in sources) / 1e6, time.perf_counter() - start
-    print(f"{output / 'tokenizer.json'}: {tokenizer.kind}, vocabulary {tokenizer.vocab_size:,}")
-    print(f"{size:.1f} MB prepared in {seconds:.1f} s")
+    prepare(parser, args, overrides)
 
 
 if __name__ == "__main__":

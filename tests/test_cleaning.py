@@ -1,5 +1,6 @@
 """Data cleaning: MinHash against exact Jaccard similarity, filters, splitting at sentence ends."""
 
+import functools
 import json
 import random
 
@@ -20,9 +21,13 @@ def sentence(rng: random.Random, n: int = 12) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(n)) + "."
 
 
+@functools.cache
+def ngrams(text: str) -> frozenset[str]:
+    return frozenset(text[i : i + N_SHINGLE] for i in range(len(text) - N_SHINGLE + 1))
+
+
 def jaccard(a: str, b: str) -> float:
-    one, two = ({text[i : i + N_SHINGLE] for i in range(len(text) - N_SHINGLE + 1)} for text in (a, b))
-    return len(one & two) / len(one | two)
+    return len(ngrams(a) & ngrams(b)) / len(ngrams(a) | ngrams(b))
 
 
 def documents_of(folder) -> list[str]:
@@ -45,6 +50,33 @@ def test_near_duplicates_are_those_of_high_jaccard_similarity():
     other = [" ".join(sentence(rng) for _ in range(6)) for _ in range(60)]
     assert all(cleaner.accept(text) for text in other)
     assert cleaner.dropped["near-duplicates"] >= 114
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0])
+def test_near_duplicates_are_those_that_comparing_all_pairs_finds(threshold):
+    """Precision is exact; recall is that of the bands, 0.99 at the threshold and more above it."""
+    pytest.importorskip("datasketch")
+    rng = random.Random(1)
+    texts = []
+    for _ in range(50):
+        words = sentence(rng, 40).split()
+        texts.append(" ".join(words))
+        for n_changed in (0, 1, 2, 4, 8, 14, 20):  # similarities from 1 down to about 0.2
+            changed = list(words)
+            for i in rng.sample(range(40), n_changed):
+                changed[i] = "".join(rng.choices("qrstuvwxyz", k=5))
+            texts.append(" ".join(changed))
+    near = Cleaner(CleaningConfig(near_duplicates=threshold)).near_duplicates
+    kept: list[str] = []
+    n_similar = n_found = 0
+    for text in texts:
+        is_similar = any(jaccard(text, other) >= threshold for other in kept)
+        found = near.has_similar(text)
+        assert is_similar or not found
+        n_similar, n_found = n_similar + is_similar, n_found + found
+        if not found:
+            kept.append(text)
+    assert n_similar >= 50 and n_found >= 0.985 * n_similar
 
 
 def test_dropped_texts_are_reported_and_not_in_the_files(work, call):
@@ -92,6 +124,13 @@ def test_long_documents_are_split_at_sentence_ends(work, call):
     assert "A short one." in found and len(found) > 8
     assert all(len(piece) <= 100 and piece[-1] in "。！”.!？" for piece in found)
     assert sum(map(len, found)) >= 0.95 * len(text)  # (except white space at the edges)
+
+
+def test_numbers_and_addresses_are_not_cut_at_their_points():
+    text = "Pi is 3.14159 or so, see www.example.com for more. " * 3 + "圆周率是3.14。"
+    for longest in range(52, 60):
+        pieces = list(split_at_sentences(text, longest))
+        assert pieces == ["Pi is 3.14159 or so, see www.example.com for more. "] * 3 + ["圆周率是3.14。"]
 
 
 @settings(max_examples=200, deadline=None)

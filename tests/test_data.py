@@ -1,4 +1,3 @@
-import gzip
 import itertools
 import json
 import threading
@@ -41,21 +40,20 @@ def test_running_text_is_split_by_position(call, work):
     assert text_of(work / "dataset", "pretrain", "val") == text[4000:]
 
 
-@pytest.mark.parametrize("name", ["a.txt.gz", "folder", "two"])
-def test_files_folders_and_gzip_give_the_same_text(call, work, name):
+@pytest.mark.parametrize("paths", [["folder"], ["folder/1.txt", "folder/sub/2.MD"]], ids=["folder", "two"])
+def test_every_file_is_a_document(call, work, paths):
     text = make_text(5000)
-    (work / "folder").mkdir()
+    (work / "folder" / "sub").mkdir(parents=True)
     (work / "folder" / "1.txt").write_text(text[:2000], encoding="utf-8")
-    (work / "folder" / "2.md").write_text(text[2000:], encoding="utf-8")
-    with gzip.open(work / "a.txt.gz", "wt", encoding="utf-8") as file:
-        file.write(text)
-    paths = ["folder/1.txt", "folder/2.md"] if name == "two" else [name]
+    (work / "folder" / "sub" / "2.MD").write_text(text[2000:], encoding="utf-8")
     assert call("data.py", *paths, "--block_size", "16").status == 0
-    assert text_of(work / "dataset", "pretrain", "train") + text_of(work / "dataset", "pretrain", "val") == text
+    train = f"<|bos|>{text[:1800]}<|bos|>{text[2000:4700]}"
+    assert text_of(work / "dataset", "pretrain", "train") == train
+    assert text_of(work / "dataset", "pretrain", "val") == f"{text[1800:2000]}<|eos|>{text[4700:]}<|eos|>"
 
 
 def test_small_chunks_give_the_same_file_as_large_ones(call, work, monkeypatch):
-    from text import corpus
+    from text import corpus, formats
 
     text = (
         make_text(5000).replace("\n", "\r\n")
@@ -63,8 +61,8 @@ def test_small_chunks_give_the_same_file_as_large_ones(call, work, monkeypatch):
         + make_text(500)
     )
     (work / "a.txt").write_bytes(text.encode("utf-8"))
-    monkeypatch.setattr(corpus, "CHUNK", 1 << 20)
     assert call("data.py", "a.txt", "--block_size", "16", "--output", "large").status == 0
+    monkeypatch.setattr(formats, "CHUNK", 97)
     monkeypatch.setattr(corpus, "CHUNK", 97)
     monkeypatch.setattr(corpus, "LONGEST_DOCUMENT", 1000)
     assert call("data.py", "a.txt", "--block_size", "16", "--output", "small").status == 0
@@ -162,11 +160,11 @@ def test_bpe_is_trained_and_used(call, work):
 
 def test_bad_lines_are_skipped_with_their_numbers_up_to_a_limit(call, work):
     lines = [json.dumps(sample) for sample in make_samples(20)]
-    lines[3], lines[7], lines[11] = '{"question": "no answer"}', "{not json", '{"question": "q", "answer": ""}'
+    lines[3], lines[7], lines[11] = '{"question": "no answer"}', "{not json", '{"question": "q", "answer": {}}'
     (work / "s.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     result = call("data.py", "s.jsonl", "--block_size", "64")
     assert result.status == 0
-    for number, word in ((4, '"answer" is missing'), (8, "not valid JSON"), (12, '"answer" is empty')):
+    for number, word in ((4, '"answer" is missing'), (8, "not valid JSON"), (12, '"answer" is not text')):
         assert f"line {number}: " in result.err and word in result.err
     assert result.err.count("skipped") == 3
     result = call("data.py", "s.jsonl", "--block_size", "64", "--max_bad_lines", "2", "--output", "other")
@@ -277,7 +275,7 @@ def test_a_curriculum_passes_over_its_datasets_in_order(call, prepared):
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_validation_sees_every_target_once(prepared, stage, world_size):
     file = TokenFile(f"dataset/{stage}_val.bin")
-    options = {"block_size": 32, "vocab_size": 500, "batch_size": 4, "seed": 1, "eval_iters": 0}
+    options = {"block_size": 32, "vocab_size": 500, "batch_size": 4, "seed": 1, "n_samples": 0}
     parts = [ValidationBatches([file], **options, rank=r, world_size=world_size) for r in range(world_size)]
     count = sum(batch.count for part in parts for batch in part)
     assert count == (len(file.tokens) - 1 if stage == "pretrain" else file.header["n_loss_tokens"])
@@ -285,7 +283,7 @@ def test_validation_sees_every_target_once(prepared, stage, world_size):
 
 def test_partial_validation_is_the_same_part_every_time(prepared):
     file = TokenFile("dataset/pretrain_val.bin")
-    options = {"block_size": 16, "vocab_size": 500, "batch_size": 4, "seed": 1, "eval_iters": 3}
+    options = {"block_size": 16, "vocab_size": 500, "batch_size": 4, "seed": 1, "n_samples": 12}
     batches = ValidationBatches([file], **options)
     first, second = list(batches), list(batches)
     assert len(first) == 3

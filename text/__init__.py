@@ -1,7 +1,14 @@
 """The data pipeline: raw text to batches of token ids.
 
-corpus          reading raw text and jsonl
+formats         files to text and records: compression, encodings, JSON, CSV, Parquet
+recognition     what a file is, told by its contents
+records         what the fields of a record mean: texts, conversations, preferences
+corpus          folders and files to documents, conversations and preference pairs
 cleaning        filters and near-duplicate removal
+scan            the first pass of data.py: hashes, lengths and characters of all records
+splitting       which records are for training, which for validation
+baselines       what a trained model must beat
+inspection      what is inside a token file
 tokenizer       character and BPE tokenizers, chat template
 token_files     the binary format of tokenised text
 batches         shuffling, packing and collating samples into batches

@@ -58,11 +58,12 @@ class Windows:
     """
 
     def __init__(self, file: TokenFile, block_size: int, seed: int) -> None:
-        self.tokens, self.block_size, self.seed = file.tokens, block_size, seed
+        self.file, self.tokens, self.block_size, self.seed = file, file.tokens, block_size, seed
         n_windows = (len(self.tokens) - 1) // block_size
         if n_windows < 1:
             raise UserError(
-                f"{file.path}: {len(self.tokens)} tokens are fewer than one window (block_size {block_size} + 1)"
+                f"{file.path}: {len(self.tokens)} tokens are fewer than one window (block_size {block_size} + 1): "
+                f"prepare more text, or lower block_size"
             )
         self.length = max(1, n_windows - 1)  # one window less leaves room for the offset
         self.max_offset = min(block_size - 1, len(self.tokens) - 1 - self.length * block_size)
@@ -82,7 +83,7 @@ class ValidationWindows:
     """Running text for validation: every target exactly once, in windows from the start; the last may be shorter."""
 
     def __init__(self, file: TokenFile, block_size: int) -> None:
-        self.tokens, self.block_size = file.tokens, block_size
+        self.file, self.tokens, self.block_size = file, file.tokens, block_size
         if len(self.tokens) < 2:
             raise UserError(f"{file.path}: too short to evaluate on ({len(self.tokens)} tokens)")
 
@@ -108,7 +109,8 @@ class Samples:
             keeps_answer = [not long[i] or self.get_sample(i)[1][1:].any() for i in self.kept]
             self.kept = self.kept[keeps_answer]
         if not len(self.kept):
-            raise UserError(f"{file.path}: no sample fits block_size {block_size}")
+            shortest = np.diff(file.starts).min() - 1
+            raise UserError(f"{file.path}: no sample fits block_size {block_size}: the shortest needs {shortest}")
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -134,7 +136,8 @@ class Pairs:
         self.kept = np.flatnonzero(np.maximum(lengths[0::2], lengths[1::2]) <= block_size + 1)
         self.n_overlong = len(lengths) // 2 - len(self.kept)
         if not len(self.kept):
-            raise UserError(f"{file.path}: no pair fits block_size {block_size}")
+            shortest = np.maximum(lengths[0::2], lengths[1::2]).min() - 1
+            raise UserError(f"{file.path}: no pair fits block_size {block_size}: the shortest needs {shortest}")
         self.reference = np.zeros(len(self.kept), dtype=np.float32)
 
     def __len__(self) -> int:
@@ -333,20 +336,19 @@ class TrainBatches(Batches):
 
 
 class ValidationBatches(Batches):
-    """A fixed random subset of the validation data, or all of it: the same batches at every evaluation.
+    """A fixed random part of the validation data, or all of it: the same samples at every evaluation.
 
-    They are distributed over the processes round-robin.
+    Neither the batch size nor the seed decides which, so that the losses of different runs can be compared. The batches
+    are distributed over the processes round-robin.
     """
 
-    def __init__(self, files: list[TokenFile], *, eval_iters: int, **shared: Any) -> None:
-        """eval_iters: number of batches, their samples chosen once by the seed; 0: the whole validation set."""
+    def __init__(self, files: list[TokenFile], *, n_samples: int, **shared: Any) -> None:
+        """n_samples: how many are evaluated, at most; 0: all. A larger part includes every smaller one."""
         super().__init__(**shared)
         self.datasets = [make_dataset(file, self.block_size, self.overlong, ValidationWindows) for file in files]
         self.samples = [(dataset, i) for dataset in self.datasets for i in range(len(dataset))]
-        if 0 < eval_iters * self.batch_size < len(self.samples):
-            chosen = np.random.default_rng([self.seed, 2]).permutation(len(self.samples))[
-                : eval_iters * self.batch_size
-            ]
+        if 0 < n_samples < len(self.samples):
+            chosen = np.random.default_rng(0).permutation(len(self.samples))[:n_samples]
             self.samples = [self.samples[i] for i in sorted(chosen)]
 
     def __iter__(self) -> Iterator[Batch]:

@@ -7,28 +7,40 @@ Exact duplicates are always removed, by data.py itself.
 """
 
 import re
+import tempfile
+import unicodedata
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
 
 from base.configuration import Config, UserError, option
+from text.tokenizer import codepoints, special_pattern
 
-SENTENCE_ENDS = ".!?。！？；…\n"
+SENTENCE_ENDS = "。！？；…\n"
+SENTENCE_ENDS_BEFORE_SPACE = ".!?"  # not inside of 3.14 and example.com
 CLOSING = "\"'”’」』）)】》"  # quotes and brackets after a full stop still belong to the sentence
 N_SHINGLE = 5  # characters per n-gram
-N_PERMUTATIONS = 64  # hash functions per MinHash signature; more are slower and more accurate
+N_PERMUTATIONS = 128  # hash functions per MinHash signature
+RECALL = 0.99  # of pairs exactly as similar as the threshold, the share that is found
 
-sentence_end = re.compile(f"[{re.escape(SENTENCE_ENDS)}]+[{re.escape(CLOSING)}]*\\s*")
-symbol = re.compile(r"[^\w\s.,;:!?'\"()\-。，、；：！？“”‘’（）《》「」『』【】…—]")
+sentence_end = re.compile(  # a run of points is looked at once, from its beginning
+    f"(?:[{SENTENCE_ENDS}]|(?<![{SENTENCE_ENDS_BEFORE_SPACE}])[{SENTENCE_ENDS_BEFORE_SPACE}]++"
+    f"(?=[{re.escape(CLOSING)}]*(?:\\s|$)))+[{re.escape(CLOSING)}]*\\s*"
+)
+PUNCTUATION = set(".,;:!?'\"()[]-–—…/&%«»¿¡·。，、；：！？“”‘’（）《》〈〉「」『』【】")  # of prose
 
 
 @dataclass
 class CleaningConfig(Config):
-    """Filters for documents and fine-tuning samples (running text is not filtered)."""
+    """Filters for documents and fine-tuning samples."""
 
     near_duplicates: float | None = option(
         None,
-        "drop texts with about this Jaccard similarity or more to an earlier one (needs datasketch)",
+        "drop texts with this Jaccard similarity or more to an earlier one (needs datasketch)",
         above=0.0,
         maximum=1.0,
     )
@@ -41,7 +53,7 @@ class CleaningConfig(Config):
         maximum=1.0,
     )
     split_documents: int | None = option(
-        None, "split documents longer than this many characters at sentence ends", minimum=16
+        None, "split documents longer than this many characters at sentence ends", minimum=16, maximum=1 << 22
     )
 
     def check(self) -> None:
@@ -63,8 +75,7 @@ class Cleaner:
                 import datasketch
             except ImportError:
                 raise UserError("near_duplicates: datasketch is not installed: pip install datasketch") from None
-            self.datasketch = datasketch
-            self.index = datasketch.MinHashLSH(threshold=config.near_duplicates, num_perm=N_PERMUTATIONS)
+            self.near_duplicates = NearDuplicates(config.near_duplicates, datasketch)
 
     def accept(self, text: str) -> bool:
         """Whether a text passes every filter; near-duplicates are relative to the texts accepted before it."""
@@ -74,6 +85,14 @@ class Cleaner:
             self.examples.setdefault(reason, text)
         return not reason
 
+    def accept_length(self, text: str, n_characters: int) -> bool:
+        """accept() of a document too long to be held whole, of which `text` is a part: by its length alone."""
+        too_long = self.config.max_characters is not None and n_characters > self.config.max_characters
+        if too_long:
+            self.dropped["longer than max_characters"] += 1
+            self.examples.setdefault("longer than max_characters", text)
+        return not too_long
+
     def rejection_reason(self, text: str) -> str:
         """Why a text is dropped; empty if it is not."""
         config = self.config
@@ -81,39 +100,95 @@ class Cleaner:
             return "shorter than min_characters"
         if config.max_characters and len(text) > config.max_characters:
             return "longer than max_characters"
-        if config.max_symbols is not None and len(symbol.findall(text)) > config.max_symbols * len(text):
+        if config.max_symbols is not None and count_symbols(text) > config.max_symbols * len(text):
             return "more symbols than max_symbols"
-        if config.near_duplicates is not None and self.is_near_duplicate(text):
+        if config.near_duplicates is not None and self.near_duplicates.has_similar(text):
             return "near-duplicates"
         return ""
-
-    def is_near_duplicate(self, text: str) -> bool:
-        """Whether the index holds a similar text; if not, add this one.
-
-        Similarity is the Jaccard index |A & B| / |A | B| of the texts' sets of 5-character n-grams. MinHash (Broder
-        1997) makes a short signature of each set; each entry of two signatures agrees with that probability. Locality-
-        sensitive hashing looks up signatures that agree in part, instead of comparing all pairs.
-        """
-        text = " ".join(text.lower().split())  # ignore case and white space
-        shingles = {text[i : i + N_SHINGLE].encode() for i in range(max(1, len(text) - N_SHINGLE + 1))}
-        signature = self.datasketch.MinHash(num_perm=N_PERMUTATIONS)
-        signature.update_batch(sorted(shingles))
-        if self.index.query(signature):
-            return True
-        self.index.insert(str(len(self.index.keys)), signature)
-        return False
 
     def report(self) -> list[str]:
         """One line per reason: the number of dropped texts, and the beginning of the first."""
         return [f"dropped: {n:,} {reason}, as {self.examples[reason][:60]!r}" for reason, n in self.dropped.items()]
 
 
+def count_symbols(text: str) -> int:
+    """Characters other than letters with their marks, digits, white space and the punctuation of prose."""
+    counts = Counter(text)
+    return sum(
+        n
+        for character, n in counts.items()
+        if not (character in PUNCTUATION or character.isspace() or unicodedata.category(character)[0] in "LMNZ")
+    )
+
+
+class NearDuplicates:
+    """The texts accepted so far, to find those similar to a new one.
+
+    Similarity is the Jaccard index |A & B| / |A | B| of the texts' sets of 5-character n-grams, without case and white
+    space. Each entry of two MinHash signatures (Broder 1997) agrees with just that probability s. Locality-sensitive
+    hashing finds candidates without comparing all pairs: those that agree in all r entries of any of b bands, which has
+    the probability 1 - (1 - s^r)^b (Leskovec et al., Mining of Massive Datasets, chapter 3). r is as large as RECALL
+    allows at the threshold, and the similarity of candidates is then computed exactly.
+    """
+
+    def __init__(self, threshold: float, datasketch: ModuleType) -> None:
+        self.threshold, self.datasketch = threshold, datasketch
+        rows = max(
+            (r for r in range(1, 33) if 1 - (1 - threshold**r) ** (N_PERMUTATIONS // r) >= RECALL),
+            default=1,
+        )
+        self.index = datasketch.MinHashLSH(num_perm=N_PERMUTATIONS, params=(N_PERMUTATIONS // rows, rows))
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115  the n-grams of all texts, one after another
+        self.ends = array("Q", [0])
+
+    def has_similar(self, text: str) -> bool:
+        """Whether a similar text was seen before; if not, this one is remembered."""
+        ngrams = hashed_ngrams(" ".join(text.lower().split()))
+        signature = self.datasketch.MinHash(num_perm=N_PERMUTATIONS, hashfunc=int)
+        signature.update_batch(ngrams & 0xFFFFFFFF)  # 32 bits, as datasketch wants them
+        if any(jaccard(ngrams, self.ngrams_of(i)) >= self.threshold for i in self.index.query(signature)):
+            return True
+        self.index.insert(len(self.ends) - 1, signature)
+        self.file.seek(8 * self.ends[-1])
+        self.file.write(ngrams.tobytes())
+        self.ends.append(self.ends[-1] + len(ngrams))
+        return False
+
+    def ngrams_of(self, i: int) -> np.ndarray:
+        self.file.seek(8 * self.ends[i])
+        return np.frombuffer(self.file.read(8 * (self.ends[i + 1] - self.ends[i])), dtype=np.uint64)
+
+
+def hashed_ngrams(text: str) -> np.ndarray:
+    """The distinct n-grams of a text as sorted 64-bit hashes (n,): polynomials of their code points, modulo 2^64."""
+    codes = codepoints(text).astype(np.uint64) + 1
+    n = max(1, len(codes) - N_SHINGLE + 1)
+    hashes = np.zeros(n, dtype=np.uint64)
+    for i in range(min(N_SHINGLE, len(codes))):
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + codes[i : i + n]
+    return np.unique(hashes ^ (hashes >> np.uint64(32)))  # its low bits alone depend on the last code points most
+
+
+def jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    """|A & B| / |A | B| of two sorted arrays without repetitions."""
+    n_common = len(np.intersect1d(a, b, assume_unique=True))
+    return n_common / (len(a) + len(b) - n_common)
+
+
 def split_at_sentences(text: str, max_characters: int) -> Iterator[str]:
     """Split a text at sentence ends into pieces of at most max_characters; a longer sentence is cut anywhere."""
     start = 0
     while len(text) - start > max_characters:
-        ends = [match.end() for match in sentence_end.finditer(text, start, start + max_characters)]
-        cut = ends[-1] if ends and ends[-1] > start else start + max_characters
+        cut = limit = start + max_characters
+        for match in sentence_end.finditer(
+            text, start, limit + 8
+        ):  # not up to the limit: a "." there may be inside a number
+            if match.end() > limit:
+                break
+            cut = match.end()
+        special = special_pattern.match(text, max(start, text.rfind("<|", start, cut + 1)))
+        if special and start < special.start() < cut < special.end():  # a special token is not cut in two
+            cut = special.start()
         yield text[start:cut]
         start = cut
     if start < len(text):

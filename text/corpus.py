@@ -1,299 +1,225 @@
-"""Reading raw text: files, folders and .gz, plain text and jsonl, in bounded memory, with errors that name the line.
+"""The corpus: raw files and folders as documents, conversations and preference pairs, in bounded memory.
 
-Files are streamed as records. For pretraining a record is a document: the text of a jsonl line, or text delimited by
-<|bos|> or <|eos|>; text without delimiters is running text, read in pieces of arbitrary size. For fine-tuning (sft) a
-record is a conversation, for preference tuning (dpo) two: the same prompt with a chosen and with a rejected answer.
+    sources, left_out = find_sources(["notes/", "questions.csv"])
+    for text, begins, ends in documents(source, bad_lines): ...      # pretraining
+    for conversations in chat_records(source, bad_lines): ...        # fine-tuning: one; preferences: chosen, rejected
+
+A text file is a document, or several where <|bos|>, <|eos|> or GPT-2's <|endoftext|> stand between them. Long documents
+come in pieces, so that a file may be larger than memory.
 """
 
-import codecs
-import gzip
-import hashlib
-import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from base.configuration import UserError
-from base.prefetching import prefetch
-from text.tokenizer import Messages, may_contain_special
+from base.configuration import UserError, escape_control_characters
+from text.formats import CHUNK, Progress, Source, members_of, printable_name, records, text_chunks
+from text.recognition import recognise
+from text.records import EmptyRecord, parse_conversation, parse_preference, parse_text
+from text.tokenizer import Messages, may_contain_special, remove_special_tokens
 
-CHUNK = 1 << 20  # bytes read at a time
-LONGEST_DOCUMENT = 1 << 24  # characters; a longer one is treated as running text
-TEXT_SUFFIXES = (".txt", ".md", ".text", ".jsonl")
-ROLES = ("system", "user", "assistant")
+LONGEST_DOCUMENT = 1 << 22  # characters; a longer document comes in pieces
+LONGEST_SPECIAL_TOKEN = 16  # characters
+# in folders left out: what this toolkit makes from texts, and keeps for tests
+OWN_FILES = ("held_out.jsonl", "tokenizer.json", "world.py")
 
-document_boundary = re.compile(r"(?<=<\|eos\|>)|(?=<\|bos\|>)")
-
-
-@dataclass
-class Source:
-    """One raw file. Reading it to the end fills in its size and hash."""
-
-    path: Path
-    is_jsonl: bool
-    bytes: int = 0
-    sha256: str = ""
-
-    def describe(self) -> dict[str, Any]:
-        return {"path": self.path.as_posix(), "bytes": self.bytes, "sha256": self.sha256}
+delimiter = re.compile(r"(<\|bos\|>|<\|eos\|>|<\|endoftext\|>)")
 
 
 @dataclass
 class BadLines:
-    """Prints each malformed jsonl line once, and raises UserError when there are more than `limit`."""
+    """Prints each record that cannot be used once; raises UserError when there are more than `limit`."""
 
     limit: int
-    reported: set[tuple[str, int]] = field(default_factory=set)
+    reported: set[tuple[str, str]] = field(default_factory=set)
+    n_empty: dict[str, int] = field(default_factory=dict)  # by file: records that say nothing, and are left out
 
-    def report(self, path: Path, number: int, problem: str) -> None:
-        if (str(path), number) in self.reported:  # files are read twice
+    def report(self, source: Source, where: str, problem: str) -> None:
+        if (source.name, where) in self.reported:  # files are read twice
             return
-        self.reported.add((str(path), number))
+        self.reported.add((source.name, where))
+        text = f"{source.name}: {where}: {problem}"
         if len(self.reported) > self.limit:
             limit = f"; there are more than {self.limit} bad lines (--max_bad_lines)" if self.limit else ""
-            raise UserError(f"{path}: line {number}: {problem}{limit}")
-        print(f"skipped {path}: line {number}: {problem}", file=sys.stderr)
+            raise UserError(text + limit)
+        print(f"skipped {escape_control_characters(text)}", file=sys.stderr)
 
 
-def find_sources(paths: list[str]) -> list[Source]:
-    """The raw files at the given paths; of a folder, all text files in it and its subfolders, sorted by name."""
-    found = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and raw_suffix(p) in TEXT_SUFFIXES)
-            if not inside:
-                raise UserError(f"{path}: no {', '.join(TEXT_SUFFIXES)} files (or .gz of them) in this folder")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise UserError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
-    return [Source(path, raw_suffix(path) == ".jsonl") for path in found]
+# ------------------------------------------------------------------------------------------------------ files
 
 
-def raw_suffix(path: Path) -> str:
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+def find_sources(
+    paths: list[str], encoding: str = "utf-8", rename: dict[str, str] | None = None, plain_text: bool = False
+) -> tuple[list[Source], list[str]]:
+    """The raw files at the given paths, recognised; and why files of folders and archives were left out.
 
-
-def stage_of(source: Source) -> str:
-    """The training stage of a raw file, inferred from its contents.
-
-    jsonl with "chosen" is for dpo, with "question" or "messages" for sft; "text" and every other file for pretrain.
+    plain_text: read every file as text, whatever its contents look like. Raises UserError for a named file that cannot
+    be used, and for a folder without any that can.
     """
-    if source.is_jsonl:
-        for number, line in lines(Source(source.path, True)):
+    found, left_out = [], []
+    for path in paths:
+        if not path or not Path(path).exists():
+            raise UserError(f"{path or repr(path)}: no such file")
+        n_before, n_left_out = len(found), len(left_out)
+        for source in files_in(Path(path)):
+            source.given, source.encoding, source.rename = printable_name(Path(path)), encoding, rename or {}
             try:
-                first = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(first, dict) and "chosen" in first:
-                return "dpo"
-            if isinstance(first, dict) and ("messages" in first or "question" in first):
-                return "sft"
-            if isinstance(first, dict) and "text" in first:
-                return "pretrain"
-            if number > 100:
-                break
-        raise UserError(f'{source.path}: cannot infer the stage: no "text", "question", "messages" or "chosen" in it')
-    return "pretrain"
+                if reason := reason_to_leave_out(source, Path(path)):
+                    raise UserError(f"{source.name}: {reason}")
+                recognise(source, plain_text)
+            except (UserError, OSError) as error:
+                if source.path == Path(path) and not source.member:  # the file that was named
+                    raise
+                left_out.append(str(error) if isinstance(error, UserError) else f"{source.name}: {error.strerror}")
+            else:
+                found.append(source)
+        if len(found) == n_before:
+            reasons = "; ".join(left_out[n_left_out:][:3])
+            raise UserError(f"{path}: no text files in it" + (f": {reasons}" if reasons else ""))
+    return found, left_out
 
 
-def text_chunks(source: Source, progress: Callable[[int], None] = lambda n: None) -> Iterator[str]:
-    """The text of a file in chunks, read ahead in a background thread, with line ends as \\n; raises UserError."""
-    return prefetch(read_chunks(source, progress), depth=1)
+def files_in(path: Path) -> Iterator[Source]:
+    """The file itself, the files of a folder and its subfolders, or the members of zip archives; sorted by name.
+
+    Raises UserError for an archive that was named and cannot be read; one inside of a folder stands for itself then.
+    """
+    files = sorted(p for p in path.rglob("*") if p.is_symlink() or not p.is_dir()) if path.is_dir() else [path]
+    for file in files:
+        try:
+            members = members_of(file) if is_zip(file) else [""]
+        except (UserError, OSError):
+            if file == path:
+                raise
+            members = [""]
+        for member in members:
+            yield Source(file, member)
 
 
-def read_chunks(source: Source, progress: Callable[[int], None]) -> Iterator[str]:
-    """Decode UTF-8 incrementally: a chunk may end in the middle of a character, or between \\r and \\n."""
-    path = source.path
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    digest, offset, pending_cr = hashlib.sha256(), 0, ""
-    with open_raw(path) as file:
-        while True:
-            try:
-                block = file.read(CHUNK)
-            except (gzip.BadGzipFile, EOFError) as error:
-                raise UserError(f"{path}: damaged gzip file: {error}") from None
-            if offset == 0:
-                if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    raise UserError(f"{path}: UTF-16 text; save it as UTF-8 first")
-                if not block:
-                    raise UserError(f"{path}: the file is empty")
-            n_undecoded = len(decoder.getstate()[0])
-            try:
-                text = pending_cr + decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                at = offset - n_undecoded + error.start
-                raise UserError(f"{path}: not UTF-8 text: byte 0x{error.object[error.start]:02x} at {at}") from None
-            if offset == 0:
-                text = text.removeprefix("\ufeff")
-            if "\0" in text:
-                raise UserError(f"{path}: a binary file, not text: it contains NUL bytes")
-            digest.update(block)
-            offset += len(block)
-            progress(len(block))
-            pending_cr = "\r" if text.endswith("\r") and block else ""
-            if "\r" in text:
-                text = text.removesuffix(pending_cr).replace("\r\n", "\n").replace("\r", "\n")
-            if text:
-                yield text
-            if not block:
-                break
-    source.bytes, source.sha256 = offset, digest.hexdigest()
+def is_zip(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\3\4"
 
 
-def open_raw(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+def reason_to_leave_out(source: Source, root: Path) -> str:
+    """Why a file is not read; empty if it may be. Some files of folders and archives are not meant to be trained on."""
+    parts = [*source.path.relative_to(root).parts, *Path(source.member).parts]
+    if any(part.startswith(".") for part in parts) or "__MACOSX" in parts:
+        return "hidden"
+    if parts and parts[-1] in OWN_FILES:
+        return "not for training"
+    if not source.path.is_file():
+        return "not a regular file"
+    if is_zip(source.path) and not source.member:
+        return "an office document, an e-book or a damaged zip archive"
+    return ""
 
 
-def lines(source: Source, progress: Callable[[int], None] = lambda n: None) -> Iterator[tuple[int, str]]:
-    """The non-blank lines of a file with their numbers, from 1."""
-    number, unfinished = 0, []  # parts of a line that spans several chunks
-    for chunk in text_chunks(source, progress):
-        *complete, rest = chunk.split("\n")
-        for line in complete:
-            number += 1
-            line = "".join([*unfinished, line])
-            unfinished = []
-            if line.strip():
-                yield number, line
-        unfinished.append(rest)
-    if "".join(unfinished).strip():
-        yield number + 1, "".join(unfinished)
+# ------------------------------------------------------------------------------------------------------ documents
 
 
 def documents(
-    source: Source, bad_lines: BadLines, progress: Callable[[int], None] = lambda n: None
-) -> Iterator[tuple[str, bool]]:
-    """The text of a pretraining file: (text, True) for a document, (text, False) for a piece of running text."""
-    if source.is_jsonl:
-        for number, line in lines(source, progress):
-            try:
-                yield "<|bos|>" + parse_text_line(line) + "<|eos|>", True
-            except UserError as error:
-                bad_lines.report(source.path, number, str(error))
-        return
-    rest = ""  # text after the last document boundary
-    for chunk in text_chunks(source, progress):
-        rest += chunk
-        if may_contain_special(rest):
-            *parts, rest = document_boundary.split(rest)
-            yield from classify_parts(parts)
-        max_length = LONGEST_DOCUMENT if rest.startswith("<|bos|>") else CHUNK // 2
-        if len(rest) > max_length:
-            # cut at a line end, else far enough from the end not to cut a special token of which half is read
-            cut = rest.rfind("\n", len(rest) - 4096) + 1 or len(rest) - 32
-            yield rest[:cut], False
-            rest = rest[cut:]
-    yield from classify_parts([rest])
+    source: Source, bad_lines: BadLines, progress: Progress = lambda n: None
+) -> Iterator[tuple[str, bool, bool]]:
+    """The documents of a pretraining file, in pieces (text, begins, ends), without the delimiters between them.
 
-
-def classify_parts(parts: list[str]) -> Iterator[tuple[str, bool]]:
-    """Parts between document boundaries as (text, is_document); white space between documents is dropped."""
-    for part in parts:
-        is_document = part.startswith("<|bos|>") or part.endswith("<|eos|>")
-        if is_document or part.strip():
-            yield part, is_document
-
-
-def conversations(
-    source: Source, bad_lines: BadLines, progress: Callable[[int], None] = lambda n: None
-) -> Iterator[tuple[int, Messages]]:
-    """The conversations of a fine-tuning jsonl file, each with its line number."""
-    for number, line in lines(source, progress):
-        try:
-            yield number, parse_conversation(line)
-        except UserError as error:
-            bad_lines.report(source.path, number, str(error))
-
-
-def chat_records(
-    source: Source, stage: str, bad_lines: BadLines, progress: Callable[[int], None] = lambda n: None
-) -> Iterator[list[Messages]]:
-    """The records of a jsonl file. sft: [conversation]; dpo: [chosen conversation, rejected conversation]."""
-    if stage == "sft":
-        for _, messages in conversations(source, bad_lines, progress):
-            yield [messages]
-        return
-    for number, line in lines(source, progress):
-        try:
-            yield parse_preference(line)
-        except UserError as error:
-            bad_lines.report(source.path, number, str(error))
-
-
-def parse_object(line: str) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"column {error.colno}: not valid JSON: {error.msg}") from None
-    except (RecursionError, ValueError):
-        raise UserError("not usable JSON") from None
-    if not isinstance(values, dict):
-        raise UserError(f"must be a JSON object, got {type(values).__name__}")
-    return values
-
-
-def text_field(values: dict[str, Any], name: str) -> str:
-    value = values.get(name)
-    if not isinstance(value, str) or not value.strip():
-        found = "is missing" if name not in values else "is empty" if isinstance(value, str) else "is not a string"
-        raise UserError(f'"{name}" {found}')
-    return value.encode("utf-8", "replace").decode("utf-8")  # JSON can contain lone surrogates, "\ud800"
-
-
-def parse_text_line(line: str) -> str:
-    """The text of a line {"text": ...}; raises UserError."""
-    return text_field(parse_object(line), "text")
-
-
-def parse_conversation(line: str) -> Messages:
-    """The conversation of a fine-tuning line; raises UserError.
-
-    {"question": ..., "answer": ...} or {"messages": [{"role": "user", "content": ...}, ...]}: user and assistant
-    alternate, system messages are allowed before user messages, and the last message is the assistant's.
+    Most are one piece, (text, True, True); one of more than LONGEST_DOCUMENT characters comes in several, of which only
+    the first begins and only the last ends it.
     """
-    values = parse_object(line)
-    if "messages" not in values:
-        return [
-            {"role": "user", "content": text_field(values, "question")},
-            {"role": "assistant", "content": text_field(values, "answer")},
-        ]
-    messages = values["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise UserError('"messages" must be a list of at least one question and answer')
-    conversation, expected = [], ("system", "user")
-    for i, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise UserError(f'message {i}: "role" must be one of {", ".join(ROLES)}')
-        role = message["role"]
-        if role not in expected:
-            raise UserError(f"message {i}: role is {role}, expected {' or '.join(expected)}")
+    if source.form != "text":
+        for _, text in parsed(source, parse_text, bad_lines, progress):
+            yield from split_documents([text])
+        return
+    n_pieces = 0
+    for n_pieces, piece in enumerate(split_documents(text_chunks(source, progress)), 1):  # noqa: B007
+        yield piece
+    bad_lines.n_empty[source.name] = int(not n_pieces)
+
+
+def split_documents(chunks: Iterable[str]) -> Iterator[tuple[str, bool, bool]]:
+    """Cut a text at its delimiters into documents, and long documents into pieces (text, begins, ends)."""
+    held: list[str] = []  # the parts of the current document that are not yielded yet
+    length, has_begun = 0, False
+    after_end = False  # line breaks after <|eos|> belong to no document
+    for part in split_at_delimiters(chunks):
+        if delimiter.fullmatch(part):
+            if has_begun or says_something("".join(held)):
+                yield "".join(held), not has_begun, True
+            held, length, has_begun, after_end = [], 0, False, part != "<|bos|>"
+            continue
+        part = part.lstrip("\n") if after_end else part
+        after_end = after_end and not part
+        held.append(part)
+        length += len(part)
+        while length > (CHUNK if has_begun else LONGEST_DOCUMENT):
+            text = "".join(held)
+            end = min(len(text) - 1, LONGEST_DOCUMENT)  # something is left for the last piece
+            special = text.rfind("<|", max(0, end - LONGEST_SPECIAL_TOKEN), end)  # may not be cut
+            end = special if special > 0 and "|>" not in text[special:end] else end
+            cut = text.rfind("\n", max(0, end - 4096), end) + 1 or end
+            if has_begun or says_something(text[:cut]):
+                yield text[:cut], not has_begun, False
+                has_begun = True
+            held, length = [text[cut:]], len(text) - cut
+    if has_begun or says_something("".join(held)):
+        yield "".join(held), not has_begun, True
+
+
+def says_something(text: str) -> bool:
+    return bool(remove_special_tokens(text).strip())
+
+
+def split_at_delimiters(chunks: Iterable[str]) -> Iterator[str]:
+    """Text and the delimiters in it, one by one; no special token is cut in two."""
+    rest = ""
+    for chunk in chunks:
+        text = rest + chunk
+        start = text.rfind("<", max(0, len(text) - LONGEST_SPECIAL_TOKEN + 1))
+        is_cut = start >= 0 and "|>" not in text[start:] and text[start : start + 2] in ("<", "<|")
+        text, rest = (text[:start], text[start:]) if is_cut else (text, "")
+        yield from filter(None, delimiter.split(text) if may_contain_special(text) else [text])
+    if rest:
+        yield rest
+
+
+# ------------------------------------------------------------------------------------------------------ chats
+
+
+def parsed(
+    source: Source, parse: Callable[[Any], Any], bad_lines: BadLines, progress: Progress
+) -> Iterator[tuple[str, Any]]:
+    """What `parse` makes of the records of a file, with their places; bad ones are reported, empty ones counted."""
+    n_empty = 0
+    for where, values in records(source, progress):
         try:
-            conversation.append({"role": role, "content": text_field(message, "content")})
+            if isinstance(values, UserError):
+                raise values
+            yield where, parse(values)
+        except EmptyRecord:
+            n_empty += 1
         except UserError as error:
-            raise UserError(f"message {i}: {error}") from None
-        expected = ("assistant",) if role == "user" else ("system", "user")
-    if conversation[-1]["role"] != "assistant":
-        raise UserError("the last message must be an answer (role assistant)")
-    return conversation
+            bad_lines.report(source, where, str(error))
+    bad_lines.n_empty[source.name] = n_empty
 
 
-def parse_preference(line: str) -> list[Messages]:
-    """The two conversations of a preference line, [chosen, rejected]; raises UserError.
+def chat_records(source: Source, bad_lines: BadLines, progress: Progress = lambda n: None) -> Iterator[list[Messages]]:
+    """The records of a fine-tuning file, [conversation], or of a preference file, [chosen, rejected]."""
+    parse = parse_preference if source.stage == "dpo" else lambda values: [parse_conversation(values)]
+    return (record for _, record in parsed(source, parse, bad_lines, progress))
 
-    {"prompt": ..., "chosen": ..., "rejected": ...}; instead of "prompt" also "messages", the last one from the user.
-    """
-    values = parse_object(line)
-    answers = [{"role": "assistant", "content": text_field(values, name)} for name in ("chosen", "rejected")]
-    if answers[0] == answers[1]:
-        raise UserError('"chosen" and "rejected" are the same')
-    if "messages" not in values:
-        prompt = [{"role": "user", "content": text_field(values, "prompt")}]
-        return [[*prompt, answer] for answer in answers]
-    if not isinstance(values["messages"], list):
-        raise UserError('"messages" must be a list that ends with a user message')
-    return [parse_conversation(json.dumps({"messages": [*values["messages"], answer]})) for answer in answers]
+
+def read_conversations(
+    path: str, encoding: str = "utf-8", rename: dict[str, str] | None = None
+) -> list[tuple[str, Messages]]:
+    """All conversations of a fine-tuning file with their places in it ("line 3"); raises UserError."""
+    found = []
+    for source in find_sources([path], encoding, rename)[0]:
+        if source.stage != "sft":
+            raise UserError(f"{source.name}: no questions and answers, but what is for {source.stage}")
+        found += parsed(source, parse_conversation, BadLines(0), lambda n: None)
+    return found

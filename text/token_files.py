@@ -9,9 +9,11 @@ Layout (github.com/huggingface/safetensors): 8 bytes with the length of the JSON
 """
 
 import functools
+import itertools
 import json
 import tempfile
 import zlib
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +24,7 @@ from base.configuration import UserError
 from text.tokenizer import UNKNOWN
 
 FORMAT = 2
-HEADER_SIZE = 1 << 16  # bytes, reserved in front of the data and filled in at the end
+HEADER_SIZE = 1 << 16  # bytes at least, reserved in front of the data and filled in at the end
 COUNT_CHUNK = 1 << 16  # tokens per call of bincount; fits the CPU cache
 DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64}
 
@@ -30,17 +32,18 @@ DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64}
 class TokenFileWriter:
     """Writes one split in a single pass and bounded memory: tokens directly, the loss mask via a temporary file."""
 
-    def __init__(self, file: BinaryIO, vocab_size: int, has_samples: bool) -> None:
-        self.file = file
+    def __init__(self, file: BinaryIO, vocab_size: int, has_samples: bool, header_size: int = HEADER_SIZE) -> None:
+        """header_size: bytes to reserve; the names of thousands of source files need more than the usual."""
+        self.file, self.header_size = file, header_size
         self.dtype = "U16" if vocab_size <= 1 << 16 else "U32"
         self._counts = np.zeros(vocab_size, dtype=np.int64)
         self._uncounted: list[np.ndarray] = []
         self._n_uncounted = 0
         self.n_tokens = self.n_loss_tokens = self.n_unknown = self.n_characters = 0
         self.mask_file = tempfile.TemporaryFile() if has_samples else None  # noqa: SIM115
-        self.starts = [0]
+        self.starts = array("q", [0])
         self.checksum = 0
-        file.write(b" " * HEADER_SIZE)
+        file.write(b" " * header_size)
 
     def _write(self, data: bytes | np.ndarray) -> None:
         self.file.write(data)
@@ -99,10 +102,10 @@ class TokenFileWriter:
         header["__metadata__"] = {"header": json.dumps({"format": FORMAT, **counts, **metadata}, ensure_ascii=False)}
         header["__metadata__"]["crc32"] = str(add_header_to_checksum(header, self.checksum))
         text = json.dumps(header, ensure_ascii=False).encode("utf-8")
-        if len(text) > HEADER_SIZE - 8:
-            raise UserError(f"too many source files for a header of {HEADER_SIZE} bytes; concatenate some of them")
+        if len(text) > self.header_size - 8:
+            raise ValueError(f"a header of {len(text)} bytes, {self.header_size} are reserved")
         self.file.seek(0)
-        self.file.write((HEADER_SIZE - 8).to_bytes(8, "little") + text)
+        self.file.write((self.header_size - 8).to_bytes(8, "little") + text)
 
 
 def chunks_of(file: BinaryIO, size: int = 1 << 22) -> Iterator[bytes]:
@@ -113,6 +116,28 @@ def chunks_of(file: BinaryIO, size: int = 1 << 22) -> Iterator[bytes]:
 def add_header_to_checksum(layout: dict[str, Any], checksum: int) -> int:
     """Continue the CRC-32 of a file's data over its header (which does not contain "crc32" yet)."""
     return zlib.crc32(json.dumps(layout, ensure_ascii=False).encode("utf-8", "surrogatepass"), checksum)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a token file, unchecked; empty if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            layout = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header = json.loads(layout["__metadata__"]["header"])
+        return header if isinstance(header, dict) else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError, MemoryError):
+        return {}
+
+
+def arguments_for_all(folder: Path) -> list[str]:
+    """The files and options with which data.py prepares all token files of a folder anew, each once, in order."""
+    files, options = {}, {}
+    for path in sorted(folder.glob("*_train.bin")):
+        arguments = read_header(path).get("arguments") or ["FILES"]
+        n = next((i for i, text in enumerate(arguments) if text.startswith("--")), len(arguments))
+        files |= dict.fromkeys(arguments[:n])
+        options |= {tuple(arguments[n:]): None}
+    return [*files, *itertools.chain(*options)]
 
 
 class TokenFile:

@@ -30,7 +30,16 @@ UNICODE_SIZE = 0x110000  # code points are below this
 line_boundary = re.compile(r"(?<=\S\n)(?=\S)")
 special_pattern = re.compile("(" + "|".join(re.escape(token) for token in SPECIAL_TOKENS) + ")")
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]  # {"role": "system", "user" or "assistant", "content": text}, perhaps "weight": 0
+
+
+def normalise(text: str) -> str:
+    """Line ends as \\n and no byte-order mark in front: what data.py does to all text, and so to do to prompts too."""
+    return with_plain_line_ends(text.removeprefix("\ufeff"))
+
+
+def with_plain_line_ends(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def may_contain_special(text: str) -> bool:
@@ -70,7 +79,8 @@ class Tokenizer(ABC):
         """Apply the chat template to a conversation; returns token ids (T,) and loss mask (T,).
 
         Each turn is <|InstructMark|>question<|ResponseMark|>answer<|eos|>; a system message is prepended to the next
-        question. The loss mask is 1 on answers and their <|eos|>: the model learns to answer and to stop, not to ask.
+        question. The loss mask is 1 on answers and their <|eos|> (but for those with "weight": 0): the model learns to
+        answer and to stop, not to ask.
         A conversation whose last message is from the user ends with <|ResponseMark|>: a prompt to complete.
         """
         ids, mask = [], []
@@ -88,7 +98,7 @@ class Tokenizer(ABC):
                 add([INSTRUCT, *self._encode_plain(system + content).tolist(), RESPONSE], 0)
                 system = ""
             else:
-                add([*self._encode_plain(content).tolist(), EOS], 1)
+                add([*self._encode_plain(content).tolist(), EOS], message.get("weight", 1))
         return np.array(ids, dtype=self.dtype), np.array(mask, dtype=np.uint8)
 
     def unknown_characters(self, text: str) -> str:
@@ -100,9 +110,13 @@ class Tokenizer(ABC):
         canonical = json.dumps(self.to_dict(), sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:16]
 
+    def to_bytes(self) -> bytes:
+        """The contents of a tokenizer file."""
+        return (json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n").encode("utf-8")
+
     def save(self, path: str | Path) -> None:
         with atomic_write(path) as file:
-            file.write((json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n").encode("utf-8"))
+            file.write(self.to_bytes())
 
     @abstractmethod
     def _encode_plain(self, text: str) -> np.ndarray:
@@ -219,6 +233,17 @@ def split_at_lines(text: str, size: int = 1 << 14) -> Iterator[str]:
     yield text[start:]
 
 
+def byte_level(model: Any) -> Any:
+    """A tokenizer of the `tokenizers` library that treats text as GPT-2 does: as bytes, words with their space."""
+    import tokenizers
+    from tokenizers import decoders, pre_tokenizers
+
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding, trained and run by the `tokenizers` library.
 
@@ -244,19 +269,26 @@ class BPETokenizer(Tokenizer):
                 raise UserError(f"tokenizer: {token} must have the id {token_id}")
 
     @classmethod
+    def from_merges(cls, tokens: list[str], merges: list[str]) -> "BPETokenizer":
+        """The tokenizer of a vocabulary in the order of its ids and of merges ("left right"), in GPT-2's alphabet."""
+        from tokenizers import models
+
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        tokenizer = byte_level(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
+        tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+        return cls(tokenizer.to_str())
+
+    @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
         """Learn merges from the texts, for at most vocab_size tokens including the 256 bytes and the special tokens."""
-        import tokenizers
-        from tokenizers import decoders, models, pre_tokenizers, trainers
+        from tokenizers import models, pre_tokenizers, trainers
 
         smallest = len(SPECIAL_TOKENS) + 256
         if vocab_size < smallest:
             raise UserError(
                 f"vocab_size must be at least {smallest} for BPE (256 bytes and {len(SPECIAL_TOKENS)} special)"
             )
-        tokenizer = tokenizers.Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer = byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=list(SPECIAL_TOKENS),

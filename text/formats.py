@@ -1,0 +1,453 @@
+"""From files as people have them to text and records: compressed or not, in any encoding, JSON, CSV or Parquet.
+
+    source = Source(Path("questions.csv.gz"), form="csv")
+    for where, values in records(source): ...      # ("line 2", {"question": "...", "answer": "..."})
+
+Everything is read as a stream, in memory that does not grow with the file.
+"""
+
+import bz2
+import codecs
+import contextlib
+import csv
+import functools
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import lzma
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from base.configuration import UserError
+from base.prefetching import prefetch
+from text.records import FIELDS, FIELDS_OF_MESSAGES, rename_fields
+from text.tokenizer import normalise, with_plain_line_ends
+
+CHUNK = 1 << 20  # bytes read at a time
+LONGEST_RECORD = 1 << 26  # characters of a line or an object; a longer one is refused, as it is held whole
+# encodings that text in the wild has beside UTF-8: Chinese, Japanese, Korean, Cyrillic, Western European, Windows'
+ENCODINGS = ["gb18030", "big5", "cp932", "euc_jp", "cp949", "cp1251", "koi8_r", "cp1252"]
+BYTE_ORDER_MARKS = {  # that of UTF-32 begins like that of UTF-16
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
+NOT_IN_TEXT = bytes(set(range(32)) - set(b"\t\n\f\r"))  # control characters
+NOT_ENCODINGS = {"undefined", "punycode", "idna", "unicode_escape", "raw_unicode_escape", "utf-7"}  # of text files
+OFFICE = ("[Content_Types].xml", "mimetype")  # members of .docx, .xlsx, .epub, .odt: zip archives, too
+
+Progress = Callable[[int], None]
+Record = tuple[str, dict[str, Any] | UserError]  # where it is in its file, and its values or what is wrong with it
+csv.field_size_limit(LONGEST_RECORD)  # the module's own limit is 131,072 characters
+white_space = re.compile(r"\s*")
+
+
+def printable_name(path: Path) -> str:
+    """A path as text; file names may hold bytes that are none."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "replace")
+
+
+@dataclass
+class Source:
+    """A raw file, or a member of a zip archive. Reading it to the end fills in its size and hash."""
+
+    path: Path
+    member: str = ""
+    given: str = ""  # the argument of data.py that it comes from: itself, or its folder
+    encoding: str = "utf-8"
+    rename: dict[str, str] = field(default_factory=dict)  # --fields: {name in the file: ours}
+    form: str = "text"  # one of FORMS
+    delimiter: str = ","
+    stage: str = ""
+    fields_seen: set[str] = field(default_factory=set)  # names in the records that were looked at
+    bytes: int = 0
+    sha256: str = ""
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages and headers."""
+        return printable_name(self.path / self.member if self.member else self.path)
+
+    def describe(self) -> dict[str, Any]:
+        return {"path": self.name, "bytes": self.bytes, "sha256": self.sha256}
+
+    def finish(self, size: int, sha256: str) -> None:
+        """Note size and hash; raises UserError if an earlier reading found others."""
+        if self.sha256 and self.sha256 != sha256:
+            raise UserError(f"{self.name}: the file changed while it was read; run data.py again")
+        self.bytes, self.sha256 = size, sha256
+
+
+# ------------------------------------------------------------------------------------------------------ bytes
+
+
+def open_zstandard(file: BinaryIO) -> BinaryIO:
+    try:
+        from compression import zstd  # Python 3.14
+    except ImportError:
+        try:
+            from backports import zstd
+        except ImportError:
+            raise UserError("compressed with Zstandard, which needs: pip install backports.zstd") from None
+    return zstd.open(file)
+
+
+COMPRESSIONS = {  # what a file begins with -> what opens it
+    rb"\x1f\x8b": gzip.open,
+    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": bz2.open,
+    rb"\xfd7zXZ": lzma.open,
+    rb"\x28\xb5\x2f\xfd": open_zstandard,
+}
+
+
+@functools.lru_cache(maxsize=1)
+def open_archive(path: Path) -> zipfile.ZipFile:
+    """An open zip archive: reading its table of contents anew for each of thousands of members would be slow."""
+    return zipfile.ZipFile(path)
+
+
+@contextlib.contextmanager
+def open_raw(source: Source) -> Iterator[BinaryIO]:
+    """The bytes of a source, decompressed; raises UserError if they are damaged."""
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open_member(source) if source.member else open(source.path, "rb"))  # noqa: SIM115
+            for _ in range(2):  # an archive's member may be compressed once more
+                start = file.peek(10)
+                opener = next((opener for magic, opener in COMPRESSIONS.items() if re.match(magic, start)), None)
+                if opener:
+                    file = io.BufferedReader(stack.enter_context(opener(file)), CHUNK)
+            yield file
+        except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
+            raise UserError(f"{source.name}: damaged: {error}") from None
+        except OSError as error:
+            if error.errno is not None:  # gzip and bz2 raise their own without a number
+                raise
+            raise UserError(f"{source.name}: damaged: {error}") from None
+        except UserError as error:
+            named = str(error).startswith(source.name)
+            raise error if named else UserError(f"{source.name}: {error}") from None
+        except Exception as error:
+            if type(error).__name__ != "ZstdError":
+                raise
+            raise UserError(f"{source.name}: damaged: {error}") from None
+
+
+def open_member(source: Source) -> BinaryIO:
+    try:
+        return io.BufferedReader(open_archive(source.path).open(source.member), CHUNK)
+    except (NotImplementedError, RuntimeError) as error:  # encrypted, or compressed in a way that Python does not know
+        raise UserError(f"{source.name}: {error}; unpack the archive first") from None
+
+
+def members_of(path: Path) -> list[str]:
+    """The files inside a zip archive; raises UserError for an office document, which is one too."""
+    try:
+        names = [info.filename for info in open_archive(path).infolist() if not info.is_dir()]
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path}: damaged zip archive: {error}") from None
+    twice = [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []
+    if twice:
+        raise UserError(f"{path}: two of its files have the same name, {twice[0]}; unpack it first")
+    if set(OFFICE) & set(names):
+        raise UserError(f"{path}: an office document or e-book, not text; save it as plain text first")
+    return sorted(names)
+
+
+# ------------------------------------------------------------------------------------------------------ text
+
+
+def text_chunks(source: Source, progress: Progress = lambda n: None) -> Iterator[str]:
+    """The text of a file in chunks, with line ends as \\n; raises UserError. Large files are read ahead in a thread."""
+    chunks = read_chunks(source, progress)
+    return chunks if source.path.stat().st_size < CHUNK else prefetch(chunks, depth=1)
+
+
+def read_chunks(source: Source, progress: Progress = lambda n: None) -> Iterator[str]:
+    """Decode incrementally: a chunk may end in the middle of a character, or between \\r and \\n."""
+    decoder, is_certain = codecs.getincrementaldecoder(source.encoding)(), source.encoding == "utf-8"
+    digest, offset, pending_cr = hashlib.sha256(), 0, ""
+    with open_raw(source) as file:
+        while True:
+            block = file.read(CHUNK)
+            if not (offset or block):
+                raise UserError(f"{source.name}: the file is empty")
+            if not (is_certain or block.isascii()):
+                if is_utf8(block):  # which does not come about by chance: it was never in another encoding
+                    decoder = codecs.getincrementaldecoder("utf-8")()
+                is_certain = True
+            n_undecoded = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                raise wrong_encoding(source, error, offset - n_undecoded) from None
+            if "\0" in text:
+                raise not_text(source, block)
+            if not offset and text.startswith("{\\rtf"):
+                raise UserError(f"{source.name}: an RTF document, not text; save it as plain text first")
+            is_first, text = not offset, pending_cr + text
+            digest.update(block)
+            offset += len(block)
+            progress(len(block))
+            pending_cr = "\r" if text.endswith("\r") and block else ""
+            text = text.removesuffix(pending_cr)
+            text = normalise(text) if is_first else with_plain_line_ends(text)
+            if text:
+                yield text
+            if not block:
+                break
+    source.finish(offset, digest.hexdigest())
+
+
+def wrong_encoding(source: Source, error: UnicodeDecodeError, offset: int) -> UserError:
+    """What to say of text that cannot be decoded, with the encoding that it probably has."""
+    data, at = error.object, error.start
+    problem = f"{source.name}: not {source.encoding.upper()} text: byte 0x{data[at]:02x} at {offset + at}"
+    likely = likely_encoding(data[max(0, at - 2000) :][:20000])
+    if source.encoding != "utf-8":
+        name = f"iconv -f {likely} -t utf-8" if likely else "iconv"
+        return UserError(f"{problem}; if it has another encoding than the other files, convert it first ({name})")
+    for name, marks in BYTE_ORDER_MARKS.items():
+        if data.startswith(marks):
+            return UserError(f"{problem}; it is {name.upper()}: --encoding {name}")
+    if b"\0" in data or data.startswith(b"%PDF"):
+        return not_text(source, data)
+    decoded = data.decode("utf-8", "replace")
+    n_bad = decoded.count("\ufffd")
+    if sum(not character.isascii() for character in decoded) > 10 * n_bad:  # some damage rather than another encoding
+        return UserError(f"{problem}; it is damaged there")
+    return UserError(f"{problem}; it looks like {likely}: --encoding {likely}" if likely else problem)
+
+
+def is_utf8(data: bytes) -> bool:
+    """Whether bytes that are not all ASCII are valid UTF-8, the last character possibly cut."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(data)
+    except UnicodeDecodeError:
+        return False
+    return not data.isascii()
+
+
+def not_text(source: Source, data: bytes) -> UserError:
+    """What to say of a file that is no text, or in which every other byte is zero."""
+    if data.startswith(b"%PDF"):
+        return UserError(f"{source.name}: a PDF, not text; convert it first, for example with pdftotext")
+    for encoding, zeros, letters in (("utf-16-le", data[1::2], data[0::2]), ("utf-16-be", data[0::2], data[1::2])):
+        n_controls = len(letters) - len(letters.translate(None, NOT_IN_TEXT))
+        if zeros.count(0) > len(data) / 8 and n_controls < len(data) / 100:
+            return UserError(f"{source.name}: not UTF-8 text; it looks like {encoding}: --encoding {encoding}")
+    return UserError(f"{source.name}: a binary file, not text: it contains NUL bytes")
+
+
+def likely_encoding(data: bytes) -> str:
+    """The encoding that a text probably has, by the `charset-normalizer` library; empty if it knows none."""
+    import charset_normalizer
+
+    best = charset_normalizer.from_bytes(data, cp_isolation=ENCODINGS).best()
+    return best.encoding.replace("_", "-") if best else ""
+
+
+def lines(source: Source, progress: Progress = lambda n: None) -> Iterator[str]:
+    """The lines of a file, with their ends; raises UserError for one that is too long to hold."""
+    unfinished, length = [], 0  # parts of a line that spans several chunks
+    number = 1
+    for chunk in text_chunks(source, progress):
+        for part in split_lines(chunk):
+            unfinished.append(part)
+            length += len(part)
+            if length > LONGEST_RECORD:
+                raise too_long(source, number)
+            if part.endswith("\n"):
+                yield "".join(unfinished)
+                unfinished, length = [], 0
+                number += 1
+    if unfinished:
+        yield "".join(unfinished)
+
+
+def split_lines(text: str) -> list[str]:
+    """Split at \\n alone: str.splitlines() also splits at other separators, which JSON allows inside strings."""
+    parts = text.split("\n")
+    return [*(part + "\n" for part in parts[:-1]), *filter(None, parts[-1:])]
+
+
+def too_long(source: Source, line: int) -> UserError:
+    return UserError(
+        f"{source.name}: line {line}: more than {LONGEST_RECORD:,} characters in one record; "
+        "for one long document use a text file, which is read in pieces"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ records
+
+
+def json_lines(source: Source, progress: Progress) -> Iterator[Record]:
+    """One object a line."""
+    for number, line in enumerate(lines(source, progress), 1):
+        if line.strip():
+            yield f"line {number}", parse_object(line.rstrip("\n"))
+
+
+def parse_object(line: str) -> dict[str, Any] | UserError:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        return UserError(f"column {error.colno}: not valid JSON: {error.msg.removesuffix(' at')}")
+    except (RecursionError, ValueError):
+        return UserError("not usable JSON: nested too deeply, or a number too long")
+    return value if isinstance(value, dict) else not_an_object(value)
+
+
+def not_an_object(value: Any) -> UserError:
+    return UserError(f"must be a JSON object of fields, got {json.dumps(value)[:40]}")
+
+
+def json_values(source: Source, progress: Progress) -> Iterator[Record]:
+    """The objects of an array, or objects one after another that span lines; raises UserError where one is malformed.
+
+    raw_decode() reads one value and tells where it ends. Where it fails, the value may go on in text not yet read: the
+    text held is doubled until it succeeds, which reads no character more than twice on average.
+    """
+    decoder, chunks = json.JSONDecoder(), text_chunks(source, progress)
+    text, at, line = "", 0, 1
+    is_array = is_closed = False
+    n_values = 0
+
+    def read_on() -> bool:
+        nonlocal text, at
+        held = len(text) - at
+        if held > LONGEST_RECORD:
+            raise too_long(source, line)
+        parts, wanted = [text[at:]], max(1, min(held, LONGEST_RECORD - held + 1))
+        while wanted > 0 and (chunk := next(chunks, "")):
+            parts.append(chunk)
+            wanted -= len(chunk)
+        is_longer, text, at = len(parts) > 1, "".join(parts), 0
+        return is_longer
+
+    while True:
+        end = white_space.match(text, at).end()
+        line, at = line + text.count("\n", at, end), end
+        if at == len(text):
+            if read_on():
+                continue
+            if is_array and not is_closed:
+                raise UserError(f"{source.name}: line {line}: the file ends inside its JSON array")
+            return
+        if text[at] == "[" and not n_values and not is_array:
+            is_array, at = True, at + 1
+            continue
+        if is_array and text[at] in ",]":
+            is_closed, at = is_closed or text[at] == "]", at + 1
+            continue
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            is_cut = error.msg.startswith("Unterminated") or error.pos > len(text) - 100
+            if is_cut and read_on():
+                continue
+            where = f"line {line + text.count(chr(10), at, error.pos)}"
+            raise UserError(f"{source.name}: {where}: not valid JSON: {error.msg}") from None
+        except (RecursionError, ValueError):
+            raise UserError(f"{source.name}: line {line}: not usable JSON: nested too deeply") from None
+        n_values += 1
+        yield f"line {line}", value if isinstance(value, dict) else not_an_object(value)
+        line, at = line + text.count("\n", at, end), end
+
+
+def csv_rows(source: Source, progress: Progress) -> Iterator[Record]:
+    """The rows of a table whose first row names the columns."""
+    rows = csv.reader(lines(source, progress), delimiter=source.delimiter, strict=True)
+    header = None
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise UserError(f"{source.name}: line {rows.line_num}: not valid CSV: {error}") from None
+        if row is None:
+            return
+        where = f"line {rows.line_num}"
+        if header is None:
+            header = [name.strip() for name in row]
+            twice = [name for name in header if name and header.count(name) > 1]
+            if twice:
+                raise UserError(f"{source.name}: {where}: two columns are named {twice[0][:40]!r}")
+        elif len(row) == len(header):
+            yield where, {name: value for name, value in zip(header, row, strict=True) if name}
+        elif row:
+            yield where, UserError(f"{len(row)} columns, the first row has {len(header)}")
+
+
+def parquet_rows(source: Source, progress: Progress) -> Iterator[Record]:
+    """The rows of a Parquet file, as Hugging Face's datasets are stored."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{source.name}: a Parquet file, which needs: pip install pyarrow") from None
+    size, digest = 0, hashlib.sha256()
+    with open_raw(source) as file:
+        for block in iter(lambda: file.read(CHUNK), b""):
+            digest.update(block)
+            size += len(block)
+        file.seek(0)
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+            number = itertools.count(1)
+            for batch in table.iter_batches(batch_size=256):
+                for values in batch.to_pylist():
+                    yield f"row {next(number)}", values
+                progress(size * batch.num_rows // max(1, table.metadata.num_rows))
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{source.name}: damaged Parquet file: {error}") from None
+    source.finish(size, digest.hexdigest())
+
+
+RECORDS = {"json lines": json_lines, "json": json_values, "csv": csv_rows, "parquet": parquet_rows}
+
+
+def raw_records(source: Source, progress: Progress = lambda n: None) -> Iterator[Record]:
+    """records() with the names of the file."""
+    return RECORDS[source.form](source, progress)
+
+
+def records(source: Source, progress: Progress = lambda n: None) -> Iterator[Record]:
+    """The records of a file that is not plain text: ("line 3", values), or ("line 3", UserError) for a bad one."""
+    for where, values in raw_records(source, progress):
+        yield where, rename_fields(values, source.rename) if source.rename and isinstance(values, dict) else values
+
+
+# ------------------------------------------------------------------------------------------------------ options
+
+
+def parse_fields(pairs: list[str]) -> dict[str, str]:
+    """The --fields OURS=THEIRS of the command line as {theirs: ours}; raises UserError."""
+    rename = {}
+    for pair in pairs:
+        ours, equals, theirs = pair.partition("=")
+        if not equals or not theirs or ours not in (*FIELDS, *FIELDS_OF_MESSAGES):
+            raise UserError(
+                f"--fields {pair}: write OURS=NAME, where NAME is a field of the file and OURS one of "
+                f"{', '.join((*FIELDS, *FIELDS_OF_MESSAGES))}"
+            )
+        rename[theirs] = ours
+    return rename
+
+
+def check_encoding(name: str) -> None:
+    """Raises UserError unless Python knows a text encoding by this name."""
+    try:
+        "a".encode(name)
+        if codecs.lookup(name).name in NOT_ENCODINGS:
+            raise LookupError(name)
+    except (LookupError, UnicodeError):
+        raise UserError(
+            f"--encoding {name}: no such encoding; utf-8, gbk, gb18030, big5, latin-1, utf-16, cp1251, ..."
+        ) from None
