@@ -3,119 +3,227 @@
 python inference.py -m checkpoint/pretrain.pt -p "Once upon a time"     continues a text
 python inference.py -i -m checkpoint/sft.pt                             a conversation; /help lists its commands
 python inference.py -i -m checkpoint/sft.pt -p "你好" -t 0              one answer, on standard output alone
-cat questions.txt | python inference.py -i -m checkpoint/sft.pt         one answer for every line
+cat questions.txt | python inference.py -i -m checkpoint/sft.pt         one answer for every line; --encoding gbk
 python inference.py -m checkpoint/pretrain.pt --lora A.pt --merge B.pt  one checkpoint of a model and its adapter
 """
 
+import codecs
 import contextlib
+import dataclasses
+import io
 import sys
 import time
 import warnings
-from dataclasses import fields
+from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
-from base.configuration import Parser, UserError, did_you_mean, escape_control_characters, fields_of, run_main
-from serving.text_generator import GenerationConfig, TextGenerator, load_text_generator
+from base.configuration import (
+    Parser,
+    UserError,
+    did_you_mean,
+    escape_control_characters,
+    escape_for,
+    fields_of,
+    run_main,
+)
+from serving.text_generator import GenerationConfig, TextGenerator, load_text_generator, unknown_note
+from text.formats import CHUNK, Source, check_encoding, not_text, wrong_encoding
 from text.tokenizer import Messages
 from weights import lora
 from weights.checkpointing import load_checkpoint, save_checkpoint
 
-HELP = """\
-/lora FILE          answer with this adapter; /lora alone: without any
-/reset              forget the conversation so far
-/set NAME VALUE     change a setting; /set alone shows them
-/help               this list
-/quit               leave (also Ctrl-D)"""
+
+def tell(message: str) -> None:
+    """A line on standard error; on standard output are answers alone."""
+    print(escape_control_characters(message), file=sys.stderr)
 
 
-def converse(generator: TextGenerator, config: GenerationConfig, profile: bool) -> None:
-    """The interactive session: streams answers; a conversation in instruct mode, else continuations."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  line editing and history for input()
-    print(f"{'conversation' if generator.instruct else 'continuing texts'}; /help lists the commands", file=sys.stderr)
-    history: Messages = []
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            print(file=sys.stderr)
-            return
-        if line.startswith("/"):
-            command, *arguments = line.split()
-            if command == "/quit":
-                return
-            if command == "/reset":
-                history.clear()
-            elif command == "/lora":
-                change_adapter(generator, arguments[0] if arguments else "")
-            elif command == "/set":
-                change_setting(config, arguments)
-            else:
-                print(HELP, file=sys.stderr)
-            continue
-        if not line.strip():
-            continue
-        try:
-            answer = print_answer(generator, line, config, history, profile)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            continue
-        except KeyboardInterrupt:  # ends the answer, not the session
-            print()
-            continue
-        if generator.instruct:
-            history += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
-
-
-def change_adapter(generator: TextGenerator, path: str) -> None:
-    try:
-        generator.use_adapter(path)
-    except UserError as error:
-        print(f"error: {error}; answering without an adapter", file=sys.stderr)
-
-
-def change_setting(config: GenerationConfig, arguments: list[str]) -> None:
-    known = fields_of(GenerationConfig)
-    if len(arguments) == 2 and arguments[0] in known:
-        try:
-            setattr(config, arguments[0], known[arguments[0]].check(known[arguments[0]].parse(arguments[1])))
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-    elif arguments:
-        print(f"error: /set NAME VALUE: no such setting{did_you_mean(arguments[0], known)}", file=sys.stderr)
-    else:
-        for field in fields(GenerationConfig):
-            print(f"{field.name} = {getattr(config, field.name)}", file=sys.stderr)
+def system_message(text: str) -> Messages:
+    """The beginning of a conversation: its system message, if there is one."""
+    return [{"role": "system", "content": text}] if text else []
 
 
 def print_answer(
-    generator: TextGenerator, prompt: str, config: GenerationConfig, history: Messages, profile: bool
+    generator: TextGenerator, prompt: str, config: GenerationConfig, history: Messages, profile: bool, where: str = ""
 ) -> str:
-    """Print one answer as it is generated; returns it."""
-    unknown = generator.tokenizer.unknown_characters(prompt)
-    if unknown:
-        print(f"not in the vocabulary, read as <|unknown|>: {escape_control_characters(unknown)}", file=sys.stderr)
-    pieces, began, first = [], time.perf_counter(), None
-    for piece in generator.answer(prompt, config, history):
-        first = first or time.perf_counter()
-        pieces.append(piece)
-        print(escape_control_characters(piece), end="", flush=True)
+    """Print one answer as it is generated; returns it. where: what notes about the prompt begin with."""
+    if unknown := unknown_note(generator.tokenizer, prompt):
+        tell(where + unknown)
+    pieces, drawn = [], []
+    began, first, n_first = time.perf_counter(), None, 0
+    with warnings.catch_warnings():  # it also lets Python repeat what it has warned of before
+        warnings.showwarning = lambda message, *_: tell(f"warning: {where}{message}")
+        for piece in generator.answer(prompt, config, history, drawn):
+            if first is None:
+                first, n_first = time.perf_counter(), len(drawn)
+            pieces.append(piece)
+            print(escape_for(sys.stdout, piece), end="", flush=True)
     print(flush=True)
-    if profile and first:
-        n_tokens = len(generator.tokenizer.encode("".join(pieces)))
-        seconds = time.perf_counter() - first
-        print(
-            f"{n_tokens} tokens, {(n_tokens - 1) / max(seconds, 1e-9):.1f} tokens/s after the first, "
-            f"first after {1000 * (first - began):.0f} ms",
-            file=sys.stderr,
+    if profile:
+        end = time.perf_counter()
+        first = first or end
+        tell(
+            f"{len(drawn)} tokens, {(len(drawn) - n_first) / max(end - first, 1e-9):.1f} tokens/s after the first, "
+            f"first after {1000 * (first - began):.0f} ms"
         )
     return "".join(pieces)
 
 
+# ------------------------------------------------------------------------------------------------- in a terminal
+
+
+@dataclasses.dataclass
+class Session:
+    """What is typed in a terminal: a conversation in instruct mode, else texts to continue, and commands."""
+
+    generator: TextGenerator
+    config: GenerationConfig
+    system: str
+    profile: bool
+    turns: Messages = dataclasses.field(default_factory=list)  # of the conversation so far
+
+    def ask(self, text: str) -> None:
+        history = system_message(self.system) + self.turns
+        answer = print_answer(self.generator, text, self.config, history, self.profile)
+        if self.generator.instruct:
+            self.turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+
+    def change_adapter(self, path: str) -> None:
+        self.generator.use_adapter(path)
+
+    def change_system(self, text: str) -> None:
+        if not self.generator.instruct:
+            raise UserError("a system message is part of a conversation: start with -i")
+        self.system = text
+        if unknown := unknown_note(self.generator.tokenizer, text):
+            tell(unknown)
+
+    def change_setting(self, text: str) -> None:
+        known = fields_of(GenerationConfig)
+        name, *value = text.split(maxsplit=1) or [""]
+        if name and name not in known:
+            raise UserError(f"/set NAME VALUE: no such setting as {name}{did_you_mean(name, known)}")
+        if value:
+            self.config = dataclasses.replace(self.config, **{name: known[name].parse(value[0])})
+        for shown in [name] if name else known:
+            tell(f"{shown} = {getattr(self.config, shown)}")
+
+    def forget(self, _: str) -> None:
+        self.turns.clear()
+
+    def help(self, _: str) -> None:
+        tell("\n".join(f"{f'{name} {argument}':<20}{text}" for name, (argument, text, _) in COMMANDS.items()))
+        tell("//TEXT              ask /TEXT: every other line that begins with / is a command")
+
+    def leave(self, _: str) -> None:
+        raise EOFError
+
+
+COMMANDS = {  # name -> argument, line of /help, method that takes the argument
+    "/system": ("TEXT", "the system message, in front of the conversation; /system alone: none", Session.change_system),
+    "/lora": ("FILE", "answer with this adapter; /lora alone: without any", Session.change_adapter),
+    "/set": ("NAME VALUE", "change a setting; /set alone shows them", Session.change_setting),
+    "/reset": ("", "forget the conversation so far, but for the system message", Session.forget),
+    "/help": ("", "this list", Session.help),
+    "/quit": ("", "leave (also /exit, /bye, Ctrl-D)", Session.leave),
+}
+OTHER_NAMES = {"/exit": "/quit", "/bye": "/quit"}
+
+
+def converse(session: Session) -> None:
+    """The interactive session, until Ctrl-D or /quit."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  line editing and history for input()
+    tell(f"{'conversation' if session.generator.instruct else 'continuing texts'}; /help lists the commands")
+    while True:
+        try:
+            obey(session, read_line())
+        except EOFError:
+            return
+        except UserError as error:
+            tell(f"error: {error}")
+
+
+def read_line() -> str:
+    """A line that is typed; the prompt for it goes to where it can be seen."""
+    try:
+        if sys.stdout.isatty():
+            return input("> ")
+        print("> ", end="", file=sys.stderr, flush=True)
+        return input()
+    except (EOFError, KeyboardInterrupt):
+        print(file=sys.stderr)
+        raise
+
+
+def obey(session: Session, line: str) -> None:
+    """Do what a typed line asks for; raises UserError, and EOFError to leave."""
+    if line.startswith("/") and not line.startswith("//"):
+        name, *argument = line.split(maxsplit=1)
+        name = OTHER_NAMES.get(name, name)
+        if name not in COMMANDS:
+            hint = did_you_mean(name, COMMANDS)
+            raise UserError(f"unknown command {name}{hint} (/help lists them; // begins a text with /)")
+        COMMANDS[name][2](session, argument[0].strip() if argument else "")
+    elif line.strip():
+        try:
+            session.ask(line.removeprefix("/"))
+        except KeyboardInterrupt:  # ends the answer, not the session
+            print()
+
+
+# ----------------------------------------------------------------------------------------------------- in a pipe
+
+
+def input_lines(encoding: str) -> Iterator[str]:
+    """The lines of standard input as they come, without their ends; raises UserError for text in another encoding."""
+    source = Source(Path("standard input"), encoding=encoding)
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(), translate=True)
+    offset, rest, block = 0, "", b"-"
+    while block:
+        block = sys.stdin.buffer.read1(CHUNK)
+        n_undecoded = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise wrong_encoding(source, error, offset - n_undecoded) from None
+        if "\0" in text:
+            raise not_text(source, block)
+        offset += len(block)
+        *lines, rest = (rest + text).split("\n")
+        yield from lines
+    if rest:
+        yield rest
+
+
+def answer_lines(
+    generator: TextGenerator, config: GenerationConfig, history: Messages, profile: bool, encoding: str
+) -> None:
+    """An answer for every line of standard input; an empty one for a blank line and for one that is refused.
+
+    Raises UserError at the end if any was refused.
+    """
+    n_refused = 0
+    for number, line in enumerate(input_lines(encoding), 1):
+        line = line.removeprefix("\ufeff") if number == 1 else line
+        try:
+            if line.strip():
+                print_answer(generator, line, config, history, profile, f"line {number}: ")
+                continue
+        except UserError as error:
+            tell(f"error: line {number}: {error}")
+            n_refused += 1
+        print(flush=True)
+    if n_refused:
+        raise UserError(f"{n_refused} of {number} lines got no answer")
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
 def merge(model: str, adapter: str, output: str) -> None:
     """Write the checkpoint of a model and its adapter together."""
-    if not adapter:
-        raise UserError("command line: --merge needs the adapter: --lora FILE")
     if Path(output).exists():
         raise UserError(f"{output}: exists already")
     save_checkpoint(output, lora.merged_checkpoint(load_checkpoint(adapter), load_checkpoint(model), adapter))
@@ -127,51 +235,70 @@ def make_parser() -> Parser:
     parser.add_argument("-m", "--model", metavar="FILE", default="checkpoint/sft.pt", help="checkpoint [%(default)s]")
     parser.add_argument("-i", "--instruct", action="store_true", help="prompts are questions (instruct template)")
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="answer this prompt and exit")
+    parser.add_argument("--system", metavar="TEXT", default="", help="system message, in front of the questions (-i)")
     parser.add_argument("--lora", metavar="FILE", default="", help="answer with this adapter on the model")
     parser.add_argument("--merge", metavar="OUT.pt", help="write model and adapter together as one checkpoint")
     parser.add_argument("--num_samples", metavar="N", type=int, default=1, help="answers to draw for -p [1]")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="also end at this; may be repeated")
+    parser.add_argument("--encoding", metavar="NAME", default="utf-8", help="of standard input: gbk, utf-16 [utf-8]")
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
     parser.add_argument("--profile", action="store_true", help="print tokens per second")
     sampling = parser.add_argument_group("Sampling")
     short = {"max_length": "-l", "temperature": "-t", "top_k": "-k", "repetition_penalty": "-r"}
     for name, field in fields_of(GenerationConfig).items():
         flags = [short[name]] if name in short else []
-        text = field.help_text.replace("[256]", "[the model's window]")
-        sampling.add_argument(*flags, f"--{name}", metavar=field.metavar, help=text)
+        sampling.add_argument(*flags, f"--{name}", metavar=field.metavar, help=field.help_text)
     return parser
 
 
-def main() -> None:
-    args, _ = make_parser().parse()
+def check_arguments(parser: Parser, args: Namespace) -> GenerationConfig:
+    """The sampling settings of a command line; raises UserError, also for options that would have no effect."""
+    not_default = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    for_answers = ", ".join(f"--{name}" for name in not_default if name not in ("model", "lora", "merge"))
+    is_pipe = args.prompt is None and not sys.stdin.isatty()
+    refusals = [
+        (args.merge and for_answers, f"--merge writes a file and answers nothing: leave out {for_answers}"),
+        (args.merge and not args.lora, "--merge needs the adapter: --lora FILE"),
+        (args.system and not args.instruct, "--system is part of a conversation: add -i"),
+        (args.num_samples > 1 and args.prompt is None, "--num_samples is for one prompt: add -p"),
+        (args.num_samples < 1, f"--num_samples must be at least 1, got {args.num_samples}"),
+        ("" in args.stop, "--stop must not be empty"),
+        ("encoding" in not_default and not is_pipe, "--encoding is for questions from a pipe: leave it out"),
+    ]
+    for is_refused, message in refusals:
+        if is_refused:
+            raise UserError(f"command line: {message}")
+    check_encoding(args.encoding)
     known = fields_of(GenerationConfig)
+    given = {name: field.parse(text) for name, field in known.items() if (text := getattr(args, name)) is not None}
     try:
-        given = {
-            name: field.parse(getattr(args, name)) for name, field in known.items() if getattr(args, name) is not None
-        }
-        config = GenerationConfig(**given)
+        return GenerationConfig(**given)
     except UserError as error:
         raise UserError(f"command line: {error}") from None
-    if args.num_samples < 1:
-        raise UserError(f"command line: --num_samples must be at least 1, got {args.num_samples}")
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+
+
+def main() -> None:
+    parser = make_parser()
+    args, _ = parser.parse()
+    config = check_arguments(parser, args)
+    warnings.showwarning = lambda message, *_: tell(f"warning: {message}")
     if args.merge:
         merge(args.model, args.lora, args.merge)
         return
-    generator = load_text_generator(args.model, args.device, args.instruct, [s for s in args.stop if s], args.lora)
-    if "max_length" not in given:
-        config.max_length = generator.model.config.block_size
+    generator = load_text_generator(args.model, args.device, args.instruct, args.stop, args.lora)
+    history = system_message(args.system)
+    if unknown := unknown_note(generator.tokenizer, args.system):
+        tell(f"--system: {unknown}")
     if args.prompt is not None:
         for i in range(args.num_samples):
+            if args.num_samples > 1:
+                tell(f"answer {i + 1} of {args.num_samples}:")
             seed = None if config.seed is None else config.seed + i
-            again = GenerationConfig(**{**config.to_dict(), "seed": seed})
-            print_answer(generator, args.prompt, again, [], args.profile)
+            print_answer(generator, args.prompt, dataclasses.replace(config, seed=seed), history, args.profile)
     elif sys.stdin.isatty():
-        converse(generator, config, args.profile)
+        converse(Session(generator, config, args.system, args.profile))
     else:
-        for line in sys.stdin:
-            if line.strip():
-                print_answer(generator, line.rstrip("\n"), config, [], args.profile)
+        answer_lines(generator, config, history, args.profile, args.encoding)
 
 
 if __name__ == "__main__":

@@ -6,24 +6,30 @@ for piece in generator.answer("你好", GenerationConfig(temperature=0.0)):
 """
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from base.configuration import Config, UserError, option
 from base.devices import find_device
 from model import GPT
-from text.tokenizer import EOS, Messages, Tokenizer
+from text.tokenizer import EOS, SPECIAL_TOKENS, UNKNOWN, Messages, Tokenizer, normalise
 from weights import lora
 from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
+
+N_UNKNOWN_SHOWN = 40  # unknown characters that a note names
 
 
 @dataclass
 class GenerationConfig(Config):
     """How tokens are sampled."""
 
-    max_length: int = option(256, "maximum number of tokens, prompt and answer together", minimum=1)
+    max_length: int | None = option(
+        None, "maximum number of tokens, prompt and answer together; none: the model's window", minimum=1
+    )
     temperature: float = option(0.8, "sampling temperature; 0: greedy decoding", minimum=0.0)
     top_k: int | None = option(None, "sample from the k most likely tokens only", minimum=1)
     top_p: float | None = option(
@@ -45,31 +51,61 @@ class TextGenerator:
     device: torch.device
     instruct: bool  # prompts are questions, put into the instruct template; else texts to continue
     stop: list[str] = field(default_factory=list)  # texts that end an answer
+    adapter: tuple[dict[str, Any], str] | None = None  # the LoRA checkpoint in use, and its path
 
-    def prompt_ids(self, prompt: str, history: Messages) -> list[int]:
-        """Token ids to continue; of a conversation, as many of the newest turns as leave room for an answer."""
-        if not self.instruct:
-            return self.tokenizer.encode(prompt).tolist()
-        messages = [*history, {"role": "user", "content": prompt}]
+    def prompt_ids(self, prompt: str, history: Messages = (), max_length: int | None = None) -> list[int]:
+        """Token ids (T,) to continue, fewer than max_length (None: the model's window); raises UserError.
+
+        A question must fit into the window. A text to continue may be longer: without a max_length it is cut here, with
+        one by generate(); either warns.
+        """
+        window = self.model.config.block_size
+        limit = max_length or window
+        if self.instruct:
+            ids = self.chat_ids([*history, {"role": "user", "content": prompt}], min(limit, window) * 3 // 4)
+        else:
+            ids = self.tokenizer.encode(normalise(prompt)).tolist()
+        n_tokens = len(ids)
+        if not ids or (self.instruct and not prompt.strip()):
+            raise UserError("the prompt is empty")
+        if self.instruct and n_tokens >= window:
+            has_system = any(message["role"] == "system" for message in history)
+            what = "the question with its system message" if has_system else "the question"
+            raise UserError(f"{what} has {n_tokens} tokens, the model's window {window}: shorten it")
+        if n_tokens >= window and max_length is None:
+            ids = ids[-(window - window // 4) :]  # what generation keeps of a full window
+            warnings.warn(f"the prompt has {n_tokens} tokens; the model reads the newest {len(ids)}", stacklevel=2)
+        if len(ids) >= limit:
+            raise UserError(
+                f"the prompt has {n_tokens} tokens, which max_length (-l) {limit} counts too: set it above {n_tokens}"
+            )
+        return ids
+
+    def chat_ids(self, messages: Messages, limit: int) -> list[int]:
+        """Token ids (T,) of a conversation; above the limit without its oldest turns, but never without the last.
+
+        A turn is a user message and what answers it; system messages stay.
+        """
+        messages = [{**message, "content": normalise(message["content"])} for message in messages]
         while True:
             ids, _ = self.tokenizer.encode_chat(messages)
-            if len(ids) <= self.model.config.block_size * 3 // 4 or len(messages) < 3:
+            asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+            if len(ids) <= limit or len(asked) < 2:
                 return ids.tolist()
-            messages = messages[2:]  # the oldest question and its answer
+            oldest, rest = messages[: asked[1]], messages[asked[1] :]
+            messages = [message for message in oldest if message["role"] == "system"] + rest
 
-    def answer(self, prompt: str, config: GenerationConfig, history: Messages = ()) -> Iterator[str]:
-        """Pieces of the answer (or continuation) as they are generated; raises UserError for a prompt too long."""
-        ids = self.prompt_ids(prompt, list(history))
-        room = config.max_length - len(ids)
-        if not ids:
-            raise UserError("the prompt is empty")
-        if room <= 0:
-            raise UserError(
-                f"the prompt has {len(ids)} tokens, which leaves no room in max_length {config.max_length} (-l)"
-            )
+    def answer(
+        self, prompt: str, config: GenerationConfig, history: Messages = (), drawn: list[int] | None = None
+    ) -> Iterator[str]:
+        """Pieces of the answer (or continuation) as they are generated; raises UserError for a prompt too long.
+
+        drawn: a list to add every token to that is drawn, <|eos|> included.
+        """
+        ids = self.prompt_ids(prompt, history, config.max_length)
         steps = self.model.generate(
             torch.tensor([ids], device=self.device),
-            room,
+            (config.max_length or self.model.config.block_size) - len(ids),
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
@@ -78,39 +114,80 @@ class TextGenerator:
             stop_tokens=(EOS,),
             seed=config.seed,
         )
-        tokens = itertools.takewhile(lambda token: token != EOS, (step.item() for step in steps))
+
+        drawn = [] if drawn is None else drawn
+
+        def drawn_token(step: torch.Tensor) -> int:
+            drawn.append(step.item())
+            return drawn[-1]
+
+        tokens = itertools.takewhile(lambda token: token != EOS, map(drawn_token, steps))
         yield from until_stop(self.tokenizer.stream(tokens), self.stop)
 
     def use_adapter(self, path: str) -> None:
-        """Answer with the LoRA adapter of a checkpoint instead of the one there is; empty: with none."""
+        """Answer with the LoRA adapter of a checkpoint instead of the one there is; empty: with none.
+
+        Raises UserError for one that does not fit, and then keeps the one there is.
+        """
+        adapter = (load_checkpoint(path), path) if path else None
         lora.detach(self.model)
-        if path:
-            lora.load_adapter(load_checkpoint(path), self.model, path)
-        self.model.eval()
+        try:
+            if adapter:
+                lora.load_adapter(adapter[0], self.model, path)
+            self.adapter = adapter
+        except UserError:
+            if self.adapter:
+                lora.load_adapter(self.adapter[0], self.model, self.adapter[1])
+            raise
+        finally:
+            self.model.eval()
+
+
+def unknown_note(tokenizer: Tokenizer, text: str) -> str:
+    """A line that names the characters of a text that are not in the vocabulary; "" if there are none."""
+    unknown = tokenizer.unknown_characters(normalise(text))
+    shown = repr(unknown[:N_UNKNOWN_SHOWN])[1:-1]  # invisible ones by their escapes
+    more = f" and {len(unknown) - N_UNKNOWN_SHOWN} more" if len(unknown) > N_UNKNOWN_SHOWN else ""
+    return f"not in the vocabulary, read as {SPECIAL_TOKENS[UNKNOWN]}: {shown}{more}" if unknown else ""
 
 
 def until_stop(pieces: Iterator[str], stop: list[str]) -> Iterator[str]:
-    """The pieces up to the first stop text; what may be the beginning of one is held back until that is known."""
+    """The text up to the earliest beginning of a stop text, in pieces.
+
+    What may be the beginning of a stop text is held back until that is known: how the text is cut into pieces makes no
+    difference.
+    """
     held = ""
     for piece in pieces:
         held += piece
-        found = [held.index(text) for text in stop if text in held]
-        if found:
-            yield held[: min(found)]
-            return
-        keep = max((n for text in stop for n in range(1, len(text)) if held.endswith(text[:n])), default=0)
-        ready, held = held[: len(held) - keep], held[len(held) - keep :]
+        end = first_stop(held, stop)
+        partial = (len(held) - n for text in stop for n in range(1, len(text)) if held.endswith(text[:n]))
+        ready = min([end, *partial])
         if ready:
-            yield ready
-    if held:
-        yield held
+            yield held[:ready]
+        if ready == end < len(held):
+            return
+        held = held[ready:]
+    if rest := held[: first_stop(held, stop)]:
+        yield rest
+
+
+def first_stop(text: str, stop: list[str]) -> int:
+    """The earliest position at which a stop text begins, else the length of the text."""
+    return min((text.index(word) for word in stop if word in text), default=len(text))
+
+
+def load_full_checkpoint(path: str) -> dict[str, Any]:
+    """The checkpoint of a model; raises UserError for that of an adapter."""
+    checkpoint = load_checkpoint(path)
+    if "lora" in checkpoint:
+        raise UserError(f"{path}: an adapter; -m names its model ({checkpoint['lora'].get('base')}), --lora this file")
+    return checkpoint
 
 
 def load_text_generator(path: str, device: str, instruct: bool, stop: list[str] = (), lora: str = "") -> TextGenerator:
     """Model and tokenizer of a checkpoint on a device, with a LoRA adapter if one is named; raises UserError."""
-    checkpoint = load_checkpoint(path)
-    if "lora" in checkpoint:
-        raise UserError(f"{path}: an adapter; -m names its model ({checkpoint['lora'].get('base')}), --lora this file")
+    checkpoint = load_full_checkpoint(path)
     tokenizer = load_checkpoint_tokenizer(checkpoint, path)
     place = find_device(device)
     model = load_model(checkpoint, path).to(place).eval()

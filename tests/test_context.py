@@ -8,6 +8,7 @@ from conftest import DATA, FAST, TINY
 import evaluate
 import problem
 from model import GPT, ModelConfig
+from text.corpus import find_sources
 from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model, save_checkpoint
 
 SCALED = {"vocab_size": 30, "block_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 32, "rope_theta": 500.0}
@@ -79,7 +80,8 @@ def test_a_model_is_trained_further_at_a_longer_window(prepared, call):
 def test_evaluation_keeps_the_scaling_that_a_model_was_trained_with(prepared, call):
     """Within its window, the table's losses are those of the model as it is."""
     assert trained_with(call, *TINY, "--rope_scaling", "yarn", "--rope_factor", "4", "--rope_theta", "50").status == 0
-    checkpoint, files = load_checkpoint("checkpoint/pretrain.pt"), ("checkpoint/pretrain.pt", "dataset/pretrain.txt")
+    checkpoint = load_checkpoint("checkpoint/pretrain.pt")
+    files = "checkpoint/pretrain.pt", find_sources(["dataset/pretrain.txt"])[0]
     losses, window = evaluate.perplexity_by_position(*files, 1.0, [], 9, "cpu")
     model = load_model(checkpoint, "pretrain.pt").eval()
     text = (prepared / "dataset/pretrain.txt").read_text(encoding="utf-8")
