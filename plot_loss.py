@@ -1,36 +1,41 @@
 """Plot training curves from the logs of train.py and the scripts beside it.
 
-python plot_loss.py -n train_20260101_120000.log                one run; writes train_20260101_120000.png
-python plot_loss.py -n first.log resumed.log -o curves.png      a resumed run continues its curve; others are compared
-python plot_loss.py -n train_20260101_120000.log --follow       redraws while the training runs
+python plot_loss.py train_20260101_120000.log                   one run; writes train_20260101_120000.png
+python plot_loss.py first.log resumed.log -o curves.png         a resumed run continues its curve; others are compared
+python plot_loss.py -n train_20260101_120000.log --follow       redraws while the training runs (-n may stand before)
 """
 
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from base.configuration import Parser, UserError, run_main
-from base.logs import read_log, series, smooth
+from base.logs import EmptyLog, is_number, is_step, read_log, series, smooth
 
 PANELS = (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_s", "tokens/s"))
 
 
 def join_runs(paths: list[str]) -> dict[str, dict[str, list[dict]]]:
-    """Records by log name; the log of a resumed run replaces the rest of its stage's earlier log."""
+    """Records by the name of the run; the log of a resumed run replaces the rest of its stage's earlier log."""
     runs = {}
     for path in paths:
         records = read_log(path)
         header = records["header"][0] if records["header"] else {}
-        start = header.get("resumed_from_step", 0)
-        stage = header.get("stage")
+        start = header.get("resumed_from_step")
+        start = start if is_step(start) else 0
+        stage = str(header.get("stage") or "")
         earlier = [name for name, run in runs.items() if run["stage"] == stage and run["train"][-1]["step"] >= start]
         if start and earlier:
             run = runs[earlier[-1]]
             for kind in ("train", "val"):
                 run[kind] = [record for record in run[kind] if record["step"] <= start] + records[kind]
         else:
-            runs[Path(path).stem] = {**records, "stage": stage}
+            stem = Path(path).stem
+            is_unique = [Path(other).stem for other in dict.fromkeys(paths)].count(stem) == 1
+            runs[stem if is_unique else str(Path(path).with_suffix(""))] = {**records, "stage": stage}
     return runs
 
 
@@ -43,54 +48,19 @@ def draw(paths: list[str], output: str, log_x: bool, log_y: bool) -> None:
 
     runs = join_runs(paths)
     panels = [field for field, _ in PANELS]
-    if any("expert_load" in record for run in runs.values() for record in run["val"]):
+    if any(expert_loads(run["val"]) for run in runs.values()):
         panels.append("expert_load")
     figure = plt.figure(figsize=(11, 8), layout="constrained")
     axes = figure.subplot_mosaic([["loss"] * len(panels), panels], height_ratios=[2.2, 1])
     for i, (name, run) in enumerate(runs.items()):
-        colour, name = f"C{i}", f"{run['stage']} {name}" if run["stage"] else name
-        steps, losses = series(run["train"], "loss")
-        axes["loss"].plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
-        axes["loss"].plot(
-            steps, smooth(losses, max(1, len(losses) // 50)), color=colour, linewidth=2, label=f"{name}: train"
-        )
-        steps, losses = series(run["val"], "val_loss")
-        if len(losses):
-            _, errors = series(run["val"], "val_loss_se")
-            bars = errors if len(errors) == len(losses) else None
-            axes["loss"].errorbar(
-                steps,
-                losses,
-                yerr=bars,
-                color=colour,
-                marker="o",
-                markersize=4,
-                linestyle=":",
-                label=f"{name}: validation",
-            )
-            best = int(losses.argmin())
-            axes["loss"].plot(
-                steps[best], losses[best], marker="*", markersize=16, color=colour, markeredgecolor="black"
-            )
-            axes["loss"].annotate(
-                f"best {losses[best]:.4f} at {steps[best]:,}",
-                (steps[best], losses[best]),
-                xytext=(-8, 14),
-                textcoords="offset points",
-                ha="right",
-            )
+        name = f"{run['stage']} {name}".strip("_ ").replace(
+            "$", r"\$"
+        )  # matplotlib hides labels with _ in front, and reads $...$
+        draw_losses(axes["loss"], run, name, f"C{i}")
         for field, _ in PANELS:
-            steps, values = series(run["train"], field)
-            axes[field].plot(steps, values, color=colour, alpha=0.3 if field == "tokens_per_s" else 0.9, linewidth=0.9)
-            if field == "tokens_per_s":
-                axes[field].plot(steps, smooth(values, max(1, len(values) // 50)), color=colour, linewidth=1.5)
-        loads = [(record["step"], record["expert_load"]) for record in run["val"] if "expert_load" in record]
-        for layer in range(len(loads[0][1]) if loads else 0):
-            shares = np.array([load[layer] for _, load in loads]) * len(loads[0][1][layer])
-            for expert in shares.T:
-                axes["expert_load"].plot([step for step, _ in loads], expert, color=colour, alpha=0.4, linewidth=0.8)
-    if "expert_load" in axes:
-        axes["expert_load"].set(xlabel="step", title="load per expert (1: balanced)", ylim=(0, None))
+            draw_curve(axes[field], *series(run["train"], field), f"C{i}", is_noisy=field == "tokens_per_s")
+        if "expert_load" in axes:
+            draw_expert_load(axes["expert_load"], run["val"], f"C{i}")
     axes["loss"].set(xlabel="step", ylabel="loss (nats per token)")
     axes["loss"].legend()
     for field, title in PANELS:
@@ -108,15 +78,67 @@ def draw(paths: list[str], output: str, log_x: bool, log_y: bool) -> None:
     temporary.replace(output)
 
 
+def draw_losses(axis: Any, run: dict[str, list[dict]], name: str, colour: str) -> None:
+    """The training loss, smoothed, and the validation loss with its standard error; the best one is marked."""
+    draw_curve(axis, *series(run["train"], "loss"), colour, is_noisy=True, label=f"{name}: train")
+    steps, losses = series(run["val"], "val_loss")
+    if not len(losses):
+        return
+    errors = [record.get("val_loss_se") for record in run["val"] if is_number(record.get("val_loss"))]
+    bars = [max(0.0, error) if is_number(error) else 0.0 for error in errors]
+    style = {"color": colour, "marker": "o", "markersize": 4, "linestyle": ":"}
+    axis.errorbar(steps, losses, yerr=bars, label=f"{name}: validation", **style)
+    best = int(losses.argmin())
+    axis.plot(steps[best], losses[best], marker="*", markersize=16, color=colour, markeredgecolor="black")
+    text, place = f"best {losses[best]:.4f} at {steps[best]:,}", (steps[best], losses[best])
+    axis.annotate(text, place, xytext=(-8, 14), textcoords="offset points", ha="right")
+
+
+def draw_curve(
+    axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, is_noisy: bool, label: str | None = None
+) -> None:
+    """A curve; a noisy one is pale, with its moving average over it."""
+    if is_noisy:
+        axis.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
+        values = smooth(values, max(1, len(values) // 50))
+    axis.plot(steps, values, color=colour, linewidth=2 if is_noisy else 0.9, label=label)
+
+
+def expert_loads(records: list[dict]) -> list[tuple[int, np.ndarray]]:
+    """Step and shares (layers, experts) of the evaluations that have them, of as many experts as the last of these."""
+    found = []
+    for record in records:
+        layers = record.get("expert_load")
+        layers = layers if isinstance(layers, list) and all(isinstance(layer, list) for layer in layers) else []
+        shares = [share for layer in layers for share in layer]
+        if shares and all(map(is_number, shares)) and len(set(map(len, layers))) == 1:
+            found.append((record["step"], np.array(layers, dtype=float)))
+    return [(step, shares) for step, shares in found if shares.shape == found[-1][1].shape]
+
+
+def draw_expert_load(axis: Any, records: list[dict], colour: str) -> None:
+    """The load of every expert of every layer, relative to the mean, at the evaluations that have it."""
+    loads = expert_loads(records)
+    if loads:
+        shares = np.stack([shares for _, shares in loads])  # (evaluations, layers, experts)
+        relative = shares.reshape(len(loads), -1) * shares.shape[-1]
+        axis.plot([step for step, _ in loads], relative, color=colour, alpha=0.4, linewidth=0.8)
+    axis.set(xlabel="step", title="load per expert (1: balanced)", ylim=(0, None))
+
+
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("-n", "--names", nargs="+", required=True, metavar="LOG", help="log files")
+    parser.add_argument("logs", nargs="*", metavar="LOG", help="log files")
+    parser.add_argument("-n", "--names", nargs="+", default=[], metavar="LOG", help="log files, too")
     parser.add_argument("-o", "--output", help="figure to write [the first log's name with .png]")
     parser.add_argument("--follow", action="store_true", help="redraw whenever a log grows, until Ctrl-C")
     parser.add_argument("--log_x", action="store_true", help="logarithmic step axis")
     parser.add_argument("--log_y", action="store_true", help="logarithmic loss axis")
     args, _ = parser.parse()
-    output = args.output or str(Path(args.names[0]).with_suffix(".png"))
+    names = [*args.logs, *args.names]
+    if not names:
+        raise UserError("command line: no log is named; `python plot_loss.py -n train_*.log` plots all of this folder")
+    output = args.output or str(Path(names[0]).with_suffix(".png"))
     if not output.endswith(".png"):
         raise UserError(f"{output}: the file name must end in .png")
     if not Path(output).parent.is_dir():
@@ -124,10 +146,15 @@ def main() -> None:
     drawn = None
     try:
         while True:
-            sizes = [Path(name).stat().st_size if Path(name).exists() else 0 for name in args.names]
+            sizes = [Path(name).stat().st_size if Path(name).exists() else 0 for name in names]
             if sizes != drawn:
-                draw(args.names, output, args.log_x, args.log_y)
-                print(output, flush=True)
+                try:
+                    draw(names, output, args.log_x, args.log_y)
+                    print(output, flush=True)
+                except EmptyLog as error:
+                    if not args.follow:
+                        raise
+                    print(f"{error}: waiting", file=sys.stderr)
                 drawn = sizes
             if not args.follow:
                 return

@@ -14,6 +14,9 @@ the problem's entry (problems/tasks.py), then from problems/config.py.
 """
 
 import argparse
+import functools
+import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -24,7 +27,15 @@ import numpy as np
 import torch
 
 import train
-from base.configuration import Parser, UserError, check_fields, fields_of, run_main
+from base.configuration import (
+    Parser,
+    UserError,
+    check_fields,
+    command_line,
+    escape_control_characters,
+    fields_of,
+    run_main,
+)
 from base.devices import find_device
 from layers.attention_maps import attention_maps
 from model import GPT, ModelConfig
@@ -34,9 +45,10 @@ from problems.plots import draw_attention, draw_results
 from problems.tasks import PROBLEMS, Problem
 from text.tokenizer import EOS, CharTokenizer
 from training.config import TrainConfig
+from training.distributed import check_launcher
 from training.engine import Engine
 from training.run_log import print_table
-from training.setup import problem_config
+from training.setup import NOT_FOR_PROBLEMS, problem_config
 from training.sources import check_window, problem_tokenizer
 from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer
 from weights.lora import load_merged
@@ -70,17 +82,47 @@ class Solver:
     tokenizer: CharTokenizer
     problem: Problem
     device: torch.device
+    settings: ProblemConfig
+
+    def pad(self, text: str) -> str:
+        """A prompt with leading zeros before its numbers, where the model was trained on numbers of equal width."""
+        widths = self.problem.widths(self.settings)
+        if not widths or any({len(number) for number in re.findall(r"\d+", text)} == {width} for width in widths):
+            return text
+        return re.sub(r"\d+", lambda number: number[0].zfill(max(widths)), text)
+
+    @functools.cached_property
+    def prompts(self) -> dict[int, list[str]]:
+        """Some prompts of every length that the model was trained on."""
+        sampler = InstanceSampler(self.settings, self.tokenizer)
+        lengths, rng = parse_length(self.settings.train_length), np.random.default_rng(0)
+        return {length: [*map(text_of, sampler.generate(rng, 16, length).prompt)] for length in lengths}
+
+    @property
+    def example(self) -> str:
+        return self.prompts[max(self.prompts)][0]
+
+    def is_strange(self, text: str) -> bool:
+        """Whether a prompt has another form than those of the training; never, where these have no fixed one."""
+        forms = [{form_of(prompt) for prompt in prompts} for prompts in self.prompts.values()]
+        return all(len(form) == 1 for form in forms) and form_of(text) not in set.union(*forms)
+
+    def complete(self, text: str) -> str:
+        """A typed prompt as those of the training: padded, and with the problem's separator at its end."""
+        ends = self.problem.ends
+        return self.pad(text) if text.endswith(ends) else self.pad(text.rstrip(" " + ends) + ends)
 
     def encode(self, text: str) -> torch.Tensor:
-        """Token ids (1, T) of a prompt, with the problem's separator at the end; raises UserError."""
-        ends = self.problem.ends
-        if ends and not text.endswith(ends):
-            text = text.rstrip(" " + ends) + ends
+        """Token ids (1, T) of a prompt, completed; raises UserError."""
+        text = self.complete(text)
         unknown = self.tokenizer.unknown_characters(text)
         if unknown:
             raise UserError(f"not in the alphabet {self.tokenizer.characters!r}: {unknown!r}")
         if not 0 < len(text) <= self.model.config.block_size:
-            raise UserError(f"{len(text)} characters do not fit into the window of {self.model.config.block_size}")
+            raise UserError(
+                f"{len(text)} characters do not fit into the window of {self.model.config.block_size}: "
+                f"it was trained on inputs like {self.example}"
+            )
         return torch.from_numpy(self.tokenizer.encode(text).astype(np.int64))[None].to(self.device)
 
     def answer(self, text: str) -> str:
@@ -93,6 +135,11 @@ class Solver:
         steps = self.model.generate(idx, max_new_tokens, temperature=0.0, stop_tokens=(EOS,))
         tokens = [token.item() for token in steps]
         return self.tokenizer.decode(tokens[: tokens.index(EOS)] if EOS in tokens else tokens)
+
+
+def form_of(text: str) -> str:
+    """What two prompts of one form have in common: every digit as 0, every letter as a."""
+    return re.sub("[a-z]", "a", re.sub("[0-9]", "0", text))
 
 
 def text_of(codes: np.ndarray) -> str:
@@ -137,16 +184,19 @@ def load_solver(path: str | Path, device: torch.device, name: str, min_window: i
     checkpoint = load_checkpoint(path)
     tokenizer = load_checkpoint_tokenizer(checkpoint, path)
     problem = find_problem(name)
-    if tokenizer.fingerprint() != problem_tokenizer(problem).fingerprint():
-        raise UserError(f"{path}: its alphabet is not that of {name}")
+    stored = stored_fields(checkpoint, path)
+    if stored["problem"] != name or tokenizer.fingerprint() != problem_tokenizer(problem).fingerprint():
+        command = command_line("problem.py", stored["problem"], "--checkpoint", str(path))
+        raise UserError(f"{path}: a model of the problem {stored['problem']}, not of {name}: `{command}`")
+    settings = ProblemConfig(**{name: value for name, value in stored.items() if name in fields_of(ProblemConfig)})
     shape = checkpoint["model_config"]
     changes = {"block_size": max(min_window, shape["block_size"])} if shape.get("use_rope") else {}
-    return Solver(load_merged(checkpoint, path, **changes).to(device), tokenizer, problem, device)
+    return Solver(load_merged(checkpoint, path, **changes).to(device), tokenizer, problem, device, settings)
 
 
-def stored_fields(path: str | Path) -> dict[str, Any]:
+def stored_fields(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """Training and problem config of a checkpoint; raises UserError if it is not a checkpoint of a problem."""
-    values = load_checkpoint(path)["train_config"]
+    values = checkpoint["train_config"]
     if "problem" not in values:
         raise UserError(f"{path}: not a checkpoint of problem.py")
     return check_fields(values, fields_of(TrainConfig) | fields_of(ProblemConfig), f"{path}: train_config")
@@ -159,7 +209,7 @@ def test(
     engine = Engine(config)
     sampler = InstanceSampler(settings, problem_tokenizer(find_problem(settings.problem)))
     solver = load_solver(path, engine.device, settings.problem, sampler.window())
-    check_window(sampler, solver.model.config)
+    check_window(sampler, solver.model.config, str(path))
     lengths, shared = parse_length(settings.test_length), {"batch_size": config.batch_size, "seed": config.random_seed}
     held_out = HeldOut(sampler, "test", lengths, settings.test_instances, **shared)
     correct = exact_match(solver.model, held_out, engine)
@@ -190,13 +240,18 @@ def draw(
     print(f"plots: {name}.png, {name}_attention.png")
 
 
-def train_and_test(name: str, overrides: dict[str, Any], plot: bool, example: str | None) -> Outcome | None:
-    """Train on a problem and test its best checkpoint; None if the training was interrupted."""
+def train_and_test(
+    name: str, overrides: dict[str, Any], plot: bool, example: str | None, argv: list[str]
+) -> Outcome | None:
+    """Train on a problem and test its best checkpoint; None if the training was interrupted.
+
+    argv: the arguments that a command to go on repeats.
+    """
     config = problem_config(name, overrides)
-    run = train.train_stage(config, Engine, [name if argument == "all" else argument for argument in sys.argv[1:]])
+    run = train.train_stage(config, Engine, argv)
     if run.stopped:
         return None
-    if run.best_path not in run.written and not run.is_resumed:  # a file of that name is another run's
+    if not run.owns_best:  # that file is another run's
         raise UserError(f"{name}: no evaluation was finite, so there is no best checkpoint to test")
     score = test(run.best_path, config.training, config.settings, plot, example, run.log_path)
     minutes = (time.perf_counter() - run.began) / 60
@@ -220,23 +275,35 @@ def interact(paths: dict[str, Path], device: torch.device, current: str) -> None
     """Answer lines of standard input; the name of a problem at the start of a line switches to that problem."""
     solvers: dict[str, Solver] = {}
     interactive = sys.stdin.isatty()
-    print(f"type an input, or the name of a problem to switch to it: {', '.join(paths)}", file=sys.stderr)
+
+    def tell(text: str) -> None:  # what was typed may have come from elsewhere
+        print(escape_control_characters(text), file=sys.stderr)
+
+    tell(f"type an input; the name of a problem switches to it ({', '.join(paths)}); /help; /quit or Ctrl-D ends")
     while True:
         try:
-            line = input(f"{current}> " if interactive else "").strip("\r\n")
+            line = input(f"{current}> " if interactive else "").strip()
         except EOFError:
             return
-        word, _, rest = line.strip().partition(" ")
+        if line in ("/quit", "/exit", "/q"):
+            return
+        word, _, rest = line.partition(" ")
         if word in paths:
-            current, line = word, rest
-        if not line.strip():
-            continue
+            current, line = word, rest.strip()
         try:
-            if current not in solvers:
-                solvers[current] = load_solver(paths[current], device, current)
-            print(solvers[current].answer(line.strip()), flush=True)
+            solver = solvers[current] = solvers.get(current) or load_solver(paths[current], device, current)
+            if line == "/help" or (word == current and not line):
+                tell(f"{current}: {solver.problem.shows}; type an input like {solver.example}")
+                if line:
+                    tell(f"problems: {', '.join(paths)}; /quit ends")
+            elif line.startswith("/"):
+                tell(f"error: {line}: no such command; /help, /quit")
+            elif line:
+                print(solver.answer(line), flush=True)
+                if solver.is_strange(solver.complete(line)):
+                    tell(f"(it was trained on inputs like {solver.example}: this one has another form)")
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            tell(f"error: {error}")
 
 
 def trained_problems(folder: str) -> dict[str, Path]:
@@ -249,13 +316,18 @@ def trained_problems(folder: str) -> dict[str, Path]:
 
 
 def main() -> None:
-    parser = Parser(__doc__, ProblemConfig, TrainConfig, ModelConfig)
+    parser = Parser(__doc__, ProblemConfig, TrainConfig, ModelConfig, hidden=NOT_FOR_PROBLEMS)
     parser.add_argument("problem", nargs="?", default=argparse.SUPPRESS, help="name of a problem (--list), or all")
     parser.add_argument("--list", action="store_true", help="list the problems")
-    parser.add_argument("--checkpoint", metavar="FILE", help="test this model; without a problem: interactive")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="test this model (or NAME: checkpoint/NAME.pt); without a problem: interactive",
+    )
     parser.add_argument("--plot", action="store_true", help="write plots: <stage>.png and <stage>_attention.png")
     parser.add_argument("--example", metavar="TEXT", help="input for the attention maps [the first test instance]")
-    args, overrides = parser.parse()
+    args, overrides = parser.parse([argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")])
+    check_launcher(arguments_of_training(parser, args))
     name = overrides.pop("problem", None)
     if args.example and not args.plot:
         raise UserError("command line: --example needs --plot")
@@ -269,21 +341,31 @@ def main() -> None:
     elif name == "all":
         outcomes = []
         for each in PROBLEMS:
-            outcomes.append(train_and_test(each, overrides, args.plot, None))
+            argv = [each if argument == "all" else argument for argument in sys.argv[1:]]
+            outcomes.append(train_and_test(each, overrides, args.plot, None, argv))
             if outcomes[-1] is None:
                 break
             print(f"accuracy: {outcomes[-1].score}\n")
         print_table([Outcome.COLUMNS, *(outcome.row() for outcome in outcomes if outcome)])
     else:
-        outcome = train_and_test(name, overrides, args.plot, args.example)
+        outcome = train_and_test(name, overrides, args.plot, args.example, sys.argv[1:])
         if outcome:
             print(f"{outcome.n_parameters:,} parameters, {outcome.minutes:.1f} minutes")
             print(f"accuracy: {outcome.score}")
 
 
+def arguments_of_training(parser: Parser, args: argparse.Namespace) -> list[str] | None:
+    """Those with which the scripts for several processes train on the problem; None where these cannot do it."""
+    if args.list or args.checkpoint or getattr(args, "problem", "all") == "all":
+        return None
+    given = {name: getattr(args, name) for name in parser.fields if hasattr(args, name)}
+    given.setdefault("gradient_accumulation_steps", os.environ.get("WORLD_SIZE", "1"))  # a micro-batch for each
+    return [part for name, text in given.items() for part in (f"--{name}", text)]
+
+
 def test_checkpoint(args: argparse.Namespace, name: str | None, overrides: dict[str, Any]) -> None:
     """--checkpoint: test a trained model on a problem; without a problem's name, interactive."""
-    stored = stored_fields(args.checkpoint)
+    stored = stored_fields(load_checkpoint(args.checkpoint), args.checkpoint)
     if "train_fraction" in overrides:
         raise UserError("command line: --train_fraction with --checkpoint: it would mix training and test instances")
     run_config = problem_config(

@@ -13,10 +13,7 @@ train_<time>.log for plot_loss.py. train_ddp.py and train_deepspeed.py run this 
 import contextlib
 import glob
 import math
-import os
 import platform
-import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,12 +30,14 @@ from model import GPT, ModelConfig
 from problems.config import ProblemConfig
 from text.batches import Batch, prefetch_steps
 from training import preflight
+from training.advice import going_on, limits_reached
 from training.config import TrainConfig
+from training.distributed import check_launcher
 from training.engine import Engine
 from training.losses import PER_TOKEN_LOSSES
 from training.run_log import Console, RunLog, StopRequest
 from training.setup import Run, RunConfig, State, build_run, read_configs
-from weights.checkpointing import SaveError, keep_previous
+from weights.checkpointing import SaveError, keep_previous, set_aside
 
 # ------------------------------------------------------------------------------------------------------ the loop
 
@@ -96,7 +95,7 @@ def train(run: Run, log: RunLog) -> State:
             if state.step % config.eval_interval == 0 or done:
                 evaluate_and_save(run, log)
                 evaluated = state.step
-                done = done or has_reached_its_end(config, state)
+                done = done or bool(limits_reached(config, state))  # early stopping, or good enough
             if state.step % config.save_interval == 0 and save_or_warn(run, run.last_path, log):
                 saved = state.step
         (stopping,) = engine.sum_over_ranks(float(stop.requested))
@@ -106,12 +105,6 @@ def train(run: Run, log: RunLog) -> State:
             save_or_warn(run, run.last_path, log, must=True)
         run.stopped = bool(stopping)
     return state
-
-
-def has_reached_its_end(config: TrainConfig, state: State) -> bool:
-    """Whether an evaluation ends the run: early stopping, or as good as was asked for."""
-    impatient = config.patience is not None and state.evals_without_gain >= config.patience
-    return impatient or (config.target_val_loss is not None and state.best_val_loss <= config.target_val_loss)
 
 
 def count_experts(run: Run) -> None:
@@ -265,17 +258,14 @@ def save_or_warn(run: Run, path: Path, log: RunLog, must: bool = False) -> bool:
 
 
 def keep_earlier(run: Run, path: Path, log: RunLog) -> None:
-    """Keep what another run left under this name as NAME.bak, and this run's last save as NAME.previous."""
+    """Keep what another run left under this name (NAME.bak, .bak2, ...), and this run's last save (NAME.previous)."""
     if not run.engine.is_main:
         return
     is_first = path not in run.written
-    is_ours = run.is_resumed and (path == run.best_path or Path(run.config.from_checkpoint).resolve() == path.resolve())
+    is_start = Path(run.config.from_checkpoint).resolve() == path.resolve()
+    is_ours = run.owns_best if path == run.best_path else run.is_resumed and is_start
     if is_first and path.exists() and not is_ours:  # also the newer save of a run that goes on from an older one
-        backup = path.with_name(path.name + ".bak")
-        if backup.is_dir():
-            shutil.rmtree(backup)
-        os.replace(path, backup)
-        log.message(f"{path}: of an earlier run, kept as {backup.name}")
+        log.message(f"{path}: of an earlier run, kept as {set_aside(path).name}")
     if path == run.last_path and path.is_file():
         keep_previous(path, only_if_none=is_first and run.is_from_previous)  # that one is damaged
 
@@ -293,6 +283,7 @@ def save(run: Run, path: Path, log: RunLog) -> None:
             "tokenizer": run.tokenizer.to_dict(),
             "data": {
                 "sizes": run.source.sizes,
+                "evaluated": run.evaluated,
                 "samples": state.samples,
                 "tokens": state.tokens,
                 "evals_without_gain": state.evals_without_gain,
@@ -306,20 +297,25 @@ def save(run: Run, path: Path, log: RunLog) -> None:
 @contextlib.contextmanager
 def lock_checkpoints(run: Run) -> Iterator[None]:
     """Keep other runs from writing this stage's checkpoints; temporary files that a killed run left are removed."""
-    if not run.engine.is_main:
-        yield
-        return
     folder, stage = Path(run.config.save_checkpoint_to), run.config.name
-    try:
-        with hold_lock(folder / f".{stage}.lock"):
-            for leftover in folder.glob(f".{glob.escape(stage)}*.tmp"):
-                leftover.unlink()
-            yield
-    except BlockingIOError:
-        raise UserError(
-            f"another run is writing the checkpoints of {stage!r} into {folder}: wait until it has ended, "
-            "or give this one another --stage or --save_checkpoint_to"
-        ) from None
+    failure = None
+    with contextlib.ExitStack() as stack:
+        try:
+            if run.engine.is_main:
+                stack.enter_context(hold_lock(folder / f".{stage}.lock"))
+        except BlockingIOError:
+            failure = UserError(
+                f"another run is writing the checkpoints of {stage!r} into {folder}: wait until it has ended, "
+                "or give this one another --stage or --save_checkpoint_to"
+            )
+        except OSError as error:
+            failure = UserError(f"save_checkpoint_to: {folder} cannot be written to ({error.strerror})")
+        (failures,) = run.engine.sum_over_ranks(float(failure is not None))
+        if failures:  # all processes end here
+            raise failure or UserError(f"{folder}: the first process cannot write there; its message says why")
+        for leftover in folder.glob(f".{glob.escape(stage)}*.tmp") if run.engine.is_main else ():
+            leftover.unlink()
+        yield
 
 
 # ------------------------------------------------------------------------------------------------------ a whole run
@@ -346,8 +342,12 @@ def train_with_log(run: Run, argv: list[str]) -> None:
     }
     with lock_checkpoints(run):
         steps = run.state.step, config.max_steps
-        log = RunLog(engine.is_main, config.log_to, config.stage, *steps, header, config.max_log_mb)
+        log = engine.together(
+            lambda: RunLog(engine.is_main, config.log_to, config.stage, *steps, header, config.max_log_mb)
+        )
         run.log_path = log.path
+        if engine.use_compile:
+            log.message("compiling the model: the first step and the first evaluation can take a minute each")
         try:
             state = train(run, log)
         except (MemoryError, RuntimeError) as error:
@@ -357,28 +357,14 @@ def train_with_log(run: Run, argv: list[str]) -> None:
         finally:
             log.close()
     if engine.is_main and state.step:
-        best, last = run.best_path, run.last_path
+        best = run.best_path
         reached = f"best validation loss {state.best_val_loss:.4f} ({best})"
         reached = reached if math.isfinite(state.best_val_loss) else "not evaluated yet"
-        print(f"step {state.step:,}, {reached}; log: {log.path}")
-        again = without_flag(argv, "--from_checkpoint")
-        if config.max_steps and state.step >= config.max_steps:  # as it is, the command would end at once
-            again = [*without_flag(again, "--max_steps"), "--max_steps", str(2 * config.max_steps)]
-        again += ["--from_checkpoint", str(last)]
-        print(f"to go on: {engine.launcher} {Path(sys.argv[0]).name} {shlex.join(again)}")
+        ended_by = "".join(f", {name} reached" for name in limits_reached(config, state))
+        print(f"step {state.step:,}{ended_by}, {reached}; log: {log.path}")
+        print(f"to go on: {going_on(run, argv)}")
         if best in run.written:
-            base = run.adapter["base"] if run.adapter else ""
-            print(f"to try it: {run.source.next_command(best, base)}")
-
-
-def without_flag(argv: list[str], flag: str) -> list[str]:
-    """The arguments less one flag and its value."""
-    kept, skip = [], False
-    for argument in argv:
-        if not skip and argument != flag and not argument.startswith(flag + "="):
-            kept.append(argument)
-        skip = argument == flag
-    return kept
+            print(f"to try it: {run.source.next_command(best, run.adapter['base'] if run.adapter else '')}")
 
 
 def train_stage(asked: RunConfig, make_engine: Callable[[TrainConfig], Engine], argv: list[str] | None = None) -> Run:
@@ -396,7 +382,7 @@ def train_stage(asked: RunConfig, make_engine: Callable[[TrainConfig], Engine], 
 
 def make_parser() -> Parser:
     """The options of the training scripts: a flag for every field, and what to read and to do."""
-    parser = Parser(sys.modules["__main__"].__doc__ or __doc__, TrainConfig, ModelConfig, ProblemConfig)
+    parser = Parser(sys.modules["__main__"].__doc__ or __doc__, TrainConfig, ModelConfig, ProblemConfig, bare="-t")
     parser.add_argument(
         "-t", "--training", metavar="NAME", help="training config: config/NAME.json, or a path [pretrain]"
     )
@@ -415,6 +401,7 @@ def run_command(args: Any, overrides: dict[str, Any], make_engine: Callable[[Tra
 
 
 def main() -> None:
+    check_launcher(sys.argv[1:])
     run_command(*make_parser().parse(), Engine)
 
 

@@ -12,6 +12,7 @@ curve is the same on any number of processes, and a run can resume on another nu
 
 import contextlib
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,32 +27,38 @@ import train
 from base.configuration import UserError, run_main
 from model import GPT
 from text.batches import Batch
-from training.distributed import DistributedEngine, run_process
+from training.distributed import DistributedEngine, check_launcher, run_process
 from training.engine import Engine, Loss
+from weights.checkpointing import find_checkpoint, set_aside
 from weights.lora import attach, settings_of
 
 
 class DDPEngine(DistributedEngine):
     """Distributed data parallelism: every process has a replica of the model; gradients are all-reduced once a step."""
 
-    launcher = "python -m torch.distributed.run --nproc_per_node N"
     can_shard = True
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.launcher = f"python -m torch.distributed.run --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', 'N')}"
         self.resume_after_restart(config)
 
     def resume_after_restart(self, config: Any) -> None:
         """torchrun --max-restarts: a restarted job resumes from its last checkpoint; an older job's is renamed."""
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) == 0:
             return
-        last = config.last_path
-        if int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0:
-            config.from_checkpoint = str(last) if last.is_file() else config.from_checkpoint
-        elif self.is_main and last.is_file() and Path(config.from_checkpoint).resolve() != last.resolve():
-            os.replace(last, f"{last}.bak")
-        dist.barrier()
+        last, is_restart = config.last_path, int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
+        (n_found,) = self.sum_over_ranks(float(last.is_file()))
+        if is_restart and n_found not in (0, self.world_size):
+            raise UserError(f"{last}: not on all hosts: a job that restarts by itself needs a shared folder")
+        if is_restart and n_found:
+            config.from_checkpoint = str(last)
+        elif not is_restart and n_found:
+            self.together(lambda: self.set_earlier_aside(last, config.from_checkpoint))
+
+    def set_earlier_aside(self, last: Path, start: str) -> None:
+        """Rename an earlier job's last checkpoint, unless this one starts from it."""
+        if self.is_main and last.is_file() and find_checkpoint(start).resolve() != last.resolve():
+            print(f"{last}: of an earlier run, kept as {set_aside(last).name}")
 
     def wrap(self, model: GPT) -> torch.nn.Module:
         network = super().wrap(model)
@@ -132,11 +139,13 @@ def full_tensors(value: Any) -> Any:
 
 
 def main() -> None:
+    check_launcher(sys.argv[1:], is_parallel=True)
     if "RANK" in os.environ:
         engine = lambda config: (FSDPEngine if config.fsdp else DDPEngine)(config)  # noqa: E731
         run_process(lambda: train.run_command(*train.make_parser().parse(), engine))
         return
-    print(f"one process; to start several: {DDPEngine.launcher} train_ddp.py", file=sys.stderr)
+    several = "python -m torch.distributed.run --nproc_per_node N"
+    print(f"one process; to start several: {several} {shlex.join(sys.argv)}", file=sys.stderr)
     train.main()
 
 

@@ -17,6 +17,7 @@ import argparse
 import importlib.util
 import math
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -45,8 +46,6 @@ class DeepSpeedEngine(DistributedEngine):
     ZeRO: Rajbhandari et al. 2019 (arXiv:1910.02054); ZeRO-Offload: Ren et al. 2021 (arXiv:2101.06840).
     """
 
-    launcher = "deepspeed"
-
     def __init__(self, config: Any, path: Path) -> None:
         if config.device.startswith("cpu"):
             os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would choose the GPU if there is one
@@ -58,12 +57,13 @@ class DeepSpeedEngine(DistributedEngine):
         self.writes_shards, self.shards_parameters = self.zero > 0, self.zero == 3
         if self.zero and config.use_lora:
             raise UserError(
-                f"use_lora: an adapter is too small to shard (ZeRO stage {self.zero} of {path}): use train_ddp.py"
+                f"use_lora: an adapter is too small to shard (ZeRO stage {self.zero} of {path}): use train_ddp.py, or "
+                "--deepspeed_config deepspeed_zero0"
             )
         if self.zero and config.optimizer == "sgd":
             raise UserError(
                 f"optimizer sgd with ZeRO stage {self.zero} of {path} is not supported: use --optimizer adamw or muon, "
-                "or config/deepspeed_zero0.json"
+                "or --deepspeed_config deepspeed_zero0"
             )
         if self.zero and config.optimizer == "muon" and self.dtype == torch.float16:
             raise UserError(
@@ -358,9 +358,7 @@ def main() -> None:
             relaunch(args, sys.argv[1:])
         return  # rank 0 has restarted the job; the other processes of this host are not needed
     if "RANK" not in os.environ:
-        print(
-            f"one process; to start one for every GPU: {DeepSpeedEngine.launcher} train_deepspeed.py", file=sys.stderr
-        )
+        print(f"one process; to start one for every GPU: deepspeed {shlex.join(sys.argv)}", file=sys.stderr)
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     run_process(lambda: train.run_command(args, overrides, lambda config: DeepSpeedEngine(config, path)))
 

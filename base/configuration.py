@@ -14,20 +14,55 @@ UserError: one line that says what is wrong, where, and how to fix it; run_main(
 import argparse
 import dataclasses
 import difflib
+import errno
 import functools
 import io
 import json
 import os
+import re
+import shlex
 import sys
 import textwrap
 import types
 import typing
-import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+CONFIG_FOLDERS = (Path("config"), Path(__file__).parent.parent / "config")  # here, and next to the scripts
 MAX_NUMBER = 1e300  # JSON allows integers too large for a float
+BOOLEANS = {  # how they may be spelled on the command line, in any case
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
+}
+
+
+CUSTOMARY_NAMES = {  # what a field or a command is called elsewhere -> here
+    **dict.fromkeys(("lr", "max_lr", "alpha"), "learning_rate"),
+    **dict.fromkeys(("wd", "decay"), "weight_decay"),
+    **dict.fromkeys(("epochs", "n_epochs", "num_epochs", "num_train_epochs"), "max_steps"),
+    **dict.fromkeys(("steps", "num_steps", "iters", "max_iters", "iterations"), "max_steps"),
+    **dict.fromkeys(("bs", "batch", "micro_batch_size", "device_batch_size"), "batch_size"),
+    **dict.fromkeys(("accumulate_grad_batches", "grad_accum", "grad_accum_steps"), "gradient_accumulation_steps"),
+    **dict.fromkeys(("warmup", "warmup_steps", "num_warmup_steps"), "warmup_iters"),
+    **dict.fromkeys(("clip", "max_grad_norm", "clip_grad_norm"), "grad_clip"),
+    **dict.fromkeys(("eval_every", "eval_steps"), "eval_interval"),
+    **dict.fromkeys(("resume", "init_from", "load"), "from_checkpoint"),
+    **dict.fromkeys(("out_dir", "output_dir", "save_dir"), "save_checkpoint_to"),
+    **dict.fromkeys(("data", "dataset", "train_data"), "dataset_path"),
+    **dict.fromkeys(("context", "context_length", "ctx", "seq_len", "max_seq_len"), "block_size"),
+    **dict.fromkeys(("dim", "d_model", "hidden_size", "width"), "n_embd"),
+    **dict.fromkeys(("layers", "n_layers", "num_layers", "num_hidden_layers", "depth"), "n_layer"),
+    **dict.fromkeys(("heads", "n_heads", "num_heads", "num_attention_heads"), "n_head"),
+    **dict.fromkeys(("temp",), "temperature"),
+    **dict.fromkeys(("max_tokens", "max_new_tokens", "length"), "max_length"),
+    **dict.fromkeys(("seed",), "random_seed"),
+    **dict.fromkeys(("precision", "amp", "fp16", "bf16"), "dtype"),
+    **dict.fromkeys(("gpu", "cuda"), "device"),
+    **dict.fromkeys(("wandb", "tensorboard"), "log_to"),
+    **dict.fromkeys(("exit", "bye", "q"), "quit"),
+    **dict.fromkeys(("clear", "new"), "reset"),
+}
 
 
 class UserError(ValueError):
@@ -120,6 +155,11 @@ class Field:
         return isinstance(self.type, types.UnionType) and type(None) in typing.get_args(self.type)
 
     @property
+    def has_auto(self) -> bool:
+        """Whether it is one of auto, true and false."""
+        return self.plain_type is str and "true" in (self.metadata["choices"] or ())
+
+    @property
     def plain_type(self) -> type:
         """The type without `| None` and list items: bool, int, float, str or list."""
         if self.is_list:
@@ -127,13 +167,16 @@ class Field:
         return next(t for t in typing.get_args(self.type) or (self.type,) if t is not type(None))
 
     def fail(self, rule: str, value: Any) -> typing.NoReturn:
-        raise UserError(f"{self.name} must be {rule}, got {json.dumps(value, ensure_ascii=False, default=str)}")
+        shown = json.dumps(value, ensure_ascii=False, default=str)
+        raise UserError(f"{self.name} must be {rule}, got {shown if len(shown) < 100 else shown[:100] + '...'}")
 
     def check(self, value: Any) -> Any:
         """The valid value, with lossless conversions (1e5 -> 100000 for an integer); raises UserError."""
         if value is None and self.optional:
             return None
         kind = self.plain_type
+        if self.has_auto and isinstance(value, bool):
+            value = str(value).lower()
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if kind in (int, float) and is_number and not abs(value) < MAX_NUMBER:
             self.fail("finite", str(value)[:20])
@@ -172,21 +215,42 @@ class Field:
                     self.fail("a list of [train file, validation file] pairs", value)
 
     def parse(self, text: str) -> Any:
-        """Parse a command-line value as JSON; lists may also be comma-separated, strings need no quotes."""
+        """The value that a text on the command line stands for; a text of another type is left for check() to refuse.
+
+        Numbers are written as in Python (.8, 1e5, 1_000), booleans as in BOOLEANS, lists as JSON or with commas between
+        the items; strings need no quotes.
+        """
         kind = self.plain_type
         if self.optional and text.lower() in ("none", "null"):
             return None
-        if kind is str:
-            return text
-        if kind is list and not text.lstrip().startswith("["):
-            if self.type == list[int]:
-                text = f"[{text}]"
-            else:
-                return [item for item in text.split(",") if item]
         try:
-            return json.loads(text.lower() if kind is bool else text)
-        except json.JSONDecodeError:
-            return text  # not JSON: check() raises an error that names the field
+            if kind is list and text.lstrip().startswith("["):
+                return json.loads(text)
+            if kind is list:
+                items = [item.strip() for item in text.split(",") if item.strip()]
+                return [parse_integer(item) for item in items] if self.type == list[int] else items
+            if self.has_auto:
+                return BOOLEANS.get(text.lower(), text.lower())
+            return {bool: parse_boolean, int: parse_integer, float: float, str: str}[kind](text)
+        except (ValueError, RecursionError):
+            return text
+
+
+def parse_boolean(text: str) -> bool:
+    """true or false, in one of the spellings of BOOLEANS; raises ValueError."""
+    if text.lower() not in BOOLEANS:
+        raise ValueError(text)
+    return BOOLEANS[text.lower()]
+
+
+def parse_integer(text: str) -> int:
+    """An integer as int() reads it, or one with an exponent or a fraction of zero (1e5, 8.); raises ValueError."""
+    try:
+        return int(text)
+    except ValueError:
+        if not float(text).is_integer():
+            raise
+        return int(float(text))
 
 
 def fields_of(cls: type) -> dict[str, Field]:
@@ -204,14 +268,25 @@ def fields_of(cls: type) -> dict[str, Field]:
 
 
 def nearest(name: Any, names: Iterable[str]) -> str:
-    """The most similar name, or "" if none is close."""
-    return next(iter(difflib.get_close_matches(str(name), list(names), n=1)), "")
+    """What the name means elsewhere, the shortest one that begins with it, or the most similar; "" if none is close."""
+    name, names = str(name), list(names)
+    word = name.lstrip("-/")
+    meant = name.removesuffix(word) + CUSTOMARY_NAMES.get(word.lower().replace("-", "_"), "")
+    if meant in names:
+        return meant
+    longer = [known for known in names if len(name) > 1 and known.startswith(name)]
+    return min(longer, key=len, default="") or next(iter(difflib.get_close_matches(name, names, n=1)), "")
 
 
 def did_you_mean(name: Any, names: Iterable[str]) -> str:
     """The suffix '; did you mean "x"?' of an error message, or ""."""
     hint = nearest(name, names)
     return f'; did you mean "{hint}"?' if hint else ""
+
+
+def command_line(script: str, *arguments: str) -> str:
+    """A command to type, quoted for a shell: a script that lies beside the one that runs."""
+    return shlex.join(["python", str(Path(sys.argv[0] or script).with_name(script)), *arguments])
 
 
 def read_json(path: str | Path) -> Any:
@@ -248,11 +323,11 @@ def read_text(path: str | Path) -> str:
 
 def find_config(name: str) -> Path:
     """Resolve `-t NAME`: the path of a JSON file, or config/NAME.json here or next to the scripts."""
-    candidates = [Path(name), Path("config", f"{name}.json"), Path(__file__).parent.parent / "config" / f"{name}.json"]
+    candidates = [Path(name), *(folder / f"{name}.json" for folder in CONFIG_FOLDERS)]
     for path in candidates:
         if path.is_file():
             return path
-    names = [path.stem for folder in {c.parent for c in candidates[1:]} for path in folder.glob("*.json")]
+    names = [path.stem for folder in CONFIG_FOLDERS for path in folder.glob("*.json")]
     raise UserError(f"config {name!r}: neither a file nor a name in config/{did_you_mean(name, names)}")
 
 
@@ -275,9 +350,16 @@ def check_fields(values: Any, known: dict[str, Field], where: str) -> dict[str, 
 class Parser(argparse.ArgumentParser):
     """argparse with a `--field value` flag for every field of the given config classes, and one-line errors."""
 
-    def __init__(self, doc: str, *classes: type) -> None:
+    def __init__(self, doc: str, *classes: type, hidden: Iterable[str] = (), bare: str = "") -> None:
+        """hidden: fields that --help leaves out, as the script will refuse them with a reason.
+
+        bare: the flag that is meant where a value stands alone.
+        """
         layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=36)
         super().__init__(description=doc, formatter_class=layout, allow_abbrev=False)
+        self.register("type", int, parse_integer)  # the scripts' own options take numbers as the fields do
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")  # values, as no option begins so: -1e-4, -1,0
+        self.bare = bare
         self.fields: dict[str, Field] = {}
         for cls in classes:
             group = None
@@ -287,9 +369,8 @@ class Parser(argparse.ArgumentParser):
                     group = self.add_argument_group(section or (cls.__doc__ or cls.__name__).split("\n")[0].rstrip("."))
                 if name not in self.fields:  # a name in two classes (dropout) is one flag
                     self.fields[name] = field
-                    group.add_argument(
-                        f"--{name}", metavar=field.metavar, help=field.help_text, default=argparse.SUPPRESS
-                    )
+                    text = argparse.SUPPRESS if name in hidden else field.help_text
+                    group.add_argument(f"--{name}", metavar=field.metavar, help=text, default=argparse.SUPPRESS)
 
     def format_usage(self) -> str:
         """The script's own options, wrapped, and [OPTION ...] or [--FIELD VALUE ...] for those in further sections."""
@@ -321,18 +402,30 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             name = unknown[0].split("=")[0]
-            raise UserError(f"command line: unknown argument {unknown[0]!r}{did_you_mean(name, flags)}")
+            is_flag = name.startswith("-") or not self.bare
+            hint = did_you_mean(name, flags) if is_flag else f'; did you mean "{self.bare} {unknown[0]}"?'
+            raise UserError(f"command line: unknown argument {unknown[0]!r}{hint}")
         given = {name: field.parse(getattr(args, name)) for name, field in self.fields.items() if hasattr(args, name)}
         return args, check_fields(given, self.fields, "command line")
 
 
+# What takes over or misleads a terminal: control characters (C0 but for \n and \t; C1); line and paragraph separators;
+# bidirectional embeddings, overrides and isolates, which reorder the text around them (trojansource.codes), and the
+# deprecated controls beside them; lone surrogates; tag characters, which hide text. Not joiners, direction marks and
+# variation selectors: Persian, Indic scripts, Hebrew and emoji are written with them.
+control_characters = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u206f\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
 def escape_control_characters(text: str) -> str:
     """Escape control characters: printing a model's or a stranger's text must not send commands to the terminal."""
-    if text.isprintable():
-        return text
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co") else repr(c)[1:-1] for c in text
-    )
+    return control_characters.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def escape_for(stream: typing.TextIO, text: str) -> str:
+    """The text as it goes to a stream: a terminal gets it without control characters, a file or a pipe exactly."""
+    return escape_control_characters(text) if stream.isatty() else text
 
 
 def silence(stream: typing.TextIO) -> None:
@@ -356,6 +449,6 @@ def run_main(main: Callable[[], None]) -> None:
         silence(sys.stdout)
         sys.exit(1)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        sys.exit(f"error: {error.filename}: {error.strerror}")
+        sys.exit("error: " + ": ".join(filter(None, (error.filename, error.strerror))))  # a full disk has no name

@@ -8,11 +8,17 @@ import numpy as np
 
 from base.configuration import UserError
 
+MAX_NUMBER = 1e100  # no larger one is of use, and sums of them stay finite
+
+
+class EmptyLog(UserError):
+    """A log that has no loss of a training step yet."""
+
 
 def read_log(path: str | Path) -> dict[str, list[dict[str, Any]]]:
     """The records of a log by type: header, train, val. A last line that is still being written is left out.
 
-    Raises UserError where the file is missing, is not a log, or has no training step yet.
+    Raises UserError where the file is missing or is not a log, EmptyLog where no training step has a loss yet.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: {'not a file' if Path(path).exists() else 'no such log'}")
@@ -22,6 +28,8 @@ def read_log(path: str | Path) -> dict[str, list[dict[str, Any]]]:
             for number, line in enumerate(file, 1):
                 try:
                     record = json.loads(line)
+                    if record["type"] in ("train", "val") and not is_step(record["step"]):
+                        raise ValueError("step")
                     records.setdefault(record["type"], []).append(record)
                 except (ValueError, KeyError, TypeError):
                     if line.endswith("\n"):
@@ -29,14 +37,26 @@ def read_log(path: str | Path) -> dict[str, list[dict[str, Any]]]:
                             f"{part}: line {number} is not a log record; logs are the train_*.log files"
                         ) from None
     if not records["train"]:
-        raise UserError(f"{path}: no training steps in it yet")
+        raise EmptyLog(f"{path}: no training steps in it yet")
+    if not len(series(records["train"], "loss")[0]):
+        raise EmptyLog(f"{path}: no loss in it that is a finite number")
     return records
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value of a record is a finite number: null stands for others, and other programs write Infinity."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
+
+
+def is_step(value: Any) -> bool:
+    """Whether a value is the number of a step."""
+    return type(value) is int and 0 <= value < 1 << 53
+
+
 def series(records: list[dict[str, Any]], field: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values (n,) of the records that have the field."""
-    pairs = [(r["step"], r[field]) for r in records if r.get(field) is not None]
-    return np.array([step for step, _ in pairs]), np.array([value for _, value in pairs], dtype=float)
+    """Steps and values (n,) of the records in which the field is a finite number."""
+    found = [record for record in records if is_number(record.get(field))]
+    return np.array([r["step"] for r in found], dtype=int), np.array([r[field] for r in found], dtype=float)
 
 
 def smooth(values: np.ndarray, span: int) -> np.ndarray:

@@ -17,7 +17,7 @@ TRAINING = {  # training fields, likewise
     "warmup_iters": 20,
     "max_steps": 1000,
     "eval_interval": 100,
-    "eval_iters": 4,
+    "eval_iters": 10,
 }
 TRAINING_BY_REWARD = {  # and over those with --loss grpo
     "batch_size": 512,
@@ -27,6 +27,7 @@ TRAINING_BY_REWARD = {  # and over those with --loss grpo
     "warmup_iters": 5,
     "max_steps": 350,
     "eval_interval": 25,
+    "eval_iters": 20,
 }
 LOSSES = ("next_token", "grpo")  # the others need files or pairs of answers
 
@@ -63,9 +64,13 @@ class ProblemConfig(Config):
                 raise UserError(f"the length must be at most {problem.longest}, got {text}")
 
     @property
+    def lengths(self) -> list[int]:
+        """The lengths that occur, in training or in the test."""
+        return sorted({*parse_length(self.train_length), *parse_length(self.test_length)})
+
+    @property
     def longest(self) -> int:
-        """The largest length that occurs, in training or in the test."""
-        return max(parse_length(self.train_length)[-1], parse_length(self.test_length)[-1])
+        return self.lengths[-1]
 
 
 def find_problem(name: str) -> Problem:

@@ -200,8 +200,11 @@ class HeldOut:
             quota = -(-n // (len(lengths) - i))  # rounded up
             self.by_length[length] = sampler.draw(rng, quota, length, split)
             n -= len(self.by_length[length].prompt)
-        if not any(len(instances.prompt) for instances in self.by_length.values()):
+        if not len(self):
             raise UserError("the held-out split is empty: raise the length, or lower train_fraction")
+
+    def __len__(self) -> int:
+        return sum(len(instances.prompt) for instances in self.by_length.values())
 
     def examples(self) -> Iterator[tuple[int, Examples]]:
         """This rank's batches, each with the length of its instances.

@@ -46,6 +46,7 @@ class Problem:
     shape: dict[str, Any] = field(default_factory=dict)  # defaults of model fields
     training: dict[str, Any] = field(default_factory=dict)  # defaults of training fields
     by_reward: dict[str, Any] = field(default_factory=dict)  # and those with --loss grpo
+    widths: Callable[[Any], Any] = lambda config: ()  # digits that the numbers of a prompt are padded to, by its config
 
 
 # ------------------------------------------------------------------------------------------------- character codes
@@ -300,7 +301,7 @@ PROBLEMS: dict[str, Problem] = {
         longest=9,
         options=("leaf_probability", "supervise"),
         shape={"n_layer": 6, "n_embd": 96},
-        training={"batch_size": 64, "max_steps": 600, "eval_iters": 16},
+        training={"batch_size": 64, "max_steps": 600},
         # The answer is one bit, so: many prompts, small groups and a strong KL penalty. Else the policy is soon certain
         # from the outermost operator alone, all completions of a group are equal, and all advantages are 0.
         by_reward={"batch_size": 384, "grpo_group": 8, "grpo_beta": 0.2, "learning_rate": 1e-3, "max_steps": 600},
@@ -313,6 +314,7 @@ PROBLEMS: dict[str, Problem] = {
         length="10",
         unit="digits",
         longest=18,  # sums fit into 64 bits
+        widths=lambda config: config.lengths if config.pad else (),
         options=("reverse", "pad"),
         shape={"n_embd": 128, "use_rope": False},
         training={"batch_size": 128, "max_steps": 800},
@@ -335,6 +337,7 @@ PROBLEMS: dict[str, Problem] = {
         modular,
         ends="=",
         options=("modulus", "operation"),
+        widths=lambda config: [len(str(config.modulus - 1))],
         shape={"n_layer": 1, "n_embd": 128},
         training={"train_fraction": 0.5, "batch_size": 512, "weight_decay": 0.3, "max_steps": 2200},
     ),

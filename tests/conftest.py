@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,6 +94,13 @@ def run_script(script: str, *argv: str, cwd: Path, stdin: str | None = None) -> 
     process = start_script(script, *argv, cwd=cwd, stdin=subprocess.PIPE)
     out, err = process.communicate(stdin, timeout=300)
     return Result(process.returncode, out, err)
+
+
+def is_harmless(c: str) -> bool:
+    """What may go to a terminal, by Unicode's tables: no control, separator, reordering, lone surrogate, tag."""
+    reorders = unicodedata.bidirectional(c) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+    is_control = unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")
+    return c in "\n\t" or not (is_control or reorders or 0xE0000 <= ord(c) < 0xE0080)
 
 
 def make_text(n_characters: int = 6000, seed: int = 0) -> str:

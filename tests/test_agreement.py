@@ -24,7 +24,7 @@ def test_a_signal_to_one_process_ends_all_of_them_with_a_save(prepared):
     worker(job, 1).send_signal(signal.SIGUSR1)
     status, out, err = finish(job, timeout=60)
     assert status == 0, err
-    assert "to go on: python -m torch.distributed.run --nproc_per_node 2 train_ddp.py" in out
+    assert "to go on: python -m torch.distributed.run --standalone --nproc_per_node 2 " in out
     saved = load_checkpoint(prepared / "checkpoint" / "pretrain_last.pt")["step"]
     assert saved == read_log(newest_log(prepared), "train")[-1]["step"]
     assert read_log(newest_log(prepared), "val") == []  # stopped, not evaluated
@@ -66,6 +66,7 @@ def nan_evaluations(monkeypatch):
 def test_an_evaluation_that_is_not_finite_does_not_spoil_the_best(prepared, call, nan_evaluations):
     nan_evaluations({1})
     options = ["--eval_iters", "1", "--eval_interval", "2", "--max_steps", "8", "--learning_rate", "0.003"]
+    options += ["--batch_size", "100"]  # an evaluation is one batch
     result = call("train.py", *ARGUMENTS, *options)
     assert result.status == 0, result.err
     records = read_log(newest_log(prepared), "val")

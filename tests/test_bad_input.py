@@ -2,11 +2,12 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_samples, make_text, run_script, write_jsonl
+from conftest import is_harmless, make_samples, make_text, run_script, write_jsonl
 
 from weights.checkpointing import finish_sharded, save_shard
 
@@ -57,10 +58,10 @@ BAD_RAW = {
     "blank": ("no training text", b"\n \n"),
     "latin1": ("not UTF-8 text: byte 0xe9 at 3", "caf\xe9 au lait, s'il vous pla\xeet".encode("latin-1")),
     "late": ("byte 0xff at 5000000", b"a" * 5_000_000 + b"\xff" + b"b" * 100),
-    "utf16": ("UTF-16", "hello there".encode("utf-16")),
+    "utf16": ("--encoding utf-16", "hello there".encode("utf-16")),
     "binary": ("binary", b"\0\1\2\3" * 100),
     "short": ("fewer than one window", b"too short"),
-    "gzip": ("damaged gzip", b"\x1f\x8bnonsense that is not gzip"),
+    "gzip": ("damaged", b"\x1f\x8bnonsense that is not gzip"),
 }
 
 
@@ -81,12 +82,12 @@ def test_bad_raw_text(call, work, name):
         (['{"question": "q", "answer": "a"}'], "at least 2"),
         (['{"q": "a"}'] * 20, '"question"'),
         (["not json"] * 20, "x.jsonl"),
-        ([json.dumps(s) for s in make_samples(5)] + ['{"question": 1, "answer": "a"}'] * 20, "line 16"),
+        ([json.dumps(s) for s in make_samples(5)] + ['{"question": {}, "answer": "a"}'] * 20, "line 16"),
         ([json.dumps(s) for s in make_samples(5)] + ['{"messages": []}'] * 20, "bad lines"),
         (
             [json.dumps(s) for s in make_samples(5)]
             + [json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]})] * 20,
-            "role is user, expected assistant",
+            "no answer in it",
         ),
     ],
 )
@@ -103,7 +104,7 @@ def test_bad_jsonl(call, work, lines, message):
     ("argv", "words"),
     [
         ([], ["nothing to prepare", "dataset/pretrain.txt"]),
-        (["folder"], ["folder", "no .txt"]),
+        (["folder"], ["folder", "no text files"]),
         (["x.txt", "--val_fraction", "1.5"], ["val_fraction"]),
         (["x.txt", "--val_fraction", "much"], ["val_fraction"]),
         (["x.txt", "--tokenizer", "none.json"], ["none.json", "no such file"]),
@@ -274,6 +275,9 @@ def test_shards_of_strangers_run_no_code(call, trained, script, part):
     [
         (["-m", "none.pt"], ["none.pt", "no such checkpoint"]),
         (["-m", "checkpoint"], ["checkpoint", "not a file"]),
+        (["--lora", "none.pt"], ["none.pt", "no such checkpoint"]),
+        (["-l", "4"], ["the prompt has 4 tokens", "max_length (-l) 4", "above 4"]),
+        (["-i", "-p", "a" * 20], ["the question has 22 tokens", "window 16"]),
         (["-t", "-1"], ["temperature must be at least 0"]),
         (["-k", "0"], ["top_k must be at least 1"]),
         (["--top_p", "2"], ["top_p"]),
@@ -281,6 +285,7 @@ def test_shards_of_strangers_run_no_code(call, trained, script, part):
         (["--num_samples", "0"], ["num_samples"]),
         (["--device", "cuda:7"], ["cuda:7"]),
         (["-p", ""], ["empty"]),
+        (["-i", "-p", " "], ["empty"]),
         (["--promt", "x"], ["--promt", 'did you mean "--prompt"']),
     ],
 )
@@ -302,12 +307,13 @@ HOSTILE_PROMPTS = {
 
 @pytest.mark.parametrize("mode", [[], ["-i"]], ids=["text", "chat"])
 @pytest.mark.parametrize("prompt", HOSTILE_PROMPTS.values(), ids=HOSTILE_PROMPTS.keys())
-def test_hostile_prompts_do_no_harm(call, trained, prompt, mode):
-    """The result is an answer or a one-line error, without control characters that a terminal would obey."""
+def test_hostile_prompts_do_no_harm(call, trained, monkeypatch, prompt, mode):
+    """The result is an answer or a one-line error; a terminal finds nothing in it to obey."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     result = call("inference.py", "-m", "checkpoint/pretrain.pt", "-p", prompt, "-l", "2000000", *mode, "--stop", "e")
-    assert result.status == 0 or result.err.startswith("error: "), result.err
+    assert result.status == 0 or result.err.splitlines()[-1].startswith("error: "), result.err
     assert "Traceback" not in result.err
-    assert all(c in "\n\t" or c.isprintable() for c in result.out + result.err)
+    assert all(map(is_harmless, result.out + result.err))
 
 
 def strange_file(folder: Path, kind: str) -> str:

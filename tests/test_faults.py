@@ -297,5 +297,5 @@ def test_float16_goes_on_with_its_scale(prepared, call):
 def test_another_precision_goes_on_and_says_so(prepared, call):
     trained(call, "--max_steps", "2", "--lr_decay_iters", "4")
     result = trained(call, "--max_steps", "4", "--lr_decay_iters", "4", "--dtype", "bfloat16", *ON)
-    assert "dtype auto -> bfloat16" in result.out
+    assert "dtype 'auto' -> 'bfloat16'" in result.out
     assert load_checkpoint("checkpoint/run_last.pt")["step"] == 4

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from base.configuration import Config, UserError, fields_of
 from model import ModelConfig
 from problems.config import ProblemConfig
-from text import corpus
+from text import corpus, formats
+from text.formats import Source
 from text.token_files import TokenFile
 from training.config import TrainConfig
 from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
@@ -35,7 +36,8 @@ def test_a_field_accepts_a_value_or_its_error_names_the_field(cls: type[Config],
             assert str(error).startswith(f"{name} must be ") and "\n" not in str(error)
             refused += 1
             continue
-        assert taken == value and isinstance(taken, field.plain_type | None)
+        as_text = field.has_auto and taken == str(value).lower()  # true for "true"
+        assert (taken == value or as_text) and isinstance(taken, field.plain_type | None)
         assert not isinstance(taken, float) or abs(taken) < float("inf")
         try:
             config = cls(**{name: value})
@@ -83,16 +85,45 @@ def test_any_jsonl_gives_whole_conversations_or_bad_lines(lines, end):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "x.jsonl")
         path.write_text(end.join(lines), encoding="utf-8", errors="replace", newline="")
-        bad = corpus.BadLines(1000)
+        bad, source = corpus.BadLines(1000), Source(path, form="json lines", stage="sft")
         try:
-            found = list(corpus.conversations(corpus.Source(path, is_jsonl=True), bad))
+            found = list(corpus.chat_records(source, bad))
         except UserError as error:  # nothing in it, or NUL bytes
             assert "x.jsonl" in str(error)
             return
-    for _, conversation in found:
+    for (conversation,) in found:
         roles = [message["role"] for message in conversation if message["role"] != "system"]
         assert roles == ["user", "assistant"] * (len(roles) // 2) and roles
-        assert all(message["content"].strip() for message in conversation)
+        assert all(message["content"].strip() for message in conversation[1:])  # the first question may be empty
+
+
+JSON_OR_NOT = st.one_of(
+    st.recursive(rows | json_values, lambda inside: st.lists(inside, max_size=4), max_leaves=8).map(json.dumps),
+    st.text(alphabet='{}[]",:\\n abq', max_size=60),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(JSON_OR_NOT, st.integers(1, 40), st.sampled_from(["json", "json lines"]))
+def test_any_json_is_read_like_the_whole_or_refused(text, chunk, form):
+    """An independent reading: json.loads() of the whole, where the stream is cut at any place."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "CHUNK", chunk)
+        path = Path(folder, "x.json")
+        path.write_text(text, encoding="utf-8", newline="")
+        try:
+            found = [values for _, values in formats.records(Source(path, form=form))]
+        except UserError as error:
+            assert "x.json" in str(error)
+            return
+    try:
+        whole = json.loads(text)
+    except ValueError:
+        return
+    if form == "json" and isinstance(whole, list) and whole and all(isinstance(value, dict) for value in whole):
+        assert found == whole
+    elif isinstance(whole, dict):
+        assert found == [whole]
 
 
 def mutate(contents: bytes, rng: random.Random) -> bytes:

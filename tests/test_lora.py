@@ -180,7 +180,7 @@ def test_what_does_not_belong_together_is_refused(base, call):
         ): "lora_rank (17) must be between 1 and n_embd (16)",
         ("train.py", *LORA, "--max_steps", "2", "--from_checkpoint", ""): "needs a trained model",
         ("train.py", "-t", "sft", *SFT, *FAST, "--from_checkpoint", adapter): "an adapter; --use_lora true resumes it",
-        ("train.py", *LORA, "--from_checkpoint", adapter, "--lora_rank", "2"): "a run keeps them",
+        ("train.py", *LORA, "--from_checkpoint", adapter, "--lora_rank", "2"): "a run keeps it: --lora_rank",
         ("inference.py", "-m", adapter, "-p", "a"): "an adapter; -m names its model (checkpoint/base.pt)",
         ("inference.py", "-m", "checkpoint/base.pt", "--lora", "checkpoint/base.pt", "-p", "a"): "a full model",
         ("inference.py", "-m", "checkpoint/base.pt", "--merge", "x.pt"): "--merge needs the adapter",

@@ -143,7 +143,7 @@ def test_every_pair_is_evaluated_once(pairs):
     file = TokenFile("dataset/dpo_val.bin")
     options = {"block_size": 32, "vocab_size": file.header["vocab_size"], "batch_size": 4, "seed": 1, "world_size": 3}
     counted = sum(
-        batch.count for rank in range(3) for batch in ValidationBatches([file], eval_iters=0, rank=rank, **options)
+        batch.count for rank in range(3) for batch in ValidationBatches([file], n_samples=0, rank=rank, **options)
     )
     assert counted == (len(file.starts) - 1) // 2
 
@@ -198,7 +198,10 @@ def test_mistakes_are_told(pairs, call, argv, words):
         ({"prompt": "a", "chosen": "b"}, '"rejected" is missing'),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
         ({"chosen": "b", "rejected": "c"}, '"prompt" is missing'),
-        ({"messages": [{"role": "assistant", "content": "x"}], "chosen": "b", "rejected": "c"}, "expected system"),
+        (
+            {"messages": [{"role": "assistant", "content": "x"}], "chosen": "b", "rejected": "c"},
+            "must end with a question",
+        ),
         ({"messages": "x", "chosen": "b", "rejected": "c"}, "must be a list"),
     ],
 )

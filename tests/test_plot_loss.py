@@ -57,6 +57,13 @@ def test_half_a_last_line_is_left_out(work):
         ("", "no training steps"),
         ("hello\n", "line 1"),
         ('{"type": "header"}\n', "no training steps"),
+        ('{"type": "train", "step": 1, "loss": null}\n{"type": "val", "step": 1, "val_loss": null}\n', "no loss in it"),
+        ('{"type": "train", "loss": 2.0}\n', "line 1"),
+        ('{"type": "train", "step": null, "loss": 2.0}\n', "line 1"),
+        ("[1]\n", "line 1"),
+        ('{"type": "train", "step": true, "loss": 2.0}\n', "line 1"),
+        ('{"type": "train", "step": -1, "loss": 2.0}\n', "line 1"),
+        (f'{{"type": "train", "step": {10**400}, "loss": 2.0}}\n', "line 1"),
     ],
 )
 def test_bad_logs_get_one_clear_line(call, work, contents, message):
@@ -65,6 +72,94 @@ def test_bad_logs_get_one_clear_line(call, work, contents, message):
     result = call("plot_loss.py", "-n", "x.log")
     assert result.status != 0 and message in result.err and "x.log" in result.err
     assert result.err.count("\n") == 1 and not (work / "x.png").exists()
+
+
+def test_logs_of_one_name_in_two_folders_are_two_curves(call, work):
+    for folder in ("a", "b"):
+        (work / folder).mkdir()
+        write_log(work / folder / "train_1.log", range(1, 41))
+    assert list(plot_loss.join_runs(["a/train_1.log", "b/train_1.log"])) == ["a/train_1", "b/train_1"]
+    assert call("plot_loss.py", "-n", "a/train_1.log", "b/train_1.log", "-o", "two.png").status == 0
+    assert call("plot_loss.py", "-n", "a/train_1.log", "-o", "one.png").status == 0
+    assert (work / "two.png").read_bytes() != (work / "one.png").read_bytes()
+
+
+def test_a_picture_lacks_only_what_is_not_finite(call, work):
+    """Validation losses that are all null, and single ones among others."""
+    path = write_log(work / "a.log", range(1, 51))
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for every in (1, 2):
+        some = [r | ({"val_loss": None} if r.get("step", 1) % (10 * every) == 0 else {}) for r in records]
+        path.write_text("".join(json.dumps(record) + "\n" for record in some))
+        assert call("plot_loss.py", "-n", "a.log").status == 0
+
+
+INFINITE = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("val", {"expert_load": None}),
+        ("val", {"expert_load": [[0.5, 0.5], [0.2, 0.2, 0.6]]}),
+        ("val", {"expert_load": [[0.5, None]]}),
+        ("val", {"expert_load": [0.5, 0.5]}),
+        ("val", {"expert_load": "all"}),
+        ("val", {"expert_load": [[]]}),
+        ("val", {"val_loss_se": -1}),
+        ("val", {"val_loss_se": None}),
+        ("val", {"val_loss_se": True}),
+        ("val", {"val_loss_se": INFINITE}),
+        *(("val", {"val_loss": value}) for value in (10**400, INFINITE, float("nan"), True, "3", [1], 1e300)),
+        *(("train", {"loss": value}) for value in (10**400, INFINITE, float("nan"), True, "3", [1], -1e300)),
+        *(("train", {"lr": value}) for value in (10**400, INFINITE, None, False, {})),
+        *(("header", {"resumed_from_step": value}) for value in (None, "3", 1.5, True, INFINITE)),
+        *(("header", {"stage": value}) for value in (None, 3, [1], "$x^{$", "_hidden")),
+    ],
+)
+def test_an_odd_value_is_left_out_and_the_rest_is_drawn(call, work, kind, values):
+    path = write_log(work / "a.log", range(1, 51))
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = [r | ({"expert_load": [[0.5, 0.5]] * 2} if r["type"] == "val" else {}) for r in records]
+    first = next(record for record in records if record["type"] == kind)
+    first |= values
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    result = call("plot_loss.py", "a.log", "-o", "odd.png")
+    assert (result.status, result.out, result.err) == (0, "odd.png\n", "")
+    runs = plot_loss.read_log(path)
+    assert len(plot_loss.series(runs["train"], "loss")[0]) == 50 - (kind == "train" and "loss" in values)
+    if "expert_load" in values:
+        assert [step for step, _ in plot_loss.expert_loads(runs["val"])] == [20, 30, 40, 50]
+
+
+def test_experts_of_another_number_are_left_out():
+    records = [{"step": step, "expert_load": [[1 / n] * n]} for step, n in ((1, 2), (2, 4), (3, 4))]
+    assert [step for step, _ in plot_loss.expert_loads(records)] == [2, 3]
+    assert plot_loss.expert_loads([]) == []
+
+
+@pytest.mark.parametrize("argv", [["a.log"], ["-n", "a.log"], ["-o", "a.png", "a.log"], ["a.log", "-n", "b.log"]])
+def test_logs_are_named_with_and_without_the_flag(call, work, argv):
+    write_log(work / "a.log", range(1, 11))
+    write_log(work / "b.log", range(1, 11))
+    assert call("plot_loss.py", *argv).out == "a.png\n"
+
+
+def test_without_a_log_one_line_says_how(call, work):
+    result = call("plot_loss.py", "--log_x")
+    assert result.status == 1 and "no log is named" in result.err and result.err.count("\n") == 1
+
+
+def test_following_waits_for_the_first_step(work):
+    path = write_log(work / "a.log", range(0))
+    process = start_script("plot_loss.py", "-n", "a.log", "--follow", cwd=work)
+    try:
+        assert "waiting" in process.stderr.readline() and process.poll() is None
+        write_log(path, range(1, 41))
+        assert process.stdout.readline() == "a.png\n"
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
 
 
 def test_following_draws_again_when_the_log_grows(work):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_log, run_script
+from conftest import ROOT, is_harmless, read_log, run_script
 
 import problem
 from problems import instances as drawing
@@ -279,6 +279,60 @@ def test_inputs_can_be_typed(sorted_model, work):
         "problem.py", "--checkpoint", "checkpoint/problem_sort.pt", "--device", "cpu", cwd=work, stdin=typed
     )
     assert alone.out.split() == answers
+
+
+def test_numbers_are_padded_as_the_model_knows_them(work, call):
+    assert call("problem.py", "add", "--length", "2-3", "--max_steps", "2", *QUICK).status == 0
+    solver = problem.load_solver("checkpoint/problem_add.pt", torch.device("cpu"), "add")
+    cases = {"1+2": "001+002=", "1+2=": "001+002=", "12+34=": "12+34=", "1+234=": "001+234=", "12+3": "012+003="}
+    assert {text: solver.complete(text) for text in cases} == cases
+    assert call("problem.py", "modular", "--max_steps", "1", *QUICK).status == 0
+    solver = problem.load_solver("checkpoint/problem_modular.pt", torch.device("cpu"), "modular")
+    assert solver.complete("7+62") == "07+62="
+
+
+def test_typing_has_commands_and_names_strange_forms(sorted_model, work):
+    result = run_script("problem.py", "--device", "cpu", cwd=work, stdin="/help\n12\n/foo\nsort\n/quit\n312\n")
+    assert result.status == 0 and len(result.out.split()) == 1
+    for words in ("/quit or Ctrl-D ends", "an input like ", "has another form", "/foo: no such command"):
+        assert words in result.err
+
+
+def test_what_is_typed_cannot_take_over_the_terminal(sorted_model, work):
+    result = run_script("problem.py", "--device", "cpu", cwd=work, stdin="/\x1b]0;x\x07\n1\x1b[31m2\n\u202e\n")
+    assert result.status == 0 and all(is_harmless(c) for c in result.err)
+    assert "no such command" in result.err and "not in the alphabet" in result.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (
+            ["palindrome", "--checkpoint", "checkpoint/problem_sort.pt"],
+            "a model of the problem sort, not of palindrome",
+        ),
+        (["sort", "--length", "3", "--train_fraction", "0.5", "--from_checkpoint"], "--train_fraction 0.9"),
+        (["add", "--from_checkpoint"], "a model of the problem sort: its alphabet is not that of add"),
+        (
+            ["sort", "--loss", "grpo", "--from_checkpoint"],
+            "needs a window of 6 tokens, block_size is 3: take a smaller",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_problem_or_split_is_refused(sorted_model, call, argv, says):
+    path = [] if "--checkpoint" in argv else ["checkpoint/problem_sort.pt"]
+    result = call("problem.py", *argv, *path, "--device", "cpu")
+    assert result.status == 1 and says in result.err and result.err.count("\n") == 1
+    mended = re.search(r"--train_fraction \S+$", result.err.strip())
+    if mended:
+        argv = [argument for argument in argv if argument not in ("--train_fraction", "0.5")]
+        argv = [*argv, *path, "--max_steps", "301", "--stage", "problem_sort", *mended[0].split()]
+        assert call("problem.py", *argv, *QUICK).status == 0
+
+
+def test_help_leaves_out_what_is_refused(call, work):
+    out = call("problem.py", "--help").out
+    assert "--tokenizer_path" not in out and "--teacher" not in out and "--learning_rate" in out
 
 
 def test_a_wider_test_needs_rotary_positions(sorted_model, call):

@@ -1,8 +1,10 @@
+import itertools
 import json
 import math
 import signal
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ from training.engine import Engine, place_steps
 from training.losses import next_token
 from training.optimizer import SCHEDULES, CombinedOptimizer, Muon, make_optimizer, orthogonalise, schedule
 from training.run_log import StopRequest
-from weights.checkpointing import load_checkpoint
+from training.setup import changed_fields
+from weights.checkpointing import load_checkpoint, set_aside
 
 
 def config(folder, **fields):
@@ -189,6 +192,64 @@ def test_a_new_run_keeps_what_an_earlier_one_left(call, prepared):
     call("train.py", "-t", path, "--random_seed", "7")
     assert (prepared / "checkpoint" / "pretrain.pt.bak").read_bytes() == before
     assert (prepared / "checkpoint" / "pretrain.pt").read_bytes() != before
+
+
+def stopped(call, monkeypatch, *argv):
+    """A run that is asked to stop in its second step, before its first evaluation."""
+    asked = itertools.count()
+    with monkeypatch.context() as patches:
+        patches.setattr(StopRequest, "requested", property(lambda _: next(asked) > 0))
+        assert call("train.py", *argv).status == 0
+
+
+@pytest.mark.parametrize("case", ["other evaluation", "new run", "copied", "newer best"])
+def test_a_best_model_is_never_overwritten_by_another_run(prepared, call, monkeypatch, case):
+    """Only the best that a run has measured itself, or resumes with, is its own, whatever lies under the name."""
+    path, last, best = config(prepared), Path("checkpoint/pretrain_last.pt"), Path("checkpoint/pretrain.pt")
+    assert call("train.py", "-t", path, "--max_steps", "8").status == 0
+    good, options = best.read_bytes(), ["--random_seed", "1337"]
+    if case == "other evaluation":
+        options = ["--overlong", "cut"]
+        stopped(call, monkeypatch, "-t", path, *options, "--from_checkpoint", last)
+    elif case == "new run":
+        options = ["--random_seed", "7"]
+        stopped(call, monkeypatch, "-t", path, *options)
+    elif case == "copied":  # from the last save of one run, over the best of another
+        last = last.rename("mine.pt")
+        assert call("train.py", "-t", path, "--max_steps", "4", "--random_seed", "7").status == 0
+        good = best.read_bytes()
+        Path("checkpoint/pretrain.pt.bak").unlink()
+    else:  # resumed from a save before its best
+        checkpoint = torch.load(last, weights_only=True)
+        torch.save({**checkpoint, "best_val_loss": checkpoint["best_val_loss"] + 1}, last)
+    result = call("train.py", "-t", path, "--max_steps", "16", "--from_checkpoint", last, *options)
+    assert result.status == 0, result.err
+    assert ("no validation loss yet" in result.out) == (case in ("other evaluation", "new run"))
+    assert Path(f"{best}.bak").read_bytes() == good != best.read_bytes() and "kept as pretrain.pt.bak" in result.out
+
+
+@pytest.mark.parametrize("value", ["\x1b]0;x\x07", "\u202ereversed", "a\nb", ["\x1b"], {"\x9b": 1}, "long" * 1000])
+def test_what_changed_is_told_without_control_characters(value):
+    (line,) = changed_fields({"stage": "sft"}, {"stage": value})
+    assert line.isprintable() and len(line) < 100
+
+
+def test_every_model_that_is_set_aside_stays(prepared, call):
+    """A good model, then two short trial runs over it; a folder of shards likewise."""
+    path = config(prepared)
+    models = []
+    for seed in ("1", "2", "3", "4"):
+        result = call("train.py", "-t", path, "--max_steps", "4", "--random_seed", seed)
+        models.append(Path("checkpoint/pretrain.pt").read_bytes())
+    assert "kept as pretrain.pt.bak3" in result.out and "kept as pretrain_last.pt.bak3" in result.out
+    for name, model in zip((".bak", ".bak2", ".bak3", ""), models, strict=True):
+        assert Path(f"checkpoint/pretrain.pt{name}").read_bytes() == model
+    for i in range(3):
+        shards = Path("checkpoint/pretrain_last")
+        shards.mkdir()
+        (shards / "latest").write_text(str(i))
+        set_aside(shards)
+    assert [Path(f"checkpoint/pretrain_last.bak{n}/latest").read_text() for n in ("", 2, 3)] == ["0", "1", "2"]
 
 
 def test_checkpoints_hold_what_the_format_says(call, prepared):

@@ -1,8 +1,10 @@
 """train_ddp.py with real processes on gloo: the same training as on one process, whatever happens to the others."""
 
+import functools
 import os
 import re
 import signal
+import sys
 
 import psutil
 import pytest
@@ -11,6 +13,7 @@ from conftest import DATA, FAST, TINY, asked_by, read_log
 from processes import assert_close, curves, end_of, finish, newest_log, start, train_on, wait_for, worker
 
 from base.configuration import UserError
+from base.files import hold_lock
 from text.batches import ValidationBatches
 from text.token_files import TokenFile
 from train_ddp import DDPEngine
@@ -184,7 +187,7 @@ def test_gradients_are_exchanged_with_the_last_micro_batch_only(prepared, monkey
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_processes_evaluate_as_often_as_one_another_on_everything_once(prepared, world_size):
     file = TokenFile("dataset/sft_val.bin")
-    shared = {"block_size": 16, "vocab_size": 100, "batch_size": 4, "seed": 0, "eval_iters": 0}
+    shared = {"block_size": 16, "vocab_size": 100, "batch_size": 4, "seed": 0, "n_samples": 0}
     of_ranks = [list(ValidationBatches([file], rank=r, world_size=world_size, **shared)) for r in range(world_size)]
     assert len({len(batches) for batches in of_ranks}) == 1
     rows = sorted(row.tolist() for batches in of_ranks for batch in batches if batch.count for row in batch.idx[:, :4])
@@ -232,3 +235,44 @@ def test_rewards_need_the_whole_model_on_every_process(work, call):
     options += ["--device", "cpu", "--fsdp", "true", "--gradient_accumulation_steps", "2", "--batch_size", "32"]
     statuses, said = end_of(2, work, *options, "--max_steps", "1")
     assert statuses == [1, 1] and "loss grpo needs the whole model on every process" in said[0]
+
+
+WANDB = """
+import os
+if os.environ["RANK"] == "1":
+    raise ImportError
+def init(**_):
+    {}
+class Run:
+    def log(self, *_, **__): pass
+    def finish(self): pass
+"""
+
+
+def import_from(folder):
+    sys.path.insert(0, folder)
+
+
+@pytest.mark.parametrize(("body", "status"), [("return Run()", 0), ("raise RuntimeError", 1)])
+def test_what_one_process_alone_needs_is_for_it_alone(prepared, body, status):
+    """A library that the first process has and the other lacks; where it fails in the first one, both end at once."""
+    (prepared / "wandb.py").write_text(WANDB.format(body))
+    arguments = ["-t", "pretrain", *ARGUMENTS, "--max_steps", "1", "--log_to", "wandb"]
+    statuses, said = end_of(2, prepared, *arguments, first=functools.partial(import_from, str(prepared)))
+    assert statuses == [status, status], said
+    assert "lost the connection" not in "".join(said)
+    if status:
+        assert "log_to: wandb: RuntimeError" in said[0] and "another process cannot go on" in said[1]
+
+
+def test_an_output_that_one_process_cannot_write_ends_all(prepared):
+    arguments = ["-t", "pretrain", *ARGUMENTS, "--max_steps", "1", "--save_checkpoint_to", "dataset/pretrain.txt"]
+    statuses, said = end_of(2, prepared, *arguments)
+    assert statuses == [1, 1] and "is a file, not a folder" in said[0] and "another process cannot go on" in said[1]
+
+
+def test_processes_that_find_the_checkpoints_locked_end_together(prepared):
+    with hold_lock(prepared / "checkpoint" / ".pretrain.lock"):
+        statuses, said = end_of(2, prepared, "-t", "pretrain", *ARGUMENTS, "--max_steps", "2")
+    assert statuses == [1, 1] and "another run is writing the checkpoints of 'pretrain'" in said[0]
+    assert "Traceback" not in "".join(said) and not list(prepared.glob("train_*.log"))

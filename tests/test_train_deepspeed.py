@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DATA, FAST, TINY, asked_by, start_script, write_jsonl
+from conftest import DATA, FAST, ROOT, TINY, asked_by, start_script, write_jsonl
 from processes import assert_close, curves, end_of, finish, free_port, newest_log, start, train_on
 
 from base.configuration import UserError
@@ -107,7 +107,8 @@ def test_without_zero_muon_trains_too_and_everything_is_clipped(prepared, one_pr
     status, out, err = finish(start(2, *arguments, "--max_steps", "20", cwd=prepared, script=SCRIPT))
     assert status == 0, err
     assert_close(curve, curves(newest_log(prepared)), 1e-4)
-    assert "to go on: deepspeed train_deepspeed.py --deepspeed" in out and "local_rank=" not in out.split("to go on")[1]
+    again = out.split("to go on: ")[1]
+    assert again.startswith(f"deepspeed --num_gpus 2 {ROOT / SCRIPT} --deepspeed") and "local_rank=" not in again
     for name, weight in load_checkpoint("checkpoint/pretrain_last.pt")["model"].items():
         torch.testing.assert_close(weight, checkpoint["model"][name], atol=1e-5, rtol=1e-5)
 

@@ -3,6 +3,7 @@
 config              fields of the training config
 setup               building a run: configs, data, model, engine, resume
 sources             where batches come from: token files or toy problems
+advice              what messages tell people to type: preparing data, going on with a run
 losses              training objectives: next-token prediction, distillation, preferences, GRPO
 grpo                rollouts, rewards and advantages for GRPO
 optimizer           AdamW, Muon, SGD; learning-rate schedules

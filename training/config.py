@@ -6,7 +6,7 @@ from pathlib import Path
 from base.configuration import Config, UserError, option
 from base.devices import DTYPES
 from model import SDP_KERNELS
-from training.losses import COMPARES_POLICIES, LOSSES
+from training.losses import COMPARES_POLICIES, FIELDS_OF_LOSSES, LOSSES
 from training.optimizer import OPTIMIZERS, SCHEDULES, schedule
 from training.run_log import SINKS
 from weights.lora import TARGETS
@@ -22,7 +22,9 @@ class TrainConfig(Config):
         section="The run and its checkpoints",
     )
     loss: str = option("next_token", "training objective", choices=LOSSES)
-    from_checkpoint: str = option("", "checkpoint to start from; one of the same stage resumes that run")
+    from_checkpoint: str = option(
+        "", "checkpoint to start from, a path or NAME of checkpoint/NAME.pt; one of the same stage resumes that run"
+    )
     save_checkpoint_to: str = option("checkpoint", "folder of the checkpoints")
     save_interval: int = option(1000, "steps between saves of <stage>_last.pt", minimum=1)
     stop_on_failed_save: bool = option(False, "end the run when a checkpoint cannot be written (a full disk)")
@@ -77,7 +79,9 @@ class TrainConfig(Config):
     )
 
     eval_interval: int = option(100, "steps between evaluations", minimum=1, section="Evaluation and logs")
-    eval_iters: int = option(5, "batches per evaluation; 0: the whole validation set", minimum=0)
+    eval_iters: int = option(
+        5, "validation samples per evaluation, in hundreds, whatever batch_size is; 0: all of them", minimum=0
+    )
     sample_tokens: int = option(0, "tokens of a sample that is printed at every evaluation; 0: none", minimum=0)
     sample_prompt: str = option("\n", "prompt of that sample")
     log_interval: int = option(1, "steps between log records", minimum=1)
@@ -144,7 +148,10 @@ class TrainConfig(Config):
 
     def check(self) -> None:
         if self.min_lr > self.learning_rate:
-            raise UserError(f"min_lr ({self.min_lr:g}) must not be above learning_rate ({self.learning_rate:g})")
+            raise UserError(
+                f"min_lr ({self.min_lr:g}) must not be above learning_rate ({self.learning_rate:g}): "
+                "--min_lr 0 lowers it"
+            )
         if any(sign in self.stage for sign in "/\\"):
             raise UserError(f"stage must be a plain name, got {self.stage!r}")
         if self.use_lora and not self.from_checkpoint:
@@ -154,10 +161,22 @@ class TrainConfig(Config):
                 f"loss {self.loss} compares probabilities of two policies, which dropout would fill with noise: "
                 "leave dropout and lora_dropout at 0"
             )
+        for name in ("teacher", "reference"):  # who names a model means it to be used
+            losses = FIELDS_OF_LOSSES[name]
+            if getattr(self, name) and self.loss not in losses:
+                raise UserError(
+                    f"{name} means nothing to loss {self.loss}: --loss {' or '.join(losses)} uses it, "
+                    f'--{name} "" leaves it out'
+                )
         if self.sample_tokens and not self.sample_prompt:
             raise UserError("sample_prompt is empty: a sample continues at least one character")
         if self.lr_decay_iters is None:
             self.lr_decay_iters = self.max_steps or 100_000
+
+    @property
+    def eval_samples(self) -> int:
+        """Validation samples per evaluation; 0: all."""
+        return 100 * self.eval_iters
 
     @property
     def name(self) -> str:

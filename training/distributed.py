@@ -7,13 +7,17 @@ process: it writes the log and the checkpoints.
 
 import datetime
 import os
+import shlex
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from base.configuration import UserError
+from base.configuration import UserError, command_line
 from model import GPT
 from training.engine import Engine
 
@@ -28,6 +32,7 @@ class DistributedEngine(Engine):
         backend = config.backend if config.backend != "auto" else "nccl" if self.device.type == "cuda" else "gloo"
         if not dist.is_backend_available(backend):
             raise UserError(f"backend {backend!r} is not in this build of torch; use gloo, or nccl on CUDA")
+        self.launcher = launcher_command()
         self.timeout = datetime.timedelta(minutes=config.process_timeout)
         store, rank, world_size = next(dist.rendezvous("env://", timeout=self.timeout))
         # after a restart torchrun reuses its store, with the addresses of dead processes in it: one prefix per attempt
@@ -69,6 +74,51 @@ class DistributedEngine(Engine):
         of_ranks = {name: states.get(f"{name}_of_ranks", []) for name in ("cpu", "cuda")}
         if self.rank == 0 or len(of_ranks["cpu"]) == self.world_size:
             super().set_random_states({name: parts[self.rank] for name, parts in of_ranks.items() if parts} or states)
+
+
+def launcher_command() -> str:
+    """The beginning of the command that started this process, as its launcher's variables tell of it."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        parts = ["python -m torch.distributed.run"]
+        is_static = env["TORCHELASTIC_RUN_ID"] == "none"  # it was given where the first process listens
+        if env["GROUP_WORLD_SIZE"] == "1" and not is_static:
+            parts += ["--standalone"]
+        elif env["GROUP_WORLD_SIZE"] == "1" and env["MASTER_PORT"] != "29500":
+            parts += [f"--master_port {env['MASTER_PORT']}"]
+        elif env["GROUP_WORLD_SIZE"] != "1":  # on every host, with its own node_rank
+            parts += [f"--nnodes {env['GROUP_WORLD_SIZE']} --node_rank {env['GROUP_RANK']}"]
+            parts += [f"--master_addr {env['MASTER_ADDR']} --master_port {env['MASTER_PORT']}"]
+        if env["TORCHELASTIC_MAX_RESTARTS"] != "0":
+            parts += [f"--max-restarts {env['TORCHELASTIC_MAX_RESTARTS']}"]
+        return " ".join([*parts, f"--nproc_per_node {env['LOCAL_WORLD_SIZE']}"])
+    if "CROSS_SIZE" in env:
+        return "deepspeed " + ("--hostfile HOSTFILE" if env["CROSS_SIZE"] != "1" else f"--num_gpus {env['LOCAL_SIZE']}")
+    return "python"
+
+
+def check_launcher(arguments: list[str] | None, is_parallel: bool = False) -> None:
+    """End a script that is not for the launcher that has started it; the first process names the one that is.
+
+    arguments: those with which the other script does the same; None: it cannot, and this one goes without a launcher.
+    is_parallel: the script is torch.distributed.run's.
+    """
+    is_deepspeed = any(argument.startswith("--local_rank") for argument in sys.argv)  # which DeepSpeed's launcher adds
+    if not is_deepspeed and (is_parallel or os.environ.get("WORLD_SIZE", "1") == "1"):
+        return
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(30)  # until the launcher ends it, as the first one has ended, after it could say why
+        sys.exit(1)
+    own = Path(sys.argv[0])
+    if arguments is None:
+        arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+        raise UserError(
+            f"this takes one process: run {own.name} without a launcher: `{command_line(own.name, *arguments)}`"
+        )
+    script = own.with_name("train_deepspeed.py" if is_deepspeed else "train_ddp.py")
+    arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
+    command = f"{launcher_command()} {shlex.join([str(script), *arguments])}"
+    raise UserError(f"{own.name} is not for this launcher; use `{command}`")
 
 
 def check_accumulation(accumulation_steps: int, world_size: int) -> None:

@@ -142,6 +142,18 @@ class Engine:
         """Every value summed over all processes (all-reduce)."""
         return list(values)
 
+    def together(self, work: Callable[[], Any]) -> Any:
+        """The result of work(); where it fails on some process, all of them end here, and none waits for another."""
+        result, failure = None, None
+        try:
+            result = work()
+        except (UserError, OSError) as error:
+            failure = error
+        (failures,) = self.sum_over_ranks(float(failure is not None))
+        if failures:
+            raise failure or UserError("another process cannot go on: its message says why")
+        return result
+
     def state_dict(self) -> dict[str, Any]:
         """Full (unsharded) weights, optimizer state and random states, for the checkpoint."""
         weights = self.model.state_dict()

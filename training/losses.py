@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from base.configuration import UserError
+from base.configuration import UserError, command_line
 from model import GPT
 from text.batches import Batch, Pairs, collate_pairs
 from text.tokenizer import Tokenizer
@@ -35,10 +35,13 @@ def load_frozen_model(field: str, path: str, tokenizer: Tokenizer, device: torch
     The checkpoint of an adapter stands for its base model with the adapter merged. block_size: tokens it has to read.
     """
     if not path:
-        raise UserError(f"{field} is not set: pass a checkpoint with --{field} PATH")
+        raise UserError(f"{field} is not set: name a checkpoint with --{field} FILE")
     checkpoint = load_checkpoint(path)
     if load_checkpoint_tokenizer(checkpoint, path).fingerprint() != tokenizer.fingerprint():
-        raise UserError(f"{field}: {path} was trained with a different tokenizer, so its token ids differ")
+        raise UserError(
+            f"{field}: {path} was trained with a different tokenizer, so its token ids differ; name another {field}, "
+            f"or prepare the data for it (`{command_line('data.py', 'FILES', '--tokenizer', path)}`)"
+        )
     model = lora.load_merged(checkpoint, path)
     if model.config.block_size < block_size:
         raise UserError(
@@ -198,7 +201,10 @@ def compute_reference_margins(reference: GPT, pairs: Pairs, batch_size: int, eng
 
 def make_preference(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[Any]) -> PreferenceLoss:
     if not all(isinstance(dataset, Pairs) for dataset in data):
-        raise UserError(f"loss {config.loss} needs preference pairs: jsonl lines with prompt, chosen and rejected")
+        raise UserError(
+            f"loss {config.loss} needs preference pairs: put jsonl lines with prompt, chosen and rejected into "
+            f"dataset/dpo.jsonl, run `{command_line('data.py')}`, then `{command_line('train.py', '-t', 'dpo')}`"
+        )
     if config.loss in NEEDS_REFERENCE:
         window = longest_sample(data)
         reference = load_frozen_model("reference", config.reference, tokenizer, engine.device, window)
@@ -212,13 +218,16 @@ def make_preference(config: Any, engine: Engine, tokenizer: Tokenizer, data: lis
 
 def make_next_token(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[Any]) -> Loss:
     if any(isinstance(dataset, Pairs) for dataset in data):
-        raise UserError(f"loss {config.loss} cannot train on preference pairs; --loss dpo can")
+        raise UserError(
+            f"loss {config.loss} cannot train on preference pairs; `{command_line('train.py', '-t', 'dpo')}` can"
+        )
     return next_token
 
 
 def make_policy(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[Any]) -> PolicyLoss:
     if data:
-        raise UserError("loss grpo needs answers that can be checked: python problem.py NAME --loss grpo")
+        trains = command_line("problem.py", "sort", "--loss", "grpo", "--from_checkpoint", "checkpoint/problem_sort.pt")
+        raise UserError(f"loss grpo needs answers that can be checked, those of a toy problem: `{trains}`")
     return PolicyLoss(config.grpo_clip, config.grpo_beta)
 
 
@@ -227,6 +236,17 @@ LOSSES = {
     "distill": make_distillation,
     **dict.fromkeys(PREFERENCES, make_preference),
     "grpo": make_policy,
+}
+
+FIELDS_OF_LOSSES = {  # fields that mean something to some losses only
+    "teacher": ("distill",),
+    "distill_temperature": ("distill",),
+    "distill_weight": ("distill",),
+    "reference": COMPARES_POLICIES,
+    "dpo_beta": (*PREFERENCES,),
+    "dpo_chosen_weight": (*PREFERENCES,),
+    "simpo_gamma": ("simpo",),
+    **dict.fromkeys(("grpo_group", "grpo_updates", "grpo_clip", "grpo_beta"), ("grpo",)),
 }
 
 PER_TOKEN_LOSSES = ("next_token", "distill")  # validation measures the cross-entropy per token, hence perplexity

@@ -8,17 +8,27 @@ import math
 import os
 import sys
 import time
+import warnings as python_warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import sdpa_kernel
 
-from base.configuration import UserError
+from base.configuration import UserError, command_line, fields_of
 from base.devices import device_name, dtype_name, synchronise
 from layers.head import logits_per_chunk
 from layers.masks import attention_mask, block_masks
-from model import GPT, Attention, ModelConfig
+from model import GPT, SDP_KERNELS, Attention, ModelConfig
+from text.batches import Samples, Windows
+from text.tokenizer import BOS, EOS
+from training.advice import preparing_all
 from training.engine import Engine
+from training.losses import FIELDS_OF_LOSSES
+from training.run_log import check_sinks
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -106,6 +116,8 @@ def choose_attention(config: Any, model: GPT, engine: Engine) -> None:
     Block-diagonal masks (documents, packed samples) and sliding windows are sparse: flex attention skips the blocks of
     the (T, T) mask that are empty, SDPA computes them all.
     """
+    if config.sdp_kernel not in ("auto", "math"):
+        check_kernel(config.sdp_kernel, model.config, engine)
     has_windows = any(0 < window < model.config.block_size for window in model.windows)
     if engine.device.type != "cuda" or not (config.mask_documents or config.pack_samples or has_windows):
         return
@@ -116,6 +128,18 @@ def choose_attention(config: Any, model: GPT, engine: Engine) -> None:
         model.use_flex = not reason
         if reason and engine.is_main:
             print(f"flex attention is not available here ({reason}); masks use SDPA", file=sys.stderr)
+
+
+def check_kernel(name: str, config: ModelConfig, engine: Engine) -> None:
+    """Raises UserError where an attention kernel does not run: that depends on device, precision and head size."""
+    q = torch.zeros(1, config.n_head, 8, config.head_dim, device=engine.device, dtype=engine.dtype, requires_grad=True)
+    try:
+        with python_warnings.catch_warnings(), sdpa_kernel(SDP_KERNELS[name]):
+            python_warnings.simplefilter("ignore")  # torch's reasons, many lines of them
+            F.scaled_dot_product_attention(q, q, q, is_causal=config.is_causal).sum().backward()
+    except RuntimeError:
+        what = f"{device_name(engine.device)}, {dtype_name(engine.dtype)}, heads of {config.head_dim}"
+        raise UserError(f"sdp_kernel {name} does not run here ({what}): use auto or math") from None
 
 
 def flex_attention_problem(config: ModelConfig, engine: Engine) -> str:
@@ -199,10 +223,13 @@ def report(run: Any) -> None:
     for line in baseline_lines(run):
         print(line)
     if run.is_resumed:
-        print(
-            f"resumes {config.from_checkpoint} at step {run.state.step:,}, "
-            f"best validation loss {run.state.best_val_loss:.4f}"
-        )
+        best = f"best validation loss {run.kept_best:.4f}"
+        if run.evaluation_changes:
+            reasons = ", ".join(run.evaluation_changes)
+            best = f"its best validation loss is not compared, as it was measured otherwise ({reasons})"
+        elif math.isinf(run.kept_best):
+            best = "no validation loss yet"
+        print(f"resumes {config.from_checkpoint} at step {run.state.step:,}, {best}")
         if run.changes:
             print(f"changed since then: {', '.join(run.changes)}")
     elif config.from_checkpoint:
@@ -228,10 +255,55 @@ def baseline_lines(run: Any) -> list[str]:
     return ["baselines: " + ", ".join(parts)]
 
 
+def check_outputs(config: Any, engine: Engine) -> None:
+    """Raises UserError where checkpoints, the log or what log_to names could not be written. config: a TrainConfig.
+
+    What this process does not write, it does not check: other hosts may lack the libraries and the folder.
+    """
+    if engine.is_main:
+        check_sinks(config.log_to)
+    folders = [("save_checkpoint_to", Path(config.save_checkpoint_to))] * (engine.is_main or engine.writes_shards)
+    folders += [("the log", Path())] * engine.is_main
+    for what, folder in folders:
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not place.is_dir():
+            raise UserError(f"{what}: {place} is a file, not a folder")
+        if not os.access(place, os.W_OK):
+            raise UserError(f"{what}: the folder {place.absolute()} cannot be written to")
+
+
+def fields_without_effect(run: Any) -> list[str]:
+    """Fields that were set, but do nothing in this run: one line each."""
+    config, datasets = run.config, getattr(run.batches, "datasets", ())
+    changed = {name for name, field in fields_of(type(config)).items() if getattr(config, name) != field.default}
+    losses = {name: losses for name, losses in FIELDS_OF_LOSSES.items() if config.loss not in losses}
+    found = [f"{name} has no effect with loss {config.loss}" for name in losses if name in changed]
+    if not config.use_lora:
+        found += [f"{name} has no effect without --use_lora true" for name in sorted(changed) if name[:5] == "lora_"]
+    if "sample_prompt" in changed and not config.sample_tokens:
+        found.append("sample_prompt has no effect without sample_tokens")
+    texts = [dataset for dataset in datasets if isinstance(dataset, Windows)]
+    if config.mask_documents and not texts:
+        found.append("mask_documents has no effect: it is for running text")
+    elif config.mask_documents and not any(has_documents(dataset.tokens) for dataset in texts):
+        found.append(f"mask_documents has no effect: no <|bos|> or <|eos|> delimits documents in {texts[0].file.path}")
+    if config.pack_samples and not any(isinstance(dataset, Samples) for dataset in datasets):
+        found.append("pack_samples has no effect: it is for fine-tuning samples")
+    return found
+
+
+def has_documents(tokens: np.ndarray, chunk: int = 1 << 20) -> bool:
+    """Whether the tokens (T,) of a text contain delimiters of documents; they may lie in a large file."""
+    return any(np.isin(tokens[i : i + chunk], (BOS, EOS)).any() for i in range(0, len(tokens), chunk))
+
+
 def warnings(run: Any, needed: float, available: float | None) -> list[str]:
     """Settings that are likely mistakes, one line each."""
     config, model, batches = run.config, run.model, run.batches
-    found = []
+    found = fields_without_effect(run)
+    unknown = run.tokenizer.unknown_characters(config.sample_prompt) if config.sample_tokens else ""
+    if unknown:
+        found.append(f"sample_prompt: {unknown!r} is not in the vocabulary, and read as <|unknown|>")
     if available and needed > available:
         found.append("this may not fit into memory: lower batch_size and raise gradient_accumulation_steps")
     for dataset in getattr(run.validation, "datasets", []):
@@ -250,6 +322,10 @@ def warnings(run: Any, needed: float, available: float | None) -> list[str]:
         found.append(
             f"the model has {model.parameter_count() / n_tokens:.0f} weights per token of data: it will overfit"
         )
+    found += unknown_tokens(run)
+    if config.max_steps and run.state.step >= config.max_steps:
+        twice = 2 * config.max_steps
+        return [*found, f"the run is at step {run.state.step} of {config.max_steps} (max_steps): --max_steps {twice}"]
     if config.max_steps and config.warmup_iters >= config.max_steps:
         found.append(
             f"warmup_iters ({config.warmup_iters}) is not below max_steps ({config.max_steps}): all steps are warm-up"
@@ -259,7 +335,27 @@ def warnings(run: Any, needed: float, available: float | None) -> list[str]:
         found.append(
             f"lr_decay_iters ({config.lr_decay_iters}) is above max_steps ({config.max_steps}): the decay is cut off"
         )
+    if decays and config.min_lr == 0 and run.state.step >= config.lr_decay_iters:
+        found.append(
+            f"the learning rate is 0 from step {config.lr_decay_iters} on (lr_decay_iters, min_lr): nothing is learnt"
+        )
     return found
+
+
+def unknown_tokens(run: Any) -> list[str]:
+    """A warning about the token file of which the tokenizer knows least, where that is more than 1%."""
+    files = {dataset.file for part in (run.batches, run.validation) for dataset in getattr(part, "datasets", ())}
+    share, file = max(
+        ((file.header["n_unknown"] / max(1, file.header["n_tokens"]), file) for file in files),
+        key=lambda pair: pair[0],
+        default=(0, None),
+    )
+    if share <= 0.01:
+        return []
+    return [
+        f"{file.path}: {share:.0%} of its tokens are <|unknown|>, characters that the tokenizer lacks: give all stages "
+        f"one tokenizer, `{preparing_all(file.path.parent)}`, then pretrain again"
+    ]
 
 
 def check_first_loss(loss: float, vocab_size: int) -> None:
@@ -292,6 +388,9 @@ def check_learning(run: Any, steps: int = 100) -> None:
     n_samples = len(batch.idx) * engine.world_size
     result = f"one batch of {n_samples}: loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps"
     if not losses[-1] < 0.5 * losses[0]:
-        raise UserError(f"check failed: {result}; try another learning_rate, or look at the data (data.py --inspect)")
+        advice = "try another learning_rate"
+        for dataset in run.batches.datasets[:1]:
+            advice += f", or look at the data: `{command_line('data.py', '--inspect', str(dataset.file.path))}`"
+        raise UserError(f"check failed: {result}; {advice}")
     if engine.is_main:
         print(f"check passed: {result}")

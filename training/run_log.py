@@ -3,6 +3,7 @@
 Also what else ties a long run to its terminal: signals that ask it to stop, output streams that close.
 """
 
+import importlib
 import json
 import math
 import os
@@ -31,7 +32,9 @@ class RunLog:
         header: dict[str, Any],
         max_log_mb: float | None = None,
     ) -> None:
-        self.is_main, self.path, self.sinks = is_main, None, []
+        self.is_main, self.path = is_main, None
+        # first, as one that cannot be opened should leave neither a bar nor a log behind
+        self.sinks = [SINKS[sink](name, header) for sink in log_to if is_main]
         self.max_bytes = 1e6 * max_log_mb if max_log_mb else math.inf
         self.bar = tqdm(
             total=last_step,
@@ -48,9 +51,7 @@ class RunLog:
         self.file, self.path = create_log_file()
         self.has_failed = False
         self.header = {"type": "header", **header}
-        self.write(self.header)
-        for sink in log_to:
-            self.sinks.append(SINKS[sink](name, header))
+        self.append(self.header)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record as a line of JSON; inf and nan, which JSON has no words for, become null."""
@@ -114,12 +115,8 @@ def create_log_file() -> tuple[Any, Path]:
 
 
 def tensorboard_sink(name: str, header: dict[str, Any]) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            'log_to: tensorboard is not installed (pip install tensorboard), or take it out of "log_to"'
-        ) from None
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(f"runs/{name}_{time.strftime('%Y%m%d_%H%M%S')}")
 
     def sink(values: dict[str, float] | None, kind: str) -> None:
@@ -134,11 +131,13 @@ def tensorboard_sink(name: str, header: dict[str, Any]) -> Any:
 
 
 def wandb_sink(name: str, header: dict[str, Any]) -> Any:
+    import wandb
+
     try:
-        import wandb
-    except ImportError:
-        raise UserError('log_to: wandb is not installed (pip install wandb), or take it out of "log_to"') from None
-    run = wandb.init(project="nano", name=name, config=header)
+        run = wandb.init(project="nano", name=name, config=header)
+    except Exception as error:  # not logged in, no network: the type depends on its version
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"log_to: wandb: {reason}; or take it out of log_to") from None
 
     def sink(values: dict[str, float] | None, kind: str) -> None:
         if values is None:
@@ -151,6 +150,18 @@ def wandb_sink(name: str, header: dict[str, Any]) -> Any:
 
 # name -> factory of sink(values, kind), which logs a record; values None closes it
 SINKS = {"tensorboard": tensorboard_sink, "wandb": wandb_sink}
+MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+
+
+def check_sinks(names: list[str]) -> None:
+    """Raises UserError for a sink whose library is not installed."""
+    for name in names:
+        try:
+            is_installed = getattr(importlib.import_module(MODULES[name]), "__file__", None) is not None
+        except ImportError:
+            is_installed = False
+        if not is_installed:  # also where a folder of that name lies here: wandb itself writes into wandb/
+            raise UserError(f"log_to: {name} is not installed: `pip install {name}`, or take it out of log_to")
 
 
 class Console:

@@ -5,6 +5,7 @@ load the model, make batches, hand the model to the engine, take over the state 
 """
 
 import math
+import reprlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from base.configuration import UserError, check_fields, fields_of, find_config, read_json
+from base.configuration import UserError, check_fields, command_line, fields_of, find_config, read_json
 from model import GPT, ModelConfig
 from problems.config import LOSSES, TRAINING, TRAINING_BY_REWARD, ProblemConfig, find_problem
 from problems.tasks import PROBLEMS
@@ -20,10 +21,10 @@ from text.tokenizer import Tokenizer
 from training import preflight
 from training.config import TrainConfig
 from training.engine import Engine, Loss
-from training.losses import COMPARES_POLICIES, make_loss, next_token
+from training.losses import COMPARES_POLICIES, PREFERENCES, make_loss, next_token
 from training.sources import SOURCES
 from weights import lora
-from weights.checkpointing import load_checkpoint_or_previous, load_model
+from weights.checkpointing import best_val_loss_in, find_checkpoint, load_checkpoint_or_previous, load_model
 
 
 @dataclass
@@ -52,8 +53,10 @@ class Run:
     adapter: dict[str, Any] | None = None  # settings and base of the LoRA adapter that is trained
     state: State = field(default_factory=State)
     is_resumed: bool = False  # continues an earlier run of the same stage
+    kept_best: float = math.inf  # the best validation loss of that one, if it counts here; inf: none
     is_from_previous: bool = False  # from NAME.previous, as the newest checkpoint is damaged
     changes: list[str] = field(default_factory=list)  # fields that are not as they were in that one
+    evaluation_changes: list[str] = field(default_factory=list)  # why its best validation loss does not count
     expert_counts: torch.Tensor | None = None  # tokens of each layer's experts since the last evaluation
     matmul_flops: float | None = None  # the device's measured rate in FLOP/s, for mfu
     stopped: bool = False  # by a signal
@@ -62,8 +65,20 @@ class Run:
     log_path: Path | None = None
 
     @property
+    def evaluated(self) -> dict[str, Any]:
+        """All that decides what a validation loss measures: losses of other values cannot be compared."""
+        fields = ("loss", *(("reference", "dpo_beta", "simpo_gamma") if self.config.loss in PREFERENCES else ()))
+        return {name: getattr(self.config, name) for name in fields} | self.source.evaluated
+
+    @property
     def tokenizer(self) -> Tokenizer:
         return self.source.tokenizer
+
+    @property
+    def owns_best(self) -> bool:
+        """Whether the best checkpoint that lies there is of this run, or of the one that it resumes: no other's."""
+        is_resumed = math.isfinite(self.kept_best) and best_val_loss_in(self.best_path) == self.kept_best
+        return self.best_path in self.written or is_resumed
 
     @property
     def best_path(self) -> Path:
@@ -229,9 +244,9 @@ def restore_model(
         changes["dropout"] = config.dropout or 0.0
     is_adapter = "lora" in checkpoint
     if is_adapter and not config.use_lora:
-        raise UserError(
-            f"{where}: an adapter; --use_lora true resumes it, inference.py --merge merges it into its model"
-        )
+        base = str(checkpoint["lora"].get("base"))
+        merging = command_line("inference.py", "-m", base, "--lora", where, "--merge", "merged.pt")
+        raise UserError(f"{where}: an adapter; --use_lora true resumes it; `{merging}` makes a whole model of it")
     base, base_path = lora.load_base(checkpoint, where) if is_adapter else (checkpoint, where)
     model = load_model(base, base_path, config.sdp_kernel, **changes)
     if not config.use_lora:
@@ -241,8 +256,10 @@ def restore_model(
         adapter = {"settings": settings, "base": base_path, "fingerprint": lora.fingerprint(model)}
         lora.attach(model, settings)
         return model, adapter
-    if settings != checkpoint["lora"]["settings"]:
-        raise UserError(f"{where}: an adapter with {checkpoint['lora']['settings']}; a run keeps them")
+    for name, value in checkpoint["lora"]["settings"].items():
+        if settings.get(name) != value:
+            shown = ",".join(value) if isinstance(value, list) else value
+            raise UserError(f"lora_{name}: another than that of {where}, and a run keeps it: --lora_{name} {shown}")
     lora.load_adapter(checkpoint, model, where)
     return model, checkpoint["lora"]
 
@@ -253,8 +270,11 @@ def restore_model(
 def build_run(asked: RunConfig, engine: Engine) -> Run:
     """Data, model and engine of a run, new or from a checkpoint; raises UserError where they do not fit together."""
     config = asked.training
-    checkpoint = load_checkpoint_or_previous(config.from_checkpoint) if config.from_checkpoint else None
-    source = SOURCES[asked.source](config, asked.settings, checkpoint)
+    engine.together(lambda: preflight.check_outputs(config, engine))
+    config.from_checkpoint = str(find_checkpoint(config.from_checkpoint)) if config.from_checkpoint else ""
+    start = config.from_checkpoint
+    checkpoint = engine.together(lambda: load_checkpoint_or_previous(start) if start else None)
+    source = engine.together(lambda: SOURCES[asked.source](config, asked.settings, checkpoint))
     shape = {**source.default_shape(asked.model), **asked.model_defaults, **asked.model}
     if checkpoint:
         model, adapter = restore_model(config, asked.model, checkpoint)
@@ -299,7 +319,8 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
     if trained_with != config.optimizer:
         raise UserError(
             f"optimizer is {config.optimizer} here, {trained_with} in {where}: "
-            "a run keeps its optimizer; or give this one another --stage name to start from the weights alone"
+            f"a run keeps its optimizer (--optimizer {trained_with}); or give this one another --stage name to start "
+            "from the weights alone"
         )
     data = checkpoint["data"]
     if data.get("sizes", run.source.sizes) != run.source.sizes:  # (checkpoints of earlier versions lack them)
@@ -317,18 +338,28 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
     run.is_resumed, run.is_from_previous = True, checkpoint.get("is_previous", False)
     run.changes = changed_fields(run.config_values(), checkpoint["train_config"])
     run.engine.load_state_dict(checkpoint)
+    best, is_measured_alike = checkpoint["best_val_loss"], run.evaluated == data.get("evaluated")
+    if math.isfinite(best) and is_measured_alike:
+        run.kept_best = best
+    elif math.isfinite(best):
+        run.evaluation_changes = changed_fields(run.evaluated, data.get("evaluated", {})) or ["by an earlier version"]
     run.state = State(
         step=checkpoint["step"],
         samples=data["samples"],
         tokens=data["tokens"],
-        best_val_loss=math.inf if math.isnan(checkpoint["best_val_loss"]) else checkpoint["best_val_loss"],
-        evals_without_gain=data["evals_without_gain"],
+        best_val_loss=run.kept_best,
+        evals_without_gain=data["evals_without_gain"] if is_measured_alike else 0,
         skipped_steps=data.get("skipped_steps", 0),
     )
 
 
 def changed_fields(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
-    """Fields of a resumed run that are not as they were, as "name old -> new"; where files lie does not count."""
+    """Fields of a resumed run that are not as they were, as "name old -> new"; where files lie does not count.
+
+    Texts are shown as Python writes them: those of a stranger's checkpoint must not send commands to the terminal.
+    """
+    shown = reprlib.Repr()
+    shown.maxstring = 80
     places = {"from_checkpoint", "save_checkpoint_to", "dataset_path", "tokenizer_path", "log_to"}
     names = [name for name in now if name in before and name not in places and now[name] != before[name]]
-    return [f"{name} {before[name]} -> {now[name]}" for name in names]
+    return [f"{name} {shown.repr(before[name])} -> {shown.repr(now[name])}" for name in names]

@@ -6,12 +6,13 @@ end); validation batches are an iterable of the same batches every time.
 """
 
 import functools
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from base.configuration import UserError
+from base.configuration import UserError, command_line
 from model import GPT, ModelConfig
 from problems.config import SHAPE, ProblemConfig, find_problem, parse_length
 from problems.instances import HeldOut, InstanceSampler, TrainInstances, exact_match
@@ -19,6 +20,7 @@ from problems.tasks import Problem
 from text.batches import TrainBatches, ValidationBatches
 from text.token_files import TokenFile
 from text.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+from training.advice import preparing, preparing_again
 from training.config import TrainConfig
 from training.engine import Engine
 from training.grpo import Rollouts
@@ -33,11 +35,13 @@ class TokenFiles:
 
     def __init__(self, config: TrainConfig, settings: None, checkpoint: dict[str, Any] | None) -> None:
         self.config = config
-        self.tokenizer_from = config.from_checkpoint or config.tokenizer_path
+        for path in [Path(path) for pair in config.dataset_path for path in pair]:
+            if not path.exists():
+                raise UserError(f"{path}: no such file; {preparing(path, config)}")
         if checkpoint:
             self.tokenizer = load_checkpoint_tokenizer(checkpoint, config.from_checkpoint)
         else:
-            self.tokenizer = load_tokenizer(config.tokenizer_path)
+            self.tokenizer = find_tokenizer(config)
 
     def default_shape(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Model fields that a new network for this data takes, where nothing else was asked for."""
@@ -47,12 +51,16 @@ class TokenFiles:
         """Training and validation batches for a model's window and vocabulary; raises UserError where they do not."""
         config, shape = self.config, model.config
         if not shape.is_causal:
-            raise UserError("is_causal is false: with full attention a model sees the very token it is to predict")
+            raise UserError(
+                "is_causal is false: with full attention a model sees the very token it is to predict; set it to true"
+            )
         model.restart_positions = config.restart_positions
         pairs = [(TokenFile(train_path), TokenFile(val_path)) for train_path, val_path in config.dataset_path]
         train_files, val_files = [train for train, _ in pairs], [val for _, val in pairs]
         for file in (*train_files, *val_files):
-            check_vocabulary(file, self.tokenizer, self.tokenizer_from)
+            check_vocabulary(file, self.tokenizer, config)
+        for train, val in pairs:
+            check_preparation(train, val, config)
         shared = {
             "block_size": shape.block_size,
             "vocab_size": shape.vocab_size,
@@ -67,9 +75,14 @@ class TokenFiles:
         }
         steps, pack_samples = config.gradient_accumulation_steps, config.pack_samples
         batches = TrainBatches(train_files, accumulation_steps=steps, pack_samples=pack_samples, **shared)
-        validation = ValidationBatches(val_files, eval_iters=config.eval_iters, **shared)
+        validation = ValidationBatches(val_files, n_samples=config.eval_samples, **shared)
 
         self.sizes = [file.header["n_tokens"] for file in train_files]  # a resumed run must find the same
+        self.evaluated = {
+            "validation_tokens": [file.header["n_tokens"] for file in val_files],
+            "samples": len(validation.samples),
+            **{name: getattr(config, name) for name in ("overlong", "mask_documents", "restart_positions")},
+        }
         n_characters = sum(file.header["n_characters"] for file in val_files)
         n_targets = sum(file.header["n_loss_tokens"] for file in val_files)
         self.tokens_per_character = n_targets / max(1, n_characters) if config.loss in PER_TOKEN_LOSSES else None
@@ -83,16 +96,45 @@ class TokenFiles:
 
     def next_command(self, path: Path, base: str) -> str:
         """How to try the trained model; base: of an adapter, the checkpoint that it belongs to."""
-        model = f"{base} --lora {path}" if base else str(path)
-        return f"python inference.py {'-i ' if self.has_questions else ''}-m {model}"
+        options = ["-i"] if self.has_questions else []
+        options += ["-m", base, "--lora", str(path)] if base else ["-m", str(path)]
+        return command_line("inference.py", *options)
 
 
-def check_vocabulary(file: TokenFile, tokenizer: Tokenizer, tokenizer_from: str) -> None:
+def find_tokenizer(config: TrainConfig) -> Tokenizer:
+    """The tokenizer of the field tokenizer_path; raises UserError where there is none."""
+    path, beside = Path(config.tokenizer_path), Path(config.dataset_path[0][0]).with_name("tokenizer.json")
+    if path.exists():
+        return load_tokenizer(path)
+    advice = f"data.py writes one beside the token files: run `{command_line('data.py')}` again"
+    if beside.is_file():
+        advice = f"use --tokenizer_path {shlex.quote(str(beside))}"
+    raise UserError(f"{path}: no such file (tokenizer_path); {advice}")
+
+
+def check_vocabulary(file: TokenFile, tokenizer: Tokenizer, config: TrainConfig) -> None:
     """Raises UserError unless a file was prepared with this tokenizer: its ids would mean other characters."""
-    if file.header.get("tokenizer") != tokenizer.fingerprint():
+    fingerprint = file.header.get("tokenizer")
+    if fingerprint == tokenizer.fingerprint():
+        return
+    where, beside = config.from_checkpoint or config.tokenizer_path, file.path.with_name("tokenizer.json")
+    advice = f"run `{preparing_again(file, where)}`"
+    if not config.from_checkpoint and beside.is_file() and load_tokenizer(beside).fingerprint() == fingerprint:
+        advice = f"use --tokenizer_path {shlex.quote(str(beside))}"
+    raise UserError(
+        f"{file.path} was prepared with another vocabulary ({file.header.get('vocab_size')} tokens) "
+        f"than that of {where} ({tokenizer.vocab_size}); {advice}"
+    )
+
+
+def check_preparation(train: TokenFile, val: TokenFile, config: TrainConfig) -> None:
+    """Raises UserError where two files of one name are of two runs of data.py: one was ended between writing them."""
+    same_name = train.path.with_name(train.path.name.replace("_train", "_val")) == val.path
+    if same_name and train.header.get("preparation") != val.header.get("preparation"):
+        again = preparing_again(train, config.from_checkpoint or config.tokenizer_path)
         raise UserError(
-            f"{file.path} was prepared with another vocabulary ({file.header.get('vocab_size')} tokens) "
-            f"than that of {tokenizer_from} ({tokenizer.vocab_size}); run data.py again"
+            f"{val.path} is of another run of data.py than {train.path}: what is in one may be in the other too; "
+            f"run `{again}`"
         )
 
 
@@ -110,8 +152,19 @@ class ToyProblem:
         self.sampler = InstanceSampler(settings, self.tokenizer, answers_only=config.loss == "grpo")
         if checkpoint:
             stored = load_checkpoint_tokenizer(checkpoint, config.from_checkpoint)
+            trained = checkpoint["train_config"]
             if stored.fingerprint() != self.tokenizer.fingerprint():
-                raise UserError(f"{config.from_checkpoint}: its alphabet is not that of {settings.problem}")
+                what = f"a model of the problem {trained['problem']}" if "problem" in trained else "a model of a text"
+                raise UserError(
+                    f"{config.from_checkpoint}: {what}: its alphabet is not that of {settings.problem}; "
+                    f"--from_checkpoint {Path('checkpoint', f'problem_{settings.problem}.pt')} has it"
+                )
+            fraction = trained.get("train_fraction", settings.train_fraction)
+            if trained.get("problem") == settings.problem and fraction != settings.train_fraction:
+                raise UserError(
+                    f"train_fraction is {settings.train_fraction} here, {fraction} in {config.from_checkpoint}: "
+                    f"instances that it was trained on would be held out: --train_fraction {fraction}"
+                )
 
     def default_shape(self, asked: dict[str, Any]) -> dict[str, Any]:
         is_causal = self.problem.is_causal
@@ -123,19 +176,29 @@ class ToyProblem:
 
     def make_batches(self, model: GPT, engine: Engine) -> tuple[TrainInstances | Rollouts, HeldOut]:
         config = self.config
-        check_window(self.sampler, model.config)
+        check_window(self.sampler, model.config, config.from_checkpoint)
         shared = {
             "batch_size": config.batch_size,
             "seed": config.random_seed,
             "rank": engine.rank,
             "world_size": engine.world_size,
         }
-        n = (config.eval_iters or 40) * config.batch_size
+        n = config.eval_samples or 10_000
         validation = HeldOut(self.sampler, "val", parse_length(self.settings.train_length), n, **shared)
+        not_evaluated = ("test_length", "test_instances", "length")
+        settings = {name: value for name, value in self.settings.to_dict().items() if name not in not_evaluated}
+        self.evaluated = {"samples": len(validation), "random_seed": config.random_seed, **settings}
         if config.loss == "grpo":
+            if not config.reference:
+                name = self.settings.problem
+                raise UserError(
+                    "from_checkpoint is not set: loss grpo starts from a model that is right now and then; train one "
+                    f"with `{command_line('problem.py', name, '--max_steps', '45')}`, then add "
+                    f"--from_checkpoint checkpoint/problem_{name}.pt"
+                )
             field = "from_checkpoint" if config.reference == config.from_checkpoint else "reference"
             reference = load_frozen_model(field, config.reference, self.tokenizer, engine.device)
-            check_window(self.sampler, reference.config)
+            check_window(self.sampler, reference.config, config.reference)
             batches = Rollouts(self.sampler, model, reference, engine)
         else:
             batches = TrainInstances(self.sampler, accumulation_steps=config.gradient_accumulation_steps, **shared)
@@ -149,7 +212,7 @@ class ToyProblem:
         return {"accuracy": n_right / n}
 
     def next_command(self, path: Path, base: str) -> str:
-        return f"python problem.py {self.settings.problem} --checkpoint {path}"
+        return command_line("problem.py", self.settings.problem, "--checkpoint", str(path))
 
 
 def problem_tokenizer(problem: Problem) -> CharTokenizer:
@@ -157,12 +220,16 @@ def problem_tokenizer(problem: Problem) -> CharTokenizer:
     return CharTokenizer("".join(sorted(set(problem.alphabet))))
 
 
-def check_window(sampler: InstanceSampler, shape: ModelConfig) -> None:
-    """Raises UserError where a problem's longest instances do not fit a model's context window."""
+def check_window(sampler: InstanceSampler, shape: ModelConfig, where: str) -> None:
+    """Raises UserError where a problem's longest instances do not fit a model's context window.
+
+    where: the checkpoint that the model is of, if it is of one.
+    """
     if sampler.window() > shape.block_size:
+        advice = f"take a smaller --length, or another checkpoint than {where}" if where else "leave it out"
         raise UserError(
             f"{sampler.config.problem}: length {sampler.config.longest} needs a window of {sampler.window()} tokens, "
-            f"block_size is {shape.block_size}"
+            f"block_size is {shape.block_size}: {advice}"
         )
 
 

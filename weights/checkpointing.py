@@ -10,6 +10,7 @@ otherwise run any code.
 """
 
 import itertools
+import math
 import os
 import re
 import shutil
@@ -21,9 +22,10 @@ from typing import Any
 
 import torch
 
-from base.configuration import UserError, check_fields, fields_of
+from base.configuration import CONFIG_FOLDERS, UserError, check_fields, command_line, fields_of, read_json
 from base.files import atomic_write
 from model import GPT, ModelConfig
+from problems.tasks import PROBLEMS
 from text.tokenizer import Tokenizer, tokenizer_from_dict
 
 FORMAT = 1
@@ -38,6 +40,9 @@ REQUIRED = {
     "data": dict,
     "best_val_loss": float,
 }
+
+
+TRAINING_FIELDS = {"stage", "loss", "from_checkpoint", "dataset_path", "learning_rate", "max_steps", "max_minutes"}
 
 
 class SaveError(UserError):
@@ -75,18 +80,68 @@ def size_of(value: Any) -> int:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint into CPU memory and check its layout; raises UserError that names the file."""
-    path = Path(path)
+    """Read a checkpoint, by its path or NAME, into CPU memory and check it; raises UserError that names the file."""
+    path = find_checkpoint(path)
     if path.is_dir():
         return load_sharded(path)
     if not path.is_file():
-        others = sorted(p.as_posix() for p in path.parent.glob("*.pt")) if path.parent.is_dir() else []
-        hint = f" (there are: {', '.join(others[:8])})" if others else ""
-        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such checkpoint'}{hint}")
+        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such checkpoint'}{hints(path)}")
     checkpoint = read_tensors(path)
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise UserError(f"{path}: not a checkpoint of this toolkit")
     return check_layout(checkpoint, path)
+
+
+def find_checkpoint(name: str | Path) -> Path:
+    """The path itself; for a bare NAME under which nothing lies here, checkpoint/NAME.pt, if there is one."""
+    path, trained = Path(name), Path("checkpoint", f"{name}.pt")
+    return trained if path.name == str(name) and not path.exists() and trained.is_file() else path
+
+
+def best_val_loss_in(path: Path) -> float:
+    """The best validation loss that a checkpoint file knows of, without reading its tensors; nan where that fails."""
+    try:
+        return float(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["best_val_loss"])
+    except Exception:  # no such file, a damaged one, a folder: any exception
+        return math.nan
+
+
+def hints(path: Path) -> str:
+    """What an error about a missing checkpoint ends with: the command that trains it, and those that there are."""
+    folders = dict.fromkeys((path.parent, Path("checkpoint")))
+    files = [file for folder in folders for file in (*folder.glob("*.pt"), *folder.glob("*/latest"))]
+    others = sorted((file if file.suffix else file.parent).as_posix() for file in files)  # (a folder of shards)
+    return training_command(path) + (f" (there are: {', '.join(others[:8])})" if others else "")
+
+
+def training_command(path: Path) -> str:
+    """The suffix '; `python train.py -t NAME` trains it' for a name that a script of ours gives to its checkpoints."""
+    name = path.stem.removesuffix("_last")
+    if path.parent != Path("checkpoint") or path.suffix != ".pt":
+        return ""
+    if name in [f"problem_{problem}" for problem in PROBLEMS]:
+        return f"; `{command_line('problem.py', name.removeprefix('problem_'))}` trains it"
+    configs = [file for folder in CONFIG_FOLDERS if (file := folder / f"{name}.json").is_file()]
+    return f"; `{command_line('train.py', '-t', name)}` trains it" if configs and trains(configs[0], name) else ""
+
+
+def trains(config: Path, name: str) -> bool:
+    """Whether a config file is one of training (not of a model, or DeepSpeed's) whose checkpoints have this name."""
+    try:
+        values = read_json(config)
+    except UserError:
+        return False
+    if not isinstance(values, dict) or "problem" in values or not values.keys() & TRAINING_FIELDS:
+        return False
+    return f"{values.get('stage') or name}{'_lora' if values.get('use_lora') else ''}" == name
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint, a file or a folder, to the first of NAME.bak, NAME.bak2, NAME.bak3, ... that is free."""
+    names = itertools.chain([".bak"], (f".bak{i}" for i in itertools.count(2)))
+    backup = next(place for name in names if not (place := path.with_name(path.name + name)).exists())
+    os.replace(path, backup)
+    return backup
 
 
 def keep_previous(path: Path, only_if_none: bool = False) -> None:
@@ -103,7 +158,7 @@ def keep_previous(path: Path, only_if_none: bool = False) -> None:
 
 def load_checkpoint_or_previous(path: str | Path) -> dict[str, Any]:
     """load_checkpoint(), falling back with a warning to NAME.previous if the newest one is damaged."""
-    path = Path(path)
+    path = find_checkpoint(path)
     previous = path / "previous" if path.is_dir() else Path(f"{path}.previous")
     try:
         return load_checkpoint(path)
