@@ -1,5 +1,7 @@
-"""Trained weights: saving, loading and adapting them.
+"""Trained weights: saving, loading, adapting and converting them.
 
 checkpointing   writing and reading checkpoints
 lora            low-rank adaptation (LoRA)
+huggingface     Hugging Face's folders
+gguf            the files of llama.cpp and Ollama
 """

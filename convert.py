@@ -1,0 +1,115 @@
+"""Models to and from other programs: Hugging Face's transformers, llama.cpp, Ollama.
+
+python convert.py checkpoint/sft.pt answer/                    a folder for transformers, vLLM and what builds on them
+python convert.py checkpoint/sft.pt answer.gguf --type q8_0    a file for llama.cpp, Ollama, LM Studio
+python convert.py checkpoint/sft.pt answer/ --lora checkpoint/sft_lora.pt      with an adapter merged into it
+python convert.py answer/ checkpoint/answer.pt                 and back
+
+What a file is shows in its name: X.pt is ours, X.gguf llama.cpp's, a folder Hugging Face's. What a format cannot say
+exactly is refused, with the reason.
+"""
+
+import math
+import shlex
+from pathlib import Path
+
+import torch
+
+from base.configuration import Parser, UserError, command_line, run_main
+from model import GPT
+from text.tokenizer import Tokenizer
+from weights import gguf, huggingface, lora
+from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model, save_checkpoint
+
+TYPES = ("float32", "bfloat16", "float16", "q8_0")
+
+
+def read_checkpoint(path: str, adapter: str = "") -> tuple[GPT, Tokenizer]:
+    """The model and the tokenizer of a checkpoint of ours, with an adapter merged into it."""
+    checkpoint = load_checkpoint(path)
+    if "lora" in checkpoint:
+        raise UserError(f"{path}: an adapter: SOURCE is its model ({checkpoint['lora'].get('base')}), --lora this file")
+    if adapter:
+        checkpoint = lora.merged_checkpoint(load_checkpoint(adapter), checkpoint, adapter)
+    return load_model(checkpoint, path), load_checkpoint_tokenizer(checkpoint, path)
+
+
+def write_checkpoint(path: str, model: GPT, tokenizer: Tokenizer, type_name: str) -> str:
+    """Write a checkpoint to start from; returns the command that uses it."""
+    if type_name != "float32":
+        raise UserError(f"--type {type_name}: our checkpoints are float32")
+    checkpoint = {
+        "model": model.state_dict(),
+        "optimizer": {},
+        "step": 0,
+        "model_config": model.config.to_dict(),
+        "train_config": {"stage": f"converted_{Path(path).stem}"},
+        "tokenizer": tokenizer.to_dict(),
+        "rng": {},
+        "data": {},
+        "best_val_loss": math.inf,
+    }
+    save_checkpoint(path, checkpoint)
+    return command_line("inference.py", "-m", path)
+
+
+def write_huggingface(path: str, model: GPT, tokenizer: Tokenizer, type_name: str) -> str:
+    if type_name == "q8_0":
+        raise UserError("--type q8_0 is for GGUF; Hugging Face's folders are float32, bfloat16 or float16")
+    huggingface.write_folder(path, model, tokenizer, getattr(torch, type_name))
+    return (
+        f"python -c \"from transformers import pipeline; print(pipeline('text-generation', {str(Path(path))!r})(...))\""
+    )
+
+
+def write_gguf(path: str, model: GPT, tokenizer: Tokenizer, type_name: str) -> str:
+    gguf.write_gguf(path, model, tokenizer, type_name)
+    name = Path(path)
+    modelfile = f"FROM ./{name.name}\nPARAMETER temperature 0.8\n"
+    return (
+        f"llama-cli -m {shlex.quote(path)}\n"
+        f"for Ollama, in a file named Modelfile beside it:\n{modelfile}then: ollama create {name.stem} -f Modelfile"
+    )
+
+
+FORMATS = {  # by the end of the name; "" is a folder
+    ".pt": (read_checkpoint, write_checkpoint),
+    ".gguf": (gguf.read_gguf, write_gguf),
+    "": (huggingface.read_folder, write_huggingface),
+}
+
+
+def format_of(path: str) -> str:
+    """The key of FORMATS for a path; raises UserError."""
+    suffix = Path(path).suffix.lower()
+    is_folder = path.endswith("/") or Path(path).is_dir() or suffix not in FORMATS
+    if is_folder and suffix in (".html", ".safetensors", ".bin", ".onnx"):
+        raise UserError(f"{path}: X.pt is ours, X.gguf llama.cpp's, any other name Hugging Face's folder")
+    if is_folder and (Path(path) / "latest").is_file():
+        return ".pt"  # a checkpoint in shards
+    return "" if is_folder else suffix
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("source", metavar="SOURCE", help="X.pt, X.gguf, or a folder of Hugging Face's")
+    parser.add_argument("target", metavar="TARGET", help="likewise")
+    parser.add_argument("--type", choices=TYPES, default="float32", help="of the numbers; q8_0: 8 bits, for GGUF")
+    parser.add_argument("--lora", metavar="FILE", default="", help="merge this adapter of SOURCE into it")
+    args, _ = parser.parse()
+    source, target = format_of(args.source), format_of(args.target)
+    if Path(args.target).exists():
+        raise UserError(f"{args.target}: exists already")
+    if args.lora and source != ".pt":
+        raise UserError("--lora: an adapter belongs to a checkpoint of ours")
+    read, (_, write) = FORMATS[source][0], FORMATS[target]
+    model, tokenizer = read(args.source, args.lora) if args.lora else read(args.source)
+    use = write(args.target, model.eval(), tokenizer, args.type)
+    files = [Path(args.target)] if Path(args.target).is_file() else list(Path(args.target).iterdir())
+    size = sum(file.stat().st_size for file in files)
+    print(f"{args.target}: {model.parameter_count():,} weights, {args.type}, {size / 1e6:.1f} MB")
+    print(f"to use it: {use}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,395 @@
+"""Hugging Face's format: a folder with config.json, model.safetensors and tokenizer.json.
+
+    write_folder("answer", model, tokenizer, torch.float32)     # AutoModelForCausalLM.from_pretrained("answer")
+    model, tokenizer = read_folder("answer")
+
+Our network is, with other names, that of four of its classes:
+
+    qk_norm                         Qwen3       attention windows of one size are its sliding_window
+    qk_norm and experts             Qwen3-MoE
+    neither                         Llama       with `bias`, too
+    neither, windows in all layers  Mistral
+"""
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from base.configuration import UserError, read_json
+from model import GPT, ModelConfig
+from text.tokenizer import BOS, EOS, PADDING, SPECIAL_TOKENS, UNKNOWN, BPETokenizer, CharTokenizer, Tokenizer
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+MAX_SHARDS = 1000
+# the instruct template of Tokenizer.encode_chat() in Jinja: a system message stands before the next question
+CHAT_TEMPLATE = (
+    "{% set turn = namespace(system='') %}{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{% set turn.system = turn.system + message['content'] + '\\n' %}{% elif message['role'] == 'user' %}"
+    "{{ '<|InstructMark|>' + turn.system + message['content'] + '<|ResponseMark|>' }}{% set turn.system = '' %}"
+    "{% else %}{{ message['content'] + '<|eos|>' }}{% endif %}{% endfor %}"
+)
+
+
+# ------------------------------------------------------------------------------------------------------ weights
+
+
+def correspondence(config: ModelConfig) -> Iterator[tuple[str, list[tuple[str, int]]]]:
+    """Our weights and theirs: (name, [(their name, rows), ...]).
+
+    Ours are theirs on top of each other, row by row: queries, keys and values, or gate and up. The experts' weights,
+    which have three dimensions, are (expert, row), flattened.
+    """
+    head, C, H = config.head_dim, config.n_embd, config.n_hidden
+    rows = {"q": config.n_head * head, "k": config.n_kv_head * head, "v": config.n_kv_head * head}
+    kinds = ("weight", "bias") if config.bias else ("weight",)
+    yield "token_embedding.weight", [("model.embed_tokens.weight", config.vocab_size)]
+    for i in range(config.n_layer):
+        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+        yield f"{ours}.attention_norm.weight", [(f"{theirs}.input_layernorm.weight", C)]
+        for kind in kinds:
+            yield f"{ours}.attention.qkv.{kind}", [(f"{theirs}.self_attn.{n}_proj.{kind}", rows[n]) for n in "qkv"]
+            yield f"{ours}.attention.out.{kind}", [(f"{theirs}.self_attn.o_proj.{kind}", C)]
+        if config.qk_norm:
+            yield f"{ours}.attention.q_norm.weight", [(f"{theirs}.self_attn.q_norm.weight", head)]
+            yield f"{ours}.attention.k_norm.weight", [(f"{theirs}.self_attn.k_norm.weight", head)]
+        yield f"{ours}.mlp_norm.weight", [(f"{theirs}.post_attention_layernorm.weight", C)]
+        if config.n_expert:
+            experts = [f"{theirs}.mlp.experts.{e}" for e in range(config.n_expert)]
+            yield f"{ours}.mlp.router.weight", [(f"{theirs}.mlp.gate.weight", config.n_expert)]
+            yield f"{ours}.mlp.up", [(f"{e}.{part}_proj.weight", H) for e in experts for part in ("gate", "up")]
+            yield f"{ours}.mlp.down", [(f"{e}.down_proj.weight", C) for e in experts]
+        else:
+            for kind in kinds:
+                yield f"{ours}.mlp.up.{kind}", [(f"{theirs}.mlp.{part}_proj.{kind}", H) for part in ("gate", "up")]
+                yield f"{ours}.mlp.down.{kind}", [(f"{theirs}.mlp.down_proj.{kind}", C)]
+    yield "norm.weight", [("model.norm.weight", C)]
+    if not config.tie_embeddings:
+        yield "lm_head.weight", [("lm_head.weight", config.vocab_size)]
+
+
+def to_theirs(weights: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Weights under their names."""
+    theirs = {}
+    for name, parts in correspondence(config):
+        weight = weights[name]
+        if weight.dim() == 3:
+            weight = weight.flatten(0, 1)
+        pieces = weight.split([rows for _, rows in parts])
+        theirs |= {part: piece.contiguous() for (part, _), piece in zip(parts, pieces, strict=True)}
+    return theirs
+
+
+def to_ours(weights: dict[str, torch.Tensor], config: ModelConfig, where: str) -> dict[str, torch.Tensor]:
+    """Weights under our names, as float32; raises UserError where some are missing, left over, or of another shape."""
+    layers = {match[1] for name in weights if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    if len(layers) != config.n_layer:  # before anything is built by a number from an untrusted file
+        raise UserError(f"{where}: its config says {config.n_layer} layers, its weights have {len(layers)}")
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in GPT(config).state_dict().items()}
+    ours, used = {}, set()
+    for name, parts in correspondence(config):
+        shape = shapes[name]
+        for part, rows in parts:
+            expected = (rows, *shape[1:]) if len(shape) < 3 else (rows, shape[-1])
+            found = tuple(weights[part].shape) if part in weights else None
+            if found != expected:
+                raise UserError(f"{where}: {part} has the shape {found}, by its config {expected}")
+        used.update(part for part, _ in parts)
+        ours[name] = torch.cat([weights[part].float() for part, _ in parts]).view(shape)
+    left = sorted(set(weights) - used - {"lm_head.weight"})
+    if left:
+        raise UserError(f"{where}: weights that this network has no place for: {', '.join(left[:4])}")
+    if config.tie_embeddings:
+        ours["lm_head.weight"] = ours["token_embedding.weight"]
+    return ours
+
+
+# ------------------------------------------------------------------------------------------------------ the config
+
+
+def model_type(config: ModelConfig) -> str:
+    """Which of their classes computes what our network does; raises UserError where none does, and says why."""
+    windows = set(config.windows)
+    refused = {
+        f"mlp {config.mlp}: theirs are swiglu": config.mlp != "swiglu",
+        "learned positions: theirs are RoPE": not config.use_rope,
+        "is_causal false: theirs are causal": not config.is_causal,
+        "n_shared_expert: theirs has none": config.n_shared_expert > 0,
+        "expert_balance bias: theirs have no biases on the choice of experts": config.expert_balance == "bias"
+        and config.n_expert > 0,
+        "experts without qk_norm": config.n_expert > 0 and not config.qk_norm,
+        "bias with qk_norm": config.bias and config.qk_norm,
+        "attention_window with several sizes: theirs have one": len(windows - {0}) > 1,
+        "attention_window in some layers without qk_norm": len(windows) > 1 and not config.qk_norm,
+        "attention_window with bias": bool(windows - {0}) and config.bias,
+    }
+    for reason, is_refused in refused.items():
+        if is_refused:
+            raise UserError(f"Hugging Face: no model there computes this one: {reason}")
+    if config.qk_norm:
+        return "qwen3_moe" if config.n_expert else "qwen3"
+    return "mistral" if windows != {0} else "llama"
+
+
+def to_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The contents of config.json, for version 4 of transformers and version 5."""
+    kind, window = model_type(config), max(config.windows)
+    theta, scaling = config.rope_theta, {"rope_type": "default"}
+    if config.rope_scaling == "ntk" and config.head_dim > 2:  # a larger base is all that it is
+        theta *= config.rope_factor ** (config.head_dim / (config.head_dim - 2))
+    elif config.rope_scaling in ("linear", "yarn"):
+        scaling = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
+        if config.rope_scaling == "yarn":
+            scaling["original_max_position_embeddings"] = config.rope_trained_length
+    values = {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.n_hidden,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.block_size,
+        "rms_norm_eps": config.norm_eps,
+        "attention_bias": config.bias,
+        "tie_word_embeddings": config.tie_embeddings,
+        "rope_theta": theta,
+        "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
+        "rope_parameters": {**scaling, "rope_theta": theta},
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PADDING,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    if kind == "llama":
+        values["mlp_bias"] = config.bias
+    elif kind == "mistral":
+        values["sliding_window"] = window
+    else:
+        kinds = ["sliding_attention" if w else "full_attention" for w in config.windows]
+        values |= {"use_sliding_window": window > 0, "sliding_window": window or None, "layer_types": kinds}
+        values["max_window_layers"] = 0 if window else config.n_layer
+    if kind == "qwen3_moe":
+        values |= {
+            "num_experts": config.n_expert,
+            "num_experts_per_tok": config.n_expert_per_token,
+            "moe_intermediate_size": config.n_hidden,
+            "norm_topk_prob": config.n_expert_per_token > 1,  # with one expert, its probability is the gate
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    return values
+
+
+def from_config(values: dict[str, Any], where: str) -> ModelConfig:
+    """Our config for theirs; raises UserError for what our network does not compute."""
+    kind = values.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise UserError(f"{where}: model_type {kind!r} is not one of {', '.join(ARCHITECTURES)}")
+
+    def number(name: str, default: float | None = None) -> Any:
+        value = values.get(name, default)
+        if value is None or isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{where}: {name} must be a number, got {json.dumps(value)}")
+        return value
+
+    heads, width = number("num_attention_heads"), number("hidden_size")
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    is_moe, has_window = kind == "qwen3_moe", bool(values.get("use_sliding_window", kind == "mistral"))
+    window = values.get("sliding_window") if has_window else None
+    layers = number("num_hidden_layers")
+    kinds = values.get("layer_types") or [
+        "sliding_attention" if window and (kind == "mistral" or i >= number("max_window_layers", layers)) else "full"
+        for i in range(layers)
+    ]
+    refused = {
+        f"head_dim {values.get('head_dim')}: ours is hidden_size / num_attention_heads": values.get("head_dim")
+        not in (None, width // max(1, heads)),
+        f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") not in ("silu", "swish"),
+        f"rope_type {scaling}": scaling not in ("default", "linear", "yarn"),
+        "biases in attention alone": bool(values.get("attention_bias")) != bool(values.get("mlp_bias")),
+        "biases with qk_norm": bool(values.get("attention_bias")) and kind.startswith("qwen3"),
+        "layers without experts": is_moe and (values.get("mlp_only_layers") or number("decoder_sparse_step", 1) != 1),
+        "norm_topk_prob": is_moe and bool(values.get("norm_topk_prob")) != (number("num_experts_per_tok") > 1),
+        "another number of layer_types than of layers": len(kinds) != layers,
+    }
+    for reason, is_refused in refused.items():
+        if is_refused:
+            raise UserError(f"{where}: our network has no {reason}")
+    factor = rope.get("factor", 1.0) if scaling != "default" else 1.0
+    windows = [int(window) if "sliding" in kind and window else 0 for kind in kinds]
+    try:
+        return ModelConfig(
+            block_size=number("max_position_embeddings"),
+            vocab_size=number("vocab_size"),
+            n_layer=layers,
+            n_head=heads,
+            n_kv_head=values.get("num_key_value_heads") or heads,
+            n_embd=width,
+            n_hidden=number("moe_intermediate_size") if is_moe else number("intermediate_size"),
+            bias=bool(values.get("attention_bias")),
+            norm_eps=number("rms_norm_eps", 1e-6),
+            qk_norm=kind.startswith("qwen3"),
+            attention_window=windows if any(windows) else [],
+            tie_embeddings=bool(values.get("tie_word_embeddings")),
+            rope_theta=rope.get("rope_theta", values.get("rope_theta", 10000.0)),
+            rope_scaling="none" if scaling == "default" else scaling,
+            rope_factor=factor,
+            rope_trained_length=rope.get("original_max_position_embeddings"),
+            n_expert=number("num_experts", values.get("num_local_experts")) if is_moe else 0,
+            n_expert_per_token=number("num_experts_per_tok") if is_moe else 2,
+            expert_balance="loss" if is_moe else "none",
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------------------ tokenizer
+
+
+def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The contents of tokenizer.json. Characters are a BPE without merges: every character is a token of its own."""
+    if isinstance(tokenizer, BPETokenizer):
+        values = json.loads(tokenizer.to_dict()["tokenizer"])
+    else:
+        names = [*SPECIAL_TOKENS, *tokenizer.characters]
+        values = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "normalizer": None,
+            "pre_tokenizer": None,
+            "post_processor": None,
+            "decoder": {"type": "Fuse"},
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": SPECIAL_TOKENS[UNKNOWN],
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": False,
+                "vocab": {name: i for i, name in enumerate(names)},
+                "merges": [],
+            },
+        }
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    values["added_tokens"] = [{"id": i, "content": name, **flags} for i, name in enumerate(SPECIAL_TOKENS)]
+    return values
+
+
+def from_tokenizer_json(path: Path) -> Tokenizer:
+    """Our tokenizer, if that is what a tokenizer.json holds; raises UserError for one of another model."""
+    values = read_json(path)
+    try:
+        added = {token["id"]: token["content"] for token in values["added_tokens"]}
+        model = values["model"]
+        vocabulary = sorted(model["vocab"], key=model["vocab"].get)
+        is_ours = [added.get(i) for i in range(len(SPECIAL_TOKENS))] == list(SPECIAL_TOKENS) and model["type"] == "BPE"
+        is_complete = [model["vocab"][name] for name in vocabulary] == list(range(len(vocabulary)))
+        if is_ours and is_complete and not model["merges"] and values["pre_tokenizer"] is None:
+            characters = vocabulary[len(SPECIAL_TOKENS) :]
+            if all(len(character) == 1 for character in characters):
+                return CharTokenizer("".join(characters))
+        if is_ours and (values["pre_tokenizer"] or {}).get("type") == "ByteLevel":
+            import tokenizers
+
+            if (values["post_processor"] or {}).get("special_tokens"):
+                raise UserError(f"{path}: it puts special tokens around every text, which ours does not")
+            text = json.dumps({**values, "post_processor": None})  # transformers adds one that does nothing
+            return BPETokenizer(tokenizers.Tokenizer.from_str(text).to_str())  # written as the library writes it
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not a tokenizer.json") from None
+    raise UserError(f"{path}: the tokenizer of another model, which is not read yet")
+
+
+# ------------------------------------------------------------------------------------------------------ folders
+
+
+def write_folder(folder: str | Path, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    """Write a model and its tokenizer; the folder appears whole, or not at all. Raises UserError."""
+    import safetensors.torch
+
+    folder, config = Path(folder), model.config
+    if folder.exists():
+        raise UserError(f"{folder}: exists already")
+    values = to_config(config, dtype)
+    weights = {name: weight.to(dtype) for name, weight in to_theirs(model.state_dict(), config).items()}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    names = {"eos_token": EOS, "bos_token": BOS, "pad_token": PADDING, "unk_token": UNKNOWN}
+    files = {
+        "config.json": values,
+        "generation_config.json": {name: values[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        "tokenizer.json": to_tokenizer_json(tokenizer),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": config.block_size,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+            **{name: SPECIAL_TOKENS[i] for name, i in names.items()},
+        },
+    }
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        for name, contents in files.items():
+            text = json.dumps(contents, ensure_ascii=False, indent=2) + "\n"
+            (temporary / name).write_text(text, encoding="utf-8", newline="\n")
+        safetensors.torch.save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_folder(folder: str | Path) -> tuple[GPT, Tokenizer]:
+    """The model and the tokenizer of a folder; raises UserError that names the file at fault."""
+    folder = Path(folder)
+    values = read_json(folder / "config.json")
+    if not isinstance(values, dict):
+        raise UserError(f"{folder / 'config.json'}: must be a JSON object")
+    config = from_config(values, str(folder / "config.json"))
+    tokenizer = from_tokenizer_json(folder / "tokenizer.json")
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+    weights = to_ours(read_weights(folder), config, str(folder))
+    model = GPT(config)
+    model.load_state_dict(weights)
+    return model, tokenizer
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of model.safetensors, or of the parts that model.safetensors.index.json names."""
+    import safetensors
+    import safetensors.torch
+
+    files = [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not files[0].is_file() and index.is_file():
+        named = read_json(index).get("weight_map", {}).values()
+        files = [folder / Path(str(name)).name for name in sorted(set(named))[:MAX_SHARDS]]
+    weights = {}
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: no such file")
+        try:
+            weights |= safetensors.torch.load_file(file)
+        except (safetensors.SafetensorError, ValueError, OSError) as error:
+            raise UserError(f"{file}: damaged: {error}") from None
+    return weights
