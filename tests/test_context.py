@@ -49,7 +49,7 @@ def test_a_model_is_trained_further_at_a_longer_window(prepared, call):
     longer = ["--from_checkpoint", "checkpoint/pretrain.pt", "--block_size", "48", "--rope_scaling", "yarn"]
     result = trained_with(call, *longer, "--stage", "longer")
     assert result.status == 0, result.err
-    assert "block_size 16 -> 48, rope_scaling none -> yarn, rope_factor 1.0 -> 3.0" in result.out
+    assert "block_size 16 -> 48, rope_scaling 'none' -> 'yarn', rope_factor 1.0 -> 3.0" in result.out
     config = load_checkpoint("checkpoint/longer.pt")["model_config"]
     assert (config["block_size"], config["rope_factor"], config["rope_trained_length"]) == (48, 3.0, 16)
     plain = ["--from_checkpoint", "checkpoint/pretrain.pt", "--block_size", "32", "--stage", "plain"]

@@ -10,6 +10,7 @@ from torch.nn.attention import flex_attention as torch_flex
 from base.configuration import UserError
 from layers.masks import attention_mask, block_masks
 from model import GPT, ModelConfig
+from training import preflight
 from training.config import TrainConfig
 from training.engine import Engine
 from training.preflight import choose_attention, flex_attention_problem
@@ -99,7 +100,8 @@ def test_where_flex_attention_does_not_work_masks_stay_with_sdpa(capsys):
     assert not model.use_flex and capsys.readouterr().err == ""  # a CPU is not even asked
 
 
-def test_flash_attention_with_a_mask_is_refused():
+def test_flash_attention_with_a_mask_is_refused(monkeypatch):
+    monkeypatch.setattr(preflight, "check_kernel", lambda *_: None)  # which tries the kernel
     on_gpu = SimpleNamespace(device=torch.device("cuda"))
     model = GPT(ModelConfig(**SHAPE))
     with pytest.raises(UserError, match="sdp_kernel flash supports no masks"):

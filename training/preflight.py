@@ -116,13 +116,14 @@ def choose_attention(config: Any, model: GPT, engine: Engine) -> None:
     Block-diagonal masks (documents, packed samples) and sliding windows are sparse: flex attention skips the blocks of
     the (T, T) mask that are empty, SDPA computes them all.
     """
+    has_windows = any(0 < window < model.config.block_size for window in model.windows)
+    has_masks = config.mask_documents or config.pack_samples or has_windows
+    if config.sdp_kernel == "flash" and has_masks and engine.device.type == "cuda":
+        raise UserError("sdp_kernel flash supports no masks (attention_window, mask_documents, pack_samples): use auto")
     if config.sdp_kernel not in ("auto", "math"):
         check_kernel(config.sdp_kernel, model.config, engine)
-    has_windows = any(0 < window < model.config.block_size for window in model.windows)
-    if engine.device.type != "cuda" or not (config.mask_documents or config.pack_samples or has_windows):
+    if engine.device.type != "cuda" or not has_masks:
         return
-    if config.sdp_kernel == "flash":
-        raise UserError("sdp_kernel flash supports no masks (attention_window, mask_documents, pack_samples): use auto")
     if config.sdp_kernel == "auto" and engine.use_compile:
         reason = flex_attention_problem(model.config, engine)
         model.use_flex = not reason
