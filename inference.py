@@ -7,10 +7,8 @@ cat questions.txt | python inference.py -i -m checkpoint/sft.pt         one answ
 python inference.py -m checkpoint/pretrain.pt --lora A.pt --merge B.pt  one checkpoint of a model and its adapter
 """
 
-import codecs
 import contextlib
 import dataclasses
-import io
 import sys
 import time
 import warnings
@@ -28,7 +26,7 @@ from base.configuration import (
     run_main,
 )
 from serving.text_generator import GenerationConfig, TextGenerator, load_text_generator, unknown_note
-from text.formats import CHUNK, Source, check_encoding, not_text, wrong_encoding
+from text.formats import CHUNK, Source, check_encoding, decode_blocks
 from text.tokenizer import Messages
 from weights import lora
 from weights.checkpointing import load_checkpoint, save_checkpoint
@@ -179,18 +177,8 @@ def obey(session: Session, line: str) -> None:
 def input_lines(encoding: str) -> Iterator[str]:
     """The lines of standard input as they come, without their ends; raises UserError for text in another encoding."""
     source = Source(Path("standard input"), encoding=encoding)
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(), translate=True)
-    offset, rest, block = 0, "", b"-"
-    while block:
-        block = sys.stdin.buffer.read1(CHUNK)
-        n_undecoded = len(decoder.getstate()[0])
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            raise wrong_encoding(source, error, offset - n_undecoded) from None
-        if "\0" in text:
-            raise not_text(source, block)
-        offset += len(block)
+    rest = ""
+    for text in decode_blocks(source, iter(lambda: sys.stdin.buffer.read1(CHUNK), b""), is_certain=True):
         *lines, rest = (rest + text).split("\n")
         yield from lines
     if rest:

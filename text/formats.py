@@ -21,7 +21,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,7 +29,6 @@ from typing import Any, BinaryIO
 from base.configuration import UserError
 from base.prefetching import prefetch
 from text.records import FIELDS, FIELDS_OF_MESSAGES, rename_fields
-from text.tokenizer import normalise, with_plain_line_ends
 
 CHUNK = 1 << 20  # bytes read at a time
 LONGEST_RECORD = 1 << 26  # characters of a line or an object; a longer one is refused, as it is held whole
@@ -171,39 +170,56 @@ def text_chunks(source: Source, progress: Progress = lambda n: None) -> Iterator
 
 
 def read_chunks(source: Source, progress: Progress = lambda n: None) -> Iterator[str]:
-    """Decode incrementally: a chunk may end in the middle of a character, or between \\r and \\n."""
-    decoder, is_certain = codecs.getincrementaldecoder(source.encoding)(), source.encoding == "utf-8"
-    digest, offset, pending_cr = hashlib.sha256(), 0, ""
-    with open_raw(source) as file:
-        while True:
-            block = file.read(CHUNK)
-            if not (offset or block):
-                raise UserError(f"{source.name}: the file is empty")
-            if not (is_certain or block.isascii()):
-                if is_utf8(block):  # which does not come about by chance: it was never in another encoding
-                    decoder = codecs.getincrementaldecoder("utf-8")()
-                is_certain = True
-            n_undecoded = len(decoder.getstate()[0])
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                raise wrong_encoding(source, error, offset - n_undecoded) from None
-            if "\0" in text:
-                raise not_text(source, block)
-            if not offset and text.startswith("{\\rtf"):
-                raise UserError(f"{source.name}: an RTF document, not text; save it as plain text first")
-            is_first, text = not offset, pending_cr + text
+    """text_chunks() without reading ahead; fills in the source's size and hash at the end."""
+    digest, size = hashlib.sha256(), 0
+
+    def blocks(file: BinaryIO) -> Iterator[bytes]:
+        nonlocal size
+        while block := file.read(CHUNK):
             digest.update(block)
-            offset += len(block)
+            size += len(block)
             progress(len(block))
-            pending_cr = "\r" if text.endswith("\r") and block else ""
-            text = text.removesuffix(pending_cr)
-            text = normalise(text) if is_first else with_plain_line_ends(text)
-            if text:
-                yield text
-            if not block:
-                break
-    source.finish(offset, digest.hexdigest())
+            yield block
+
+    with open_raw(source) as file:
+        yield from decode_blocks(source, blocks(file), is_certain=source.encoding == "utf-8")
+    if not size:
+        raise UserError(f"{source.name}: the file is empty")
+    source.finish(size, digest.hexdigest())
+
+
+def decode_blocks(source: Source, blocks: Iterable[bytes], is_certain: bool) -> Iterator[str]:
+    """The text of bytes, with line ends as \\n and no byte-order mark; a block may end inside of a character.
+
+    is_certain: it has the encoding of the source; else UTF-8, which does not come about by chance, is recognised.
+    """
+    decoder = newline_decoder(source.encoding)
+    offset, is_first = 0, True
+    for block in itertools.chain(blocks, [b""]):
+        if not (is_certain or block.isascii()):
+            is_certain = True
+            if is_utf8(block):
+                state, decoder = decoder.getstate(), newline_decoder("utf-8")
+                decoder.setstate(state)  # whether a \r came last
+        n_undecoded = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise wrong_encoding(source, error, offset - n_undecoded) from None
+        if "\0" in text:
+            raise not_text(source, block)
+        offset += len(block)
+        if text and is_first:
+            is_first, text = False, text.removeprefix("\ufeff")
+            if text.startswith("{\\rtf"):
+                raise UserError(f"{source.name}: an RTF document, not text; save it as plain text first")
+        if text:
+            yield text
+
+
+def newline_decoder(encoding: str) -> io.IncrementalNewlineDecoder:
+    """Bytes to text with line ends as \\n, piece by piece."""
+    return io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(), translate=True)
 
 
 def wrong_encoding(source: Source, error: UnicodeDecodeError, offset: int) -> UserError:

@@ -38,7 +38,7 @@ def recognise(source: Source, plain_text: bool = False) -> None:
     if start.startswith(b"PAR1") and not plain_text:
         source.form = "parquet"
     else:
-        head = next(read_chunks(source))
+        head = next(read_chunks(source), "")
         if not plain_text:
             source.form, source.delimiter = form_of_text(source, head)
     if source.form == "text":

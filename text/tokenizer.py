@@ -35,10 +35,7 @@ Messages = list[dict[str, Any]]  # {"role": "system", "user" or "assistant", "co
 
 def normalise(text: str) -> str:
     """Line ends as \\n and no byte-order mark in front: what data.py does to all text, and so to do to prompts too."""
-    return with_plain_line_ends(text.removeprefix("\ufeff"))
-
-
-def with_plain_line_ends(text: str) -> str:
+    text = text.removeprefix("\ufeff")
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
