@@ -132,3 +132,47 @@ def test_a_fact_is_answered_after_something_unrelated(folder, chat):
     answers = [chat(rng.choice(before), sample["question"])[1] for sample in held_out]
     n_right = sum(answer == sample["answer"] for answer, sample in zip(answers, held_out, strict=True))
     assert n_right >= 0.9 * len(held_out)
+
+
+# ------------------------------------------------------------------------------------------------------ elsewhere
+
+
+@pytest.fixture(scope="module")
+def fifty(folder, chat) -> list[tuple[str, str]]:
+    """Fifty held-out questions and our greedy answers."""
+    held_out = read_jsonl(folder / "dataset" / "held_out.jsonl")[::4]
+    return [(sample["question"], chat(sample["question"])[0]) for sample in held_out]
+
+
+def convert(folder, target: str, *options: str):
+    command = [sys.executable, ROOT / "convert.py", "checkpoint/sft.pt", target, *options]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / target
+
+
+def test_transformers_gives_the_same_answers(folder, fifty):
+    transformers = pytest.importorskip("transformers")
+    path = convert(folder, "answer")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    for question, answer in fifty:
+        messages = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+        ids = model.generate(**prompt, max_new_tokens=60, do_sample=False)[0, prompt["input_ids"].size(1) :]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == answer
+
+
+@pytest.mark.parametrize(("type_name", "n_equal"), [("float32", 50), ("q8_0", 48)])
+def test_llama_cpp_gives_the_same_answers(folder, fifty, type_name, n_equal):
+    xllamacpp = pytest.importorskip("xllamacpp")
+    path = convert(folder, f"{type_name}.gguf", "--type", type_name)
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.verbosity = str(path), 128, -1
+    server = xllamacpp.Server(params)
+    equal = []
+    for question, answer in fifty:
+        messages = [{"role": "user", "content": question}]
+        reply = server.handle_chat_completions({"messages": messages, "temperature": 0, "max_tokens": 60})
+        equal.append(reply["choices"][0]["message"]["content"] == answer)
+    assert sum(equal) >= n_equal
