@@ -274,7 +274,7 @@ def evaluate_questions(args: Namespace) -> None:
     asked = read_conversations(args.questions, args.encoding, parse_fields(args.fields))[: args.limit]
     if not asked:
         raise UserError(f"{args.questions}: no questions in it")
-    generator = load_text_generator(args.model or "checkpoint/sft.pt", args.device, True, lora=args.lora)
+    generator = load_text_generator(args.model or "checkpoint/sft.pt", args.device, True, adapter=args.lora)
     tell_unknown(generator.tokenizer, asked)
     is_right = exact_match(generator, asked, args.show)
     n_right, n = sum(is_right), len(is_right)
