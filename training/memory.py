@@ -21,7 +21,7 @@ from model import GPT, ModelConfig
 from training.optimizer import muon_matrices, rows_of_fused_matrices, trainable_parameters
 
 # A process takes more than its tensors: freed blocks stay with it, and many are too small for the next tensor. Of what
-# comes and goes, measured with glibc 2.36: 1.1 to 1.7 times (bench/NOTES.md). A GPU has an allocator of its own.
+# comes and goes, measured with glibc 2.36: 1.0 to 1.7 times (bench/NOTES.md). A GPU has an allocator of its own.
 CPU_ALLOCATOR = 1.35
 
 
@@ -146,7 +146,7 @@ def attention_weights(run: Any, rows: int, length: int) -> float:
 
 
 def output_layer(run: Any, tokens: int) -> tuple[float, float]:
-    """Bytes at the loss: at the end of the forward pass, and at the begin of the backward pass."""
+    """Bytes at the loss: at the end of the forward pass, and at the beginning of the backward pass."""
     config, engine = run.model.config, run.engine
     size, name = activation_bytes(engine), run.config.loss
     hidden = 4 * tokens * config.n_embd  # the last norm's input, its output, their gradient
@@ -180,16 +180,16 @@ def update(run: Any) -> float:
         return 4.0 * max(p.numel() for p in trainable_parameters(run.model).values())
     if run.config.optimizer != "muon":
         return 0.0
-    matrices, numbers = muon_matrices(run.model), {}  # by shape: in all matrices of it, which go through one product
+    matrices, counts = muon_matrices(run.model), {}  # by shape: the number of matrices, which go through one product
     for name, p in matrices.items():
         *experts, n_rows, n_columns = p.shape
         for n in rows_of_fused_matrices(run.model.config, name, n_rows):
             shape = n, n_columns
-            numbers[shape] = numbers.get(shape, 0) + math.prod(experts)
+            counts[shape] = counts.get(shape, 0) + math.prod(experts)
     size = 4 if run.engine.device.type == "cpu" else 2  # orthogonalise() works in bfloat16 on a GPU
     stacks = [
         n * (4 * a * b + size * (2 * a * b + 2 * min(a, b) ** 2))  # the stack; X before and after; A and B
-        for (a, b), n in numbers.items()
+        for (a, b), n in counts.items()
     ]
     return 4 * count(matrices) + max(stacks, default=0)
 
