@@ -141,7 +141,8 @@ def loss_by_position(model: GPT, ids: np.ndarray, n_windows: int, batch_size: in
     for first in range(0, len(starts), batch_size):
         rows = np.stack([ids[start : start + length] for start in starts[first : first + batch_size]]).astype(np.int64)
         windows = torch.from_numpy(rows).to(device)  # (B, block_size + 1)
-        _, losses = model(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), reduction="none")
+        idx, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        _, losses = model(idx, targets, reduction="none", with_logits=False)
         total += losses.double().sum(0).cpu()
     return (total / len(starts)).numpy()
 
