@@ -99,12 +99,12 @@ def activations(run: Any, rows: int, length: int) -> float:
 
 def attention_activations(config: ModelConfig, size: int) -> int:
     """Bytes per token of one attention layer, its norm included. The residual stream is float32 (4 bytes)."""
-    C, kv = config.n_embd, config.n_kv_head * config.head_dim
-    kept = 4 * C + size * (C + (C + 2 * kv) + C)  # the norm's input and output; queries, keys, values; the result
+    C, q, kv = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    kept = 4 * C + size * (C + (q + 2 * kv) + q)  # the norm's input and output; queries, keys, values; the result
     if config.use_rope or config.qk_norm:  # new queries and keys, normalised and rotated
-        kept += size * (C + kv)
-    if kv < C:  # keys and values repeated for the query heads
-        kept += size * 2 * C
+        kept += size * (q + kv)
+    if kv < q:  # keys and values repeated for the query heads
+        kept += size * 2 * q
     return kept + 4 * 3 * config.n_head  # root mean squares of queries and keys, and the softmax's denominator
 
 
