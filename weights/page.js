@@ -18,8 +18,8 @@ const WORDS = {
     light: "Light",
     other_language: "中文",
     welcome: "A language model, whole in this file. It runs on your device, and what you write stays there.",
-    figures: ({ weights, type, vocabulary, window }) =>
-      `${weights} weights (${type}), a vocabulary of ${vocabulary} tokens, a window of ${window} tokens.`,
+    figures: ({ weights, bits, vocabulary, window }) =>
+      `${weights} weights of ${bits} bits, a vocabulary of ${vocabulary} tokens, a window of ${window} tokens.`,
     legend:
       "The less likely a token was, the more it is coloured. Point at one, or press an arrow key on an answer, " +
       "to see what else might have been said.",
@@ -58,6 +58,7 @@ const WORDS = {
       `The question has ${n} tokens, which the maximum length ${limit} counts too: set it above ${n}.`,
     failed: ({ message }) => `The model cannot run here: ${message}`,
     space: "space",
+    before_settings: "The model's own probabilities, before temperature, top-k and top-p.",
   },
   zh: {
     menu: "菜单",
@@ -67,8 +68,8 @@ const WORDS = {
     light: "浅色",
     other_language: "English",
     welcome: "一个完整的语言模型，就在这个文件里。它在你的设备上运行，你写的内容不会离开这里。",
-    figures: ({ weights, type, vocabulary, window }) =>
-      `${weights} 个权重（${type}），词表 ${vocabulary} 个 token，窗口 ${window} 个 token。`,
+    figures: ({ weights, bits, vocabulary, window }) =>
+      `${weights} 个 ${bits} 位的权重，词表 ${vocabulary} 个 token，窗口 ${window} 个 token。`,
     legend: "一个 token 越不可能，颜色越深。指向它，或在回答上按方向键，就能看到原本还可能说什么。",
     turns: "对话",
     ask: "问点什么",
@@ -101,6 +102,7 @@ const WORDS = {
     max_length_reached: ({ n, limit }) => `问题有 ${n} 个 token，也计入最大长度 ${limit}：请把它设为大于 ${n}。`,
     failed: ({ message }) => `模型无法在这里运行：${message}`,
     space: "空格",
+    before_settings: "模型自己的概率，尚未经过温度、top-k 和 top-p。",
   },
 };
 const said = new Map(); // element -> [key, values] of what it says, so that it can say it in the other language
@@ -285,26 +287,37 @@ function ask() {
 
   const asked = { role: "user", content: question }, history = is_chat ? turns : [], mine = turns;
   const system = is_chat && $("system").value ? [{ role: "system", content: $("system").value }] : [];
-  backend.answer({ is_chat, messages: [...system, ...history, asked], settings: readSettings() }, (message) => {
+  const show = (message) => {
     if (mine !== turns) return; // of a conversation that was cleared
-    const is_at_end = isAtEnd();
-    if (message.type === "note") addNote(turn, message);
-    else if (message.type === "token") addToken(answer, message);
-    else {
-      turn.classList.remove("waiting");
-      setBusy(false);
-      if (message.type === "done") {
-        finish(turn, answer, message);
-        if (is_chat) turns = [...history, asked, { role: "assistant", content: answer.textContent }];
-      } else {
-        turn.remove();
-        $("welcome").hidden = $("turns").children.length > 0;
-        writeQuestion(question);
-        say($("notice"), message.key ?? "failed", message.values ?? message);
-      }
+    if (message.type === "note") return addNote(turn, message);
+    if (message.type === "token") return addToken(answer, message);
+    turn.classList.remove("waiting");
+    setBusy(false);
+    if (message.type === "done") {
+      finish(turn, answer, message);
+      if (is_chat) turns = [...history, asked, { role: "assistant", content: answer.textContent }];
+    } else {
+      turn.remove();
+      $("welcome").hidden = $("turns").children.length > 0;
+      writeQuestion(question);
+      say($("notice"), message.key ?? "failed", message.values ?? message);
     }
+  };
+  backend.answer({ is_chat, messages: [...system, ...history, asked], settings: readSettings() }, onceAFrame(show));
+}
+
+/* Shows the messages that came, once a frame: a new layout for every token would leave no time for anything else. */
+function onceAFrame(show) {
+  let waiting = [];
+  const showAll = () => {
+    const is_at_end = innerHeight + scrollY >= document.documentElement.scrollHeight - 80;
+    waiting.forEach(show);
+    waiting = [];
     if (is_at_end) scrollDown();
-  });
+  };
+  return (message) => {
+    if (waiting.push(message) === 1) requestAnimationFrame(showAll);
+  };
 }
 
 /* What stands below an answer. message.text: the sign for bytes that never became a character. */
@@ -338,10 +351,8 @@ function startAgain() {
   $("question").focus();
 }
 
-const isAtEnd = () => innerHeight + scrollY >= document.documentElement.scrollHeight - 80;
-
 function scrollDown() {
-  requestAnimationFrame(() => scrollTo(0, document.documentElement.scrollHeight));
+  scrollTo(0, document.documentElement.scrollHeight);
 }
 
 function writeQuestion(text) {
@@ -388,7 +399,7 @@ function listen() {
   on("turns", "pointerleave", (event) => event.pointerType === "mouse" && hideOthers());
   document.addEventListener("click", (event) => (tokenAt(event) ? showOthers(tokenAt(event)) : hideOthers()));
   on("turns", "keydown", walkTokens);
-  on("turns", "focusin", ({ target }) => target.matches(".answer:focus-visible") && showOthers(target.firstElementChild));
+  on("turns", "focusin", ({ target: t }) => t.matches(".answer:focus-visible") && showOthers(t.firstElementChild));
   on("turns", "focusout", hideOthers);
   document.addEventListener("scroll", () => shown && placeBeside($("others"), shown.getClientRects()[0]));
   document.addEventListener("keydown", ({ key }) => {
@@ -443,7 +454,7 @@ function start() {
   const about = JSON.parse($("about").textContent), { config, name, n_weights, type } = about;
   document.title = $("name").textContent = name;
   const [weights, vocabulary, window] = [n_weights, config.vocab_size, config.block_size].map((n) => number(n));
-  say($("figures"), "figures", { weights, type, vocabulary, window });
+  say($("figures"), "figures", { weights, bits: type === "q8_0" ? 8 : 32, vocabulary, window });
   $("max-length").placeholder = config.block_size;
   say($("notice"), "loading");
   startWorker(about);
