@@ -48,23 +48,33 @@ function fromBase64(text) {
 
 // ---------------------------------------------------------------------------------------------------------- network
 
-/* y = W x + bias. The rows of W lie one after the other, from `offset` on; y.length rows of x.length numbers.
+/* y = W x + bias. The rows of W lie one after the other, from `offset` on: y.length rows of x.length numbers.
 
-   Nearly all the time of an answer goes by in this loop. An addition has to wait for the one before it; four sums
-   that do not depend on each other keep the processor busy. */
+   Nearly all the time of an answer goes by in the inner loop. Four rows at a time read every x once, and their sums do
+   not wait for each other, as the additions to a single one would. */
 function linear(y, weight, x, bias, offset = 0) {
-  const n = x.length, whole = n - (n % 4);
-  for (let row = 0, w = offset; row < y.length; row++, w += n) {
-    let a = 0, b = 0, c = 0, d = 0, i = 0;
-    for (; i < whole; i += 4) {
-      a += weight[w + i] * x[i];
-      b += weight[w + i + 1] * x[i + 1];
-      c += weight[w + i + 2] * x[i + 2];
-      d += weight[w + i + 3] * x[i + 3];
+  const n = x.length, rows = y.length;
+  let row = 0, w = offset;
+  for (; row + 4 <= rows; row += 4, w += 4 * n) {
+    let a = 0, b = 0, c = 0, d = 0;
+    for (let i = 0; i < n; i++) {
+      const value = x[i];
+      a += weight[w + i] * value;
+      b += weight[w + n + i] * value;
+      c += weight[w + 2 * n + i] * value;
+      d += weight[w + 3 * n + i] * value;
     }
-    for (; i < n; i++) a += weight[w + i] * x[i];
-    y[row] = a + b + c + d + (bias ? bias[row] : 0);
+    y[row] = a;
+    y[row + 1] = b;
+    y[row + 2] = c;
+    y[row + 3] = d;
   }
+  for (; row < rows; row++, w += n) {
+    let sum = 0;
+    for (let i = 0; i < n; i++) sum += weight[w + i] * x[i];
+    y[row] = sum;
+  }
+  if (bias) for (let i = 0; i < rows; i++) y[i] += bias[i];
 }
 
 /* RMSNorm (arXiv:1910.07467): y = x / sqrt(mean(x^2) + eps) * weight, of `weight.length` numbers from `start` on. */
@@ -160,7 +170,7 @@ class Network {
   /* softmax(q k^T / sqrt(head_dim)) v: each head's query weighs the values of the tokens it sees. With fewer heads of
      keys and values than of queries, groups of queries share one (arXiv:2305.13245). window 0: it sees all. */
   attention(layer, window, x, position) {
-    const { n_head, n_kv_head, head_dim: D, n_embd, qk_norm, norm_eps, rope } = this.config;
+    const { n_head, n_kv_head, head_dim: D, n_embd, block_size, qk_norm, norm_eps, rope } = this.config;
     const name = `blocks.${layer}.attention`, nKeys = n_kv_head * D;
     const qkv = this.linear(`${name}.qkv`, x, n_embd + 2 * nKeys); // queries of all heads, then keys, then values
     for (let head = 0; head < n_head + n_kv_head; head++) {
@@ -168,23 +178,21 @@ class Network {
       if (qk_norm) rmsNorm(qkv, qkv, norm, norm_eps, head * D);
       if (rope) rotate(qkv, head * D, D, position, rope);
     }
-    const keys = this.keys[layer], values = this.values[layer];
-    keys.set(qkv.subarray(n_embd, n_embd + nKeys), position * nKeys);
-    values.set(qkv.subarray(n_embd + nKeys), position * nKeys);
+    const keys = this.keys[layer], values = this.values[layer]; // (n_kv_head, block_size, D)
+    for (let head = 0; head < n_kv_head; head++) {
+      const k = n_embd + head * D, v = k + nKeys, at = (head * block_size + position) * D;
+      keys.set(qkv.subarray(k, k + D), at);
+      values.set(qkv.subarray(v, v + D), at);
+    }
 
     const first = window ? Math.max(0, position - window + 1) : 0, n = position - first + 1;
     const scores = new Float64Array(n), y = new Float64Array(n_embd);
     for (let head = 0; head < n_head; head++) {
-      const q = head * D, shared = Math.floor((head * n_kv_head) / n_head) * D;
-      for (let t = 0, k = first * nKeys + shared; t < n; t++, k += nKeys) {
-        let score = 0;
-        for (let i = 0; i < D; i++) score += qkv[q + i] * keys[k + i];
-        scores[t] = score / Math.sqrt(D);
-      }
-      softmax(scores);
-      for (let t = 0, v = first * nKeys + shared; t < n; t++, v += nKeys) {
-        for (let i = 0; i < D; i++) y[q + i] += scores[t] * values[v + i];
-      }
+      const q = head * D, shared = Math.floor((head * n_kv_head) / n_head), start = (shared * block_size + first) * D;
+      linear(scores, keys, qkv.subarray(q, q + D), null, start); // the keys are the rows of a matrix
+      softmax(scores.map((score) => score / Math.sqrt(D))).forEach((share, t) => {
+        for (let i = 0, v = start + t * D; i < D; i++) y[q + i] += share * values[v + i];
+      });
     }
     return this.linear(`${name}.out`, y, n_embd);
   }
