@@ -118,8 +118,8 @@ function say(element, key, values) {
   element.textContent = key ? word(key, values) : "";
 }
 
-function number(value, digits = 0) {
-  return value.toLocaleString(language, { maximumFractionDigits: digits });
+function number(value) {
+  return value.toLocaleString(language, { maximumFractionDigits: 0 });
 }
 
 function percent(p) {
@@ -322,7 +322,7 @@ function onceAFrame(show) {
 
 /* What stands below an answer. message.text: the sign for bytes that never became a character. */
 function finish(turn, answer, { reason, text, n_tokens, tokens_per_second }) {
-  answer.append(text);
+  if (text) answer.append(text);
   if (reason !== "end") say(make("p", "below", turn), reason);
   const speed = n_tokens > 1 ? number(tokens_per_second) : "";
   say(make("p", "below figures", turn), "figures_of_answer", { n: n_tokens, speed });
@@ -453,12 +453,16 @@ function startWorker(about) {
 function start() {
   const about = JSON.parse($("about").textContent), { config, name, n_weights, type } = about;
   document.title = $("name").textContent = name;
-  const [weights, vocabulary, window] = [n_weights, config.vocab_size, config.block_size].map((n) => number(n));
+  const [weights, vocabulary, window] = [n_weights, config.vocab_size, config.block_size].map(number);
   say($("figures"), "figures", { weights, bits: type === "q8_0" ? 8 : 32, vocabulary, window });
   $("max-length").placeholder = config.block_size;
   say($("notice"), "loading");
-  startWorker(about);
-  $("question").focus();
+  try {
+    startWorker(about);
+  } catch ({ message }) {
+    say($("notice"), "failed", { message });
+  }
+  if (matchMedia("(hover: hover)").matches) $("question").focus(); // on a phone the keyboard would cover the page
 }
 
 useTheme(darkness.matches ? "dark" : "light");
