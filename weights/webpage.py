@@ -2,8 +2,9 @@
 
     write_page("answer.html", model, tokenizer, "q8_0")
 
-The file holds the weights, the tokenizer and the code: page.html (what is seen), page.js (what it does), tokenizer.js
-and model.js (the model in plain JavaScript). It loads nothing, and its Content-Security-Policy lets it load nothing.
+The file holds the weights, the tokenizer and the code: page.html and page.css (what is seen), page.js (what it does),
+tokenizer.js and model.js (the model in plain JavaScript). It loads nothing, and its Content-Security-Policy lets it load
+nothing.
 """
 
 import base64
