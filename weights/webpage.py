@@ -3,8 +3,7 @@
     write_page("answer.html", model, tokenizer, "q8_0")
 
 The file holds the weights, the tokenizer and the code: page.html and page.css (what is seen), page.js (what it does),
-tokenizer.js and model.js (the model in plain JavaScript). It loads nothing, and its Content-Security-Policy lets it load
-nothing.
+tokenizer.js and model.js (the model in plain JavaScript). It loads nothing; its Content-Security-Policy allows nothing.
 """
 
 import base64
