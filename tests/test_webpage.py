@@ -140,7 +140,7 @@ class Page:
     def __init__(self, browser, path: Path, **context) -> None:
         self.context = browser.new_context(**{"locale": "en-GB", **context})
         self.tab = self.context.new_page()
-        self.tab.set_default_timeout(20_000)
+        self.tab.set_default_timeout(60_000)
         self.requests, self.troubles = [], []
         self.tab.on("request", lambda request: self.requests.append(request.url))
         self.tab.on("pageerror", lambda error: self.troubles.append(str(error)))

@@ -190,9 +190,12 @@ class Network {
     for (let head = 0; head < n_head; head++) {
       const q = head * D, shared = Math.floor((head * n_kv_head) / n_head), start = (shared * block_size + first) * D;
       linear(scores, keys, qkv.subarray(q, q + D), null, start); // the keys are the rows of a matrix
-      softmax(scores.map((score) => score / Math.sqrt(D))).forEach((share, t) => {
-        for (let i = 0, v = start + t * D; i < D; i++) y[q + i] += share * values[v + i];
-      });
+      for (let t = 0; t < n; t++) scores[t] /= Math.sqrt(D);
+      softmax(scores);
+      for (let t = 0, v = start; t < n; t++, v += D) {
+        const share = scores[t];
+        for (let i = 0; i < D; i++) y[q + i] += share * values[v + i];
+      }
     }
     return this.linear(`${name}.out`, y, n_embd);
   }
