@@ -478,6 +478,8 @@ def test_tokens_can_be_read_by_keyboard_and_by_touch(open_page, characters):
     box = card.bounding_box()
     assert min(box["x"], box["y"]) >= 0
     assert box["x"] + box["width"] <= 390 and box["y"] + box["height"] <= 800
+    token = page.tab.locator(".token.shown").bounding_box()
+    assert box["y"] >= token["y"] + token["height"] or box["y"] + box["height"] <= token["y"]  # it stays in sight
     page.tab.locator("h1").tap()
     assert card.is_hidden()
     page.tab.focus("#question")

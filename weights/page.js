@@ -212,12 +212,15 @@ function showOthers(element) {
   placeBeside($("others"), element.getClientRects()[0]);
 }
 
-/* Below a rectangle, above it where there is no room, and always inside the window. */
-function placeBeside(card, { left, top, bottom }) {
+/* Below a rectangle, where there is no room above it, else beside it; always inside the window. */
+function placeBeside(card, { left, right, top, bottom }) {
   const { width, height } = card.getBoundingClientRect(), gap = 10;
-  const below = bottom + gap, fits = below + height + gap <= innerHeight;
-  card.style.left = `${Math.max(gap, Math.min(left - 16, innerWidth - width - gap))}px`;
-  card.style.top = `${Math.max(gap, fits ? below : top - gap - height)}px`;
+  const lowest = innerHeight - height - gap, rightmost = innerWidth - width - gap;
+  const below = bottom + gap, above = top - gap - height, is_beside = below > lowest && above < gap;
+  const x = !is_beside ? left - 16 : right + gap <= rightmost ? right + gap : left - gap - width;
+  const y = below <= lowest ? below : above;
+  card.style.left = `${Math.max(gap, Math.min(x, rightmost))}px`;
+  card.style.top = `${Math.max(gap, Math.min(y, lowest))}px`;
 }
 
 function hideOthers() {
