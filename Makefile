@@ -1,11 +1,12 @@
 # make setup: the environment in .venv | make quickstart: a text file to a model that answers | make lint
-# make test: all tests | make test-cluster: those on two hosts made of network namespaces alone | make bench: speed
+# make test: all tests but make test-real, which trains the quickstart's model and talks to it, and runs SmolLM2
+# make test-cluster: those on two hosts made of network namespaces alone | make bench: speed
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: setup quickstart test test-cluster bench lint clean
+.PHONY: setup quickstart test test-real test-cluster bench lint clean
 
 setup: $(VENV)/.requirements
 
@@ -26,12 +27,21 @@ quickstart: setup
 	$(PY) train.py -t pretrain
 	$(PY) train.py -t sft
 	$(PY) plot_loss.py -n $$(ls -tr train_*.log | tail -n 2) -o quickstart.png
-	@for question in "What is the colour of Zupin?" "57加20等于多少？" "单词onaw倒过来是什么？"; do \
+	@for question in "What is the colour of Zupin?" "97加67等于多少？" "单词ikepi倒过来是什么？"; do \
 		echo "> $$question"; $(PY) inference.py -i -m checkpoint/sft.pt -t 0 -p "$$question"; done
+	@echo
+	@echo "Talk to it:  $(PY) inference.py -i -m checkpoint/sft.pt -t 0"
+	@echo "  a greeting:                hello      你好"
+	@echo "  a fact, then a follow-up:  What is the capital of Zupin?      and its animal?"
+	@echo "  a sum:                     57 + 20"
+	@echo
 	$(PY) evaluate.py --questions dataset/held_out.jsonl -m checkpoint/sft.pt
 
 test: $(VENV)/.requirements-dev
 	$(PY) -m pytest -n logical --dist worksteal --durations 10
+
+test-real: $(VENV)/.requirements-dev
+	$(PY) -m pytest --real tests/test_quickstart.py tests/test_smollm2.py
 
 test-cluster: $(VENV)/.requirements-dev
 	$(PY) -m pytest -rs tests/test_cluster.py

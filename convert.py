@@ -4,7 +4,8 @@ python convert.py checkpoint/sft.pt answer/                    a folder for tran
 python convert.py checkpoint/sft.pt answer.gguf --type q8_0    a file for llama.cpp, Ollama, LM Studio
 python convert.py checkpoint/sft.pt answer.html                one web page that runs the model, to mail to a friend
 python convert.py checkpoint/sft.pt answer/ --lora checkpoint/sft_lora.pt      with an adapter merged into it
-python convert.py answer/ checkpoint/answer.pt                 and back
+python convert.py out/ckpt.pt checkpoint/mine.pt --from nanogpt --tokenizer data/shakespeare_char/meta.pkl
+python convert.py SmolLM2-135M-Instruct/ checkpoint/smollm2.pt                and from there, with its tokenizer
 
 What a file is shows in its name: X.pt is ours, X.gguf llama.cpp's, X.html a page, a folder Hugging Face's. What a
 format cannot say exactly is refused, with the reason.
@@ -18,10 +19,13 @@ import torch
 
 from base.configuration import Parser, UserError, command_line, run_main
 from model import GPT
+from text.template import TEMPLATES
 from text.tokenizer import Tokenizer
 from weights import gguf, huggingface, lora, webpage
 from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model, save_checkpoint
+from weights.nanogpt import read_nanogpt
 
+TEMPLATE_HELP = "chat template of SOURCE, where its own is none that is known: " + ", ".join(TEMPLATES)
 TYPES = ("float32", "bfloat16", "float16", "q8_0")
 
 
@@ -73,7 +77,7 @@ def write_gguf(path: str, model: GPT, tokenizer: Tokenizer, type_name: str) -> s
     )
 
 
-def read_page(path: str) -> tuple[GPT, Tokenizer]:
+def read_page(path: str, _: str = "") -> tuple[GPT, Tokenizer]:
     raise UserError(f"{path}: a web page is not read back: convert the checkpoint that it was made of")
 
 
@@ -107,15 +111,29 @@ def main() -> None:
     parser.add_argument("source", metavar="SOURCE", help="X.pt, X.gguf, or a folder of Hugging Face's")
     parser.add_argument("target", metavar="TARGET", help="likewise, or X.html")
     parser.add_argument("--type", choices=TYPES, help="of the numbers [float32; of a page q8_0: 8 bits]")
+    parser.add_argument("--template", metavar="NAME", default="", choices=("", *TEMPLATES), help=TEMPLATE_HELP)
     parser.add_argument("--lora", metavar="FILE", default="", help="merge this adapter of SOURCE into it")
+    parser.add_argument("--from", dest="origin", choices=("", "nanogpt"), default="", help="SOURCE is nanoGPT's X.pt")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", default="", help="for nanoGPT: meta.pkl or GPT-2's tokenizer.json"
+    )
     args, _ = parser.parse()
     source, target = format_of(args.source), format_of(args.target)
     if Path(args.target).exists():
         raise UserError(f"{args.target}: exists already")
     if args.lora and source != ".pt":
         raise UserError("--lora: an adapter belongs to a checkpoint of ours")
+    if args.template and source == ".pt":
+        raise UserError("--template: the tokenizer of a checkpoint of ours has its template already")
+    if args.origin and (source != ".pt" or args.lora):
+        raise UserError("--from nanogpt: SOURCE is a checkpoint of nanoGPT's (out/ckpt.pt), without --lora")
+    if args.tokenizer and not args.origin:
+        raise UserError("--tokenizer is for --from nanogpt: what else is read has its tokenizer with it")
     read, (_, write) = FORMATS[source][0], FORMATS[target]
-    model, tokenizer = read(args.source, args.lora) if args.lora else read(args.source)
+    if args.origin:
+        model, tokenizer = read_nanogpt(args.source, args.tokenizer)
+    else:
+        model, tokenizer = read(args.source, args.lora or args.template)
     type_name = args.type or DEFAULT_TYPES.get(target, "float32")
     use = write(args.target, model.eval(), tokenizer, type_name)
     files = [Path(args.target)] if Path(args.target).is_file() else list(Path(args.target).iterdir())

@@ -48,15 +48,13 @@ from text.scan import SPLIT_BY, CorpusScan, progress_bar, scan_corpus, some_name
 from text.splitting import Split
 from text.token_files import HEADER_SIZE, TokenFile, TokenFileWriter, arguments_for_all, read_header
 from text.tokenizer import (
-    BOS,
-    EOS,
     BPETokenizer,
     CharTokenizer,
     Messages,
     Tokenizer,
-    load_tokenizer,
     remove_special_tokens,
 )
+from text.tokenizer_files import load_tokenizer
 
 BPE_SAMPLE = 50_000_000  # characters that BPE merges are learned from
 N_LEFT_OUT = 10  # files left out that are named
@@ -84,7 +82,7 @@ def write_token_files(
     sources = [source.describe() for source in scan.sources]
     header_size = HEADER_SIZE + 2 * len(json.dumps(sources)) // 4096 * 4096
     writers = {
-        name: TokenFileWriter(files.enter_context(atomic_write(path)), tokenizer.vocab_size, has_samples, header_size)
+        name: TokenFileWriter(files.enter_context(atomic_write(path)), tokenizer, has_samples, header_size)
         for name, path in paths.items()
     }
     with progress_bar(scan.sources, f"encoding {stage}") as progress, ThreadPoolExecutor(1) as executor:
@@ -104,6 +102,8 @@ def write_token_files(
             "has_pairs": stage == "dpo",
             "tokenizer": tokenizer.fingerprint(),
             "vocab_size": tokenizer.vocab_size,
+            "bos": tokenizer.bos,
+            "eos": tokenizer.eos,
             "val_fraction": args.val_fraction,
             "duplicates_removed": split.n_duplicates,
             "empty_removed": scan.n_empty,
@@ -123,17 +123,15 @@ def write_documents(
     tokenizer: Tokenizer,
     writers: dict[str, TokenFileWriter],
 ) -> int:
-    """Encode documents, each as <|bos|>text<|eos|>; returns their number."""
+    """Encode documents, each as <|bos|>text<|eos|> (or what the tokenizer has for that); returns their number."""
     record = start = 0  # start: characters of the document before this piece
     delimit = split.n_kept > 1  # a text alone has no neighbours to be delimited from
     for text, begins, ends, _ in documents:
         if split.is_kept[record]:
             parts = split.parts(record, text, start)
             for i, (name, part) in enumerate(parts):
-                first = [BOS] if delimit and begins and i == 0 else []
-                last = [EOS] if delimit and ends and i == len(parts) - 1 else []
-                delimited = [np.array(first, tokenizer.dtype), tokenizer.encode(part, special=True), last]
-                ids = np.concatenate(delimited, dtype=tokenizer.dtype, casting="unsafe")
+                is_first, is_last = delimit and begins and i == 0, delimit and ends and i == len(parts) - 1
+                ids = tokenizer.delimit([tokenizer.encode(part, special=True)], is_first, is_last)
                 writers[name].add(ids, len(remove_special_tokens(part)))
         start = 0 if ends else start + len(text)
         record += ends

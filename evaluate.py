@@ -37,7 +37,7 @@ from serving.text_generator import (
 )
 from text.corpus import BadLines, documents, find_sources, read_conversations
 from text.formats import Source, check_encoding, parse_fields, printable_name
-from text.tokenizer import BOS, EOS, UNKNOWN, Messages, Tokenizer, normalise, remove_special_tokens
+from text.tokenizer import Messages, Tokenizer, normalise, remove_special_tokens
 from training.run_log import print_table
 from weights import lora
 from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
@@ -82,11 +82,10 @@ def read_ids(sources: list[Source], tokenizer: Tokenizer) -> tuple[np.ndarray, s
     """Token ids (T,) of texts, as data.py encodes them, and their characters."""
     pieces = [piece for source in sources for piece in documents(source, BadLines(0))]
     delimit = sum(ends for _, _, ends in pieces) > 1  # a text alone has no neighbours to be delimited from
-    parts = [[]]
+    parts = [np.empty(0, tokenizer.dtype)]
     for text, begins, ends in pieces:
-        first, last = [BOS] * (delimit and begins), [EOS] * (delimit and ends)
-        parts += [first, tokenizer.encode(text, special=True), last]
-    ids = np.concatenate(parts, dtype=tokenizer.dtype, casting="unsafe")
+        parts.append(tokenizer.delimit([tokenizer.encode(text, special=True)], delimit and begins, delimit and ends))
+    ids = np.concatenate(parts)
     return ids, remove_special_tokens("".join(text for text, _, _ in pieces))
 
 
@@ -162,7 +161,7 @@ def perplexity_by_position(
     if factor > 1 and not own.get("use_rope", True):
         raise UserError(f"{path}: learned positions end at {own['block_size']}: --factor needs RoPE")
     if note := unknown_note(tokenizer, characters):
-        share = f"{100 * np.mean(ids == UNKNOWN):.1f}% of {file}"
+        share = f"{100 * np.mean(ids == tokenizer.unknown):.1f}% of {file}"
         tell(f"warning: {share}: {note}; the perplexity counts all of these as one token")
     losses = {}
     for scaling in dict.fromkeys([own.get("rope_scaling", "none"), *scalings]):

@@ -26,7 +26,7 @@ from layers.experts import MixtureOfExperts, Routing
 from layers.generation import generate_tokens
 from layers.head import Head
 from layers.masks import attention_mask, block_masks, positions_inside
-from layers.norm import RMSNorm, rms_norm
+from layers.norm import NORMS, RMSNorm, make_norm, rms_norm
 from layers.rope import ROPE_SCALING, apply_rope, rope_table
 from layers.sampling import check_sampling, check_token_ids, sample
 
@@ -37,7 +37,7 @@ SDP_KERNELS = {
     "math": SDPBackend.MATH,
 }
 RopeAngles = tuple[torch.Tensor, torch.Tensor]  # cosines and signed sines of the positions, as apply_rope takes them
-MLP_HIDDEN = {"swiglu": 8 / 3, "gelu": 4, "relu2": 4}  # width over n_embd: equal parameter counts
+MLP_HIDDEN = {"swiglu": 8 / 3, "gelu": 4, "gelu_tanh": 4, "relu2": 4}  # width over n_embd: equal parameter counts
 
 
 @dataclass
@@ -50,13 +50,16 @@ class ModelConfig(Config):
     n_head: int = option(4, "attention heads", minimum=1)
     n_embd: int = option(256, "embedding dimension (width)", minimum=1, maximum=1 << 20)
     n_kv_head: int | None = option(None, "key/value heads (grouped-query attention); null: n_head", minimum=1)
+    head_dim: int | None = option(None, "dimension of a head; null: n_embd / n_head", minimum=1, maximum=1 << 20)
     n_hidden: int | None = option(
         None, "hidden dimension of the MLP; null: 8/3 n_embd for swiglu, else 4 n_embd", minimum=1, maximum=1 << 22
     )
     mlp: str = option("swiglu", "kind of MLP", choices=MLP_HIDDEN)
     dropout: float = option(0.0, "dropout rate", minimum=0.0, maximum=0.99)
-    bias: bool = option(False, "biases in the linear layers")
-    norm_eps: float = option(1e-5, "epsilon of RMSNorm", above=0.0)
+    bias: bool = option(False, "biases in the linear layers, and in layernorm")
+    qkv_bias: bool = option(False, "biases on queries, keys and values alone, as in Qwen2")
+    norm: str = option("rmsnorm", "normalisation; layernorm: as in GPT-2", choices=NORMS)
+    norm_eps: float = option(1e-5, "epsilon of the normalisation", above=0.0)
     qk_norm: bool = option(True, "RMSNorm on queries and keys, per head")
     is_causal: bool = option(True, "causal attention; false: full attention")
     attention_window: list[int] = option(
@@ -96,13 +99,15 @@ class ModelConfig(Config):
             self.n_hidden = 32 * math.ceil(MLP_HIDDEN[self.mlp] * self.n_embd / 32)
         if self.rope_trained_length is None:  # kept from now on, however far the window is widened
             self.rope_trained_length = max(1, round(self.block_size / self.rope_factor))
-        if self.n_embd % self.n_head:
-            raise UserError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
+        if self.head_dim is None:
+            if self.n_embd % self.n_head:
+                raise UserError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
+            self.head_dim = self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})")
         if self.use_rope and self.head_dim % 2:
             raise UserError(
-                f"RoPE needs an even head size: n_embd / n_head is {self.head_dim}; or set use_rope to false"
+                f"RoPE needs an even head_dim (n_embd / n_head), got {self.head_dim}; or set use_rope to false"
             )
 
         if self.rope_scaling != "none" and not self.use_rope:
@@ -115,10 +120,6 @@ class ModelConfig(Config):
             )
         if self.n_expert and (self.mlp != "swiglu" or self.bias):
             raise UserError("experts are swiglu MLPs without biases: mlp must be swiglu, bias false")
-
-    @property
-    def head_dim(self) -> int:
-        return self.n_embd // self.n_head
 
     @property
     def windows(self) -> list[int]:
@@ -138,8 +139,8 @@ class Attention(nn.Module):
         self.config, self.layer = config, layer
         # one matrix for queries, keys and values of all heads: one large product is faster than many small ones
         n_heads = config.n_head + 2 * config.n_kv_head
-        self.qkv = nn.Linear(config.n_embd, n_heads * config.head_dim, bias=config.bias)
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.qkv = nn.Linear(config.n_embd, n_heads * config.head_dim, bias=config.bias or config.qkv_bias)
+        self.out = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         if config.qk_norm:  # bounds the attention logits, so that larger learning rates are stable (arXiv:2302.05442)
             self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
@@ -167,7 +168,7 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
     ) -> torch.Tensor:
         config = self.config
-        B, T, C = x.shape
+        B, T, _ = x.shape
         q, k, v = self.project(x, rope)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # T new tokens see the cached ones too
@@ -180,15 +181,15 @@ class Attention(nn.Module):
             if config.n_kv_head < config.n_head:  # every key/value head serves a group of query heads
                 k, v = (t.repeat_interleave(config.n_head // config.n_kv_head, dim=1) for t in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, n_head, T, head_dim) -> heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, -1)  # (B, n_head, T, head_dim) -> heads side by side again
         return self.residual_dropout(self.out(y))
 
 
 class MLP(nn.Module):
     """Two linear layers around a nonlinearity, for every token by itself.
 
-    swiglu: silu(gate) * up, with a third matrix for the gate (Shazeer 2020, arXiv:2002.05202); gelu; or relu2, the
-    square of relu (So et al. 2021, arXiv:2109.08668).
+    swiglu: silu(gate) * up, with a third matrix for the gate (Shazeer 2020, arXiv:2002.05202); gelu (gelu_tanh: GPT-2's
+    approximation of it); or relu2, the square of relu (So et al. 2021, arXiv:2109.08668).
     """
 
     def __init__(self, config: ModelConfig, n_hidden: int) -> None:
@@ -204,8 +205,8 @@ class MLP(nn.Module):
         if self.kind == "swiglu":
             gate, up = x.chunk(2, dim=-1)
             x = F.silu(gate) * up
-        elif self.kind == "gelu":
-            x = F.gelu(x)
+        elif self.kind in ("gelu", "gelu_tanh"):
+            x = F.gelu(x, approximate="none" if self.kind == "gelu" else "tanh")
         else:
             x = F.relu(x).square()
         return self.residual_dropout(self.down(x))
@@ -220,9 +221,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config = config
-        self.attention_norm = RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.attention_norm = make_norm(config)
         self.attention = Attention(config, layer)
-        self.mlp_norm = RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.mlp_norm = make_norm(config)
         if config.n_expert:
             n_shared = config.n_shared_expert
             self.mlp = MixtureOfExperts(config, MLP(config, n_shared * config.n_hidden) if n_shared else None)
@@ -268,7 +269,7 @@ class GPT(nn.Module):
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.embedding_dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.norm = make_norm(config)
         self.lm_head = Head(config.n_embd, config.vocab_size)
         if config.tie_embeddings:  # a token's embedding is also the direction that predicts it (arXiv:1608.05859)
             self.lm_head.weight = self.token_embedding.weight
@@ -395,7 +396,7 @@ class GPT(nn.Module):
         for window in config.windows:
             w = min(window, T) if window else T
             keys += w - w * w / (2 * T) if config.is_causal else min(T, 2 * w - 1 if window else T)
-        return int(6 * self._n_matrix_weights + 12 * config.n_embd * keys)
+        return int(6 * self._n_matrix_weights + 12 * config.n_head * config.head_dim * keys)
 
     @torch.inference_mode()
     def predict(self, idx: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ experts         mixture of experts (MoE) with a top-k router
 generation      autoregressive decoding
 head            output layer and cross-entropy loss without storing all logits
 masks           attention masks: causal, sliding window, block-diagonal for packed documents
-norm            RMSNorm
+norm            RMSNorm, LayerNorm
 rope            rotary position embeddings
 sampling        temperature, top-k, nucleus sampling
 """

@@ -2,13 +2,19 @@
 
     y = x / sqrt(mean(x^2) + eps) * weight          # the mean over the last dimension, weight is learned
 
+LayerNorm (Ba et al. 2016, arXiv:1607.06450), which GPT-2 has, subtracts the mean first, and may add a bias.
+
 On a GPU torch has one kernel for it. On a CPU autograd would run some ten small operations forward, and as many
 backward: there the backward pass is written by hand.
 """
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+NORMS = ("rmsnorm", "layernorm")
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -58,3 +64,10 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+def make_norm(config: Any) -> nn.Module:
+    """The normalisation of the residual stream that a ModelConfig asks for."""
+    if config.norm == "layernorm":
+        return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+    return RMSNorm(config.n_embd, eps=config.norm_eps)

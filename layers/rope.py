@@ -10,7 +10,7 @@ import math
 
 import torch
 
-ROPE_SCALING = ("none", "linear", "ntk", "yarn")
+ROPE_SCALING = ("none", "linear", "ntk", "yarn", "llama3")
 
 
 def rope_table(
@@ -48,7 +48,8 @@ def rope_frequencies(
     All kinds read `factor` times as far as trained_length, the window of the training; Peng et al. 2023 (YaRN,
     arXiv:2309.00071) describes them. linear: positions are interpolated (Chen et al. 2023, arXiv:2306.15595). ntk: a
     larger base, which stretches the slow pairs and spares the fast ones. yarn: pairs that turn often within the trained
-    window stay as they are, those that never complete a turn are interpolated, with a ramp between.
+    window stay as they are, those that never complete a turn are interpolated, with a ramp between. llama3: the same
+    idea in Llama 3.1 (Llama Team 2024, arXiv:2407.21783), with other bounds and a ramp over the number of turns.
     """
     D = head_dim
     if scaling == "ntk" and D > 2:
@@ -56,6 +57,10 @@ def rope_frequencies(
     frequency = 1.0 / theta ** (torch.arange(0, D, 2).float() / D)
     if scaling == "linear":
         return frequency / factor, 1.0
+    if scaling == "llama3":
+        turns = trained_length * frequency / (2 * math.pi)
+        keep = ((turns - 1) / (4 - 1)).clamp(0, 1)  # 1: four turns or more, stays; 0: one or less, is interpolated
+        return frequency * keep + frequency / factor * (1 - keep), 1.0
     if scaling != "yarn":
         return frequency, 1.0
 

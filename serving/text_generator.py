@@ -16,7 +16,7 @@ import torch
 from base.configuration import Config, UserError, option
 from base.devices import find_device
 from model import GPT
-from text.tokenizer import EOS, SPECIAL_TOKENS, UNKNOWN, Messages, Tokenizer, normalise
+from text.tokenizer import SPECIAL_TOKENS, UNKNOWN, Messages, Tokenizer, normalise
 from weights import lora
 from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
 
@@ -64,7 +64,8 @@ class TextGenerator:
         if self.instruct:
             ids = self.chat_ids([*history, {"role": "user", "content": prompt}], min(limit, window) * 3 // 4)
         else:
-            ids = self.tokenizer.encode(normalise(prompt)).tolist()
+            first = [self.tokenizer.bos] if self.tokenizer.adds_bos else []
+            ids = [*first, *self.tokenizer.encode(normalise(prompt)).tolist()]
         n_tokens = len(ids)
         if not ids or (self.instruct and not prompt.strip()):
             raise UserError("the prompt is empty")
@@ -100,7 +101,7 @@ class TextGenerator:
     ) -> Iterator[str]:
         """Pieces of the answer (or continuation) as they are generated; raises UserError for a prompt too long.
 
-        drawn: a list to add every token to that is drawn, <|eos|> included.
+        drawn: a list to add every token to that is drawn, the one that ends the answer included.
         """
         ids = self.prompt_ids(prompt, history, config.max_length)
         steps = self.model.generate(
@@ -111,7 +112,7 @@ class TextGenerator:
             top_p=config.top_p,
             min_p=config.min_p,
             repetition_penalty=config.repetition_penalty,
-            stop_tokens=(EOS,),
+            stop_tokens=self.tokenizer.stop_tokens,
             seed=config.seed,
         )
 
@@ -121,7 +122,7 @@ class TextGenerator:
             drawn.append(step.item())
             return drawn[-1]
 
-        tokens = itertools.takewhile(lambda token: token != EOS, map(drawn_token, steps))
+        tokens = itertools.takewhile(lambda token: token not in self.tokenizer.stop_tokens, map(drawn_token, steps))
         yield from until_stop(self.tokenizer.stream(tokens), self.stop)
 
     def use_adapter(self, path: str) -> None:

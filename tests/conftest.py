@@ -139,6 +139,7 @@ def read_log(path: Path, kind: str) -> list[dict]:
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="10,000 mutated files, 10,000 training steps")
+    parser.addoption("--real", action="store_true", help="train the quickstart's model, run SmolLM2: half an hour")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from text.cleaning import N_SHINGLE, Cleaner, CleaningConfig, split_at_sentences
 from text.token_files import TokenFile
-from text.tokenizer import load_tokenizer
+from text.tokenizer_files import load_tokenizer
 
 letters = random.Random(5)
 WORDS = ["ship", "sea", "storm"] + ["".join(letters.choices("abcdefghijklmnop", k=5)) for _ in range(300)]

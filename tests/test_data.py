@@ -15,7 +15,8 @@ from base.prefetching import prefetch
 from model import GPT, ModelConfig
 from text.batches import TrainBatches, ValidationBatches, collate, document_ids, pack, prefetch_steps
 from text.token_files import TokenFile, TokenFileWriter
-from text.tokenizer import BOS, EOS, PADDING, RESPONSE, UNKNOWN, load_tokenizer
+from text.tokenizer import BOS, EOS, PADDING, RESPONSE, UNKNOWN, CharTokenizer
+from text.tokenizer_files import load_tokenizer
 
 
 def tokens_of(folder, stage, split):
@@ -316,7 +317,8 @@ def test_target_counts_equal_a_dictionary_count(tmp_path):
     rng = np.random.default_rng(0)
     pieces = [rng.integers(0, 300, n) for n in (1, 5, 0, 3_000_000, 70_000, *[2] * 50)]
     with open(tmp_path / "file", "wb") as file:
-        writer = TokenFileWriter(file, 300, has_samples=False)
+        tokenizer = CharTokenizer("".join(map(chr, range(1000, 1294))))  # and 6 special tokens
+        writer = TokenFileWriter(file, tokenizer, has_samples=False)
         for ids in pieces:
             writer.add(ids, len(ids))
         expected = Counter(itertools.chain.from_iterable(ids.tolist() for ids in pieces))

@@ -21,7 +21,7 @@ from base.configuration import UserError
 from text.corpus import split_documents
 from text.records import EmptyRecord, parse_conversation, parse_preference, rename_fields
 from text.token_files import TokenFile
-from text.tokenizer import load_tokenizer
+from text.tokenizer_files import load_tokenizer
 
 QUESTIONS = [
     {"question": f'What is "{i}", squared?\n(a number)', "answer": f"{i * i}; 平方, it's so"} for i in range(40)

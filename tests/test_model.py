@@ -481,7 +481,7 @@ def test_tokens_outside_the_vocabulary_are_refused(token):
     ("fields", "message"),
     [
         ({"n_embd": 30}, "n_embd .30. must be divisible by n_head .4."),
-        ({"n_embd": 20}, "even head size"),
+        ({"n_embd": 20}, "even head_dim"),
         ({"n_kv_head": 3}, "n_kv_head"),
         ({"n_layer": 0}, "n_layer must be at least 1, got 0"),
         ({"mlp": "swiglo"}, "did you mean swiglu"),

@@ -8,7 +8,7 @@ from processes import newest_log, train_on
 from base.configuration import UserError
 from text.batches import TrainBatches
 from text.token_files import TokenFile
-from text.tokenizer import load_tokenizer
+from text.tokenizer_files import load_tokenizer
 from training import losses
 from training.config import TrainConfig
 from training.engine import Engine

@@ -12,7 +12,7 @@ PRESETS = [
     path
     for path in sorted((ROOT / "config").glob("*.json"))
     if not path.stem.startswith(("model", "deepspeed"))
-    and path.stem not in ("dpo", "distill", "grpo", "sft_lora")  # which have tests of their own
+    and path.stem not in ("dpo", "distill", "grpo", "sft_lora", "finetune")  # which have tests of their own
 ]
 
 

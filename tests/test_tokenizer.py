@@ -15,10 +15,10 @@ from text.tokenizer import (
     UNKNOWN,
     BPETokenizer,
     CharTokenizer,
-    load_tokenizer,
     remove_special_tokens,
     split_at_lines,
 )
+from text.tokenizer_files import load_tokenizer
 
 TEXTS = [
     "Hello, world!\n\ttabs",
@@ -164,7 +164,7 @@ def test_a_text_split_at_lines_is_encoded_like_the_unsplit_text(bpe, text, size)
         json.dumps({"format": 1, "kind": "char", "special_tokens": ["<pad>"], "characters": "ab"}),
     ],
 )
-def test_broken_tokenizer_files_are_refused_by_name(tmp_path, contents):
+def test_broken_tokenizer_json_are_refused_by_name(tmp_path, contents):
     path = tmp_path / "tokenizer.json"
     path.write_text(contents, encoding="utf-8")
     with pytest.raises(UserError, match=r"tokenizer\.json"):

@@ -1,5 +1,6 @@
 """The web page that convert.py writes, opened from disk in a real Chromium and compared with the model in Python."""
 
+import functools
 import itertools
 import json
 import random
@@ -10,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_foreign import KINDS, make_tokenizer
 
 from base.configuration import UserError
 from layers.sampling import filter_logits
 from model import GPT, ModelConfig
 from serving.text_generator import GenerationConfig, TextGenerator
+from text.foreign import ForeignTokenizer
 from text.tokenizer import EOS, SPECIAL_TOKENS, BPETokenizer, CharTokenizer
 from weights import webpage
 
@@ -33,6 +36,10 @@ SHAPES = {
     "linear": {"rope_scaling": "linear", "rope_factor": 4.0},
     "ntk": {"rope_scaling": "ntk", "rope_factor": 4.0},
     "yarn": {"rope_scaling": "yarn", "rope_factor": 4.0},
+    "llama3": {"rope_scaling": "llama3", "rope_factor": 4.0},
+    "Qwen's biases, heads of another size": {"qkv_bias": True, "qk_norm": False, "head_dim": 24, "n_kv_head": 2},
+    "GPT-2's": {"norm": "layernorm", "bias": True, "mlp": "gelu_tanh", "use_rope": False, "qk_norm": False},
+    "layernorm": {"norm": "layernorm"},
     "experts": {"n_expert": 4, "n_hidden": 32},
     "one expert a token": {"n_expert": 4, "n_hidden": 32, "n_expert_per_token": 1},
     "shared experts, biases on the choice": {
@@ -53,6 +60,27 @@ def characters():
 def bpe():
     text = "The quick brown fox, 12345 times! 水果是桃子。你好世界 🙂 éclair's don't  two\n\n  lines\t"
     return BPETokenizer.train([text * 50], 400)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(characters, bpe):
+    """kind -> our tokenizers, and those of other families of models: tokenizers("llama3")."""
+
+    def making(kind: str):
+        if kind in ("characters", "bpe"):
+            return characters if kind == "characters" else bpe
+        theirs = make_tokenizer(kind)
+        contents = json.loads(theirs.backend_tokenizer.to_str())
+        if kind.startswith("qwen"):  # as Qwen has: normalisation, and a token that is found though it is not special
+            contents["normalizer"] = {"type": "NFC"}
+            flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+            contents["added_tokens"].append({"id": len(theirs), "content": "<tool>", **flags})
+        names = {name: getattr(theirs, name) for name in ("bos_token", "eos_token", "pad_token")}
+        names = {name: token for name, token in names.items() if token}
+        n_rows = len(theirs) + 7  # more than tokens
+        return ForeignTokenizer.from_tokenizer_json(contents, names, n_rows, kind, theirs.chat_template)
+
+    return functools.cache(making)
 
 
 def make_model(tokenizer, seed: int = 0, **shape) -> GPT:
@@ -265,9 +293,24 @@ def test_byte_level_bpe_speaks_chinese_and_emoji(open_page, bpe):
     assert page.ask("say") == answer_of(parrot, bpe, "say")[0]
 
 
-def test_both_tokenizers_give_the_ids_of_python(scripts, characters, bpe):
+def odd_texts() -> list[str]:
     rng = random.Random(0)
-    pieces = ["The quick", " brown", "don't", "'ll", "x'y", "123", "½²", "你好", "水果", "🙂", "👩‍👩‍👧", "é", "é"]
+    pieces = [
+        "The quick",
+        " brown",
+        "don't",
+        "'ll",
+        "'LL",
+        "x'y",
+        "123",
+        "½²",
+        "你好",
+        "水果",
+        "🙂",
+        "👩‍👩‍👧",
+        "é",
+        "e\u0301",
+    ]
     spaces = [
         " ",
         "  ",
@@ -284,37 +327,58 @@ def test_both_tokenizers_give_the_ids_of_python(scripts, characters, bpe):
         "\x1c",
         "\x00",
     ]
+    pieces += ["'ſ", "'S", "<tool>", "<|im_end|>", "<|eot_id|>"]
     texts = ["".join(rng.choices(pieces + spaces + list("!?-_<|>"), k=rng.randint(1, 15))) for _ in range(400)]
-    texts += [*pieces, *spaces, *SPECIAL_TOKENS, "", "水" * 300, "a" * 300]
-    for tokenizer, kind in ((characters, "CharTokenizer"), (bpe, "BPETokenizer")):
-        arguments = [webpage.describe_tokenizer(tokenizer), texts]
-        ids = scripts.evaluate(
-            f"([d, texts]) => {{ const t = new {kind}(d); return texts.map(x => t.encode(x)); }}", arguments
-        )
-        assert ids == [tokenizer.encode(text).tolist() for text in texts]
-    lone = scripts.evaluate("d => new BPETokenizer(d).encode('a\\ud800b')", webpage.describe_tokenizer(bpe))
-    assert lone == bpe.encode("a\ud800b").tolist()
+    return [*texts, *pieces, *spaces, *SPECIAL_TOKENS, "", "水" * 300, "a" * 300]
 
 
-def test_a_conversation_is_encoded_by_the_template(scripts, characters, bpe):
+@pytest.mark.parametrize("kind", ["characters", "bpe", *KINDS])
+def test_every_tokenizer_gives_the_ids_of_python(scripts, tokenizers, kind):
+    tokenizer, texts = tokenizers(kind), odd_texts()
+    name = "CharTokenizer" if kind == "characters" else "BPETokenizer"
+    describe = f"const t = new {name}(described);"
+    encode = f"([described, texts]) => {{ {describe} return texts.map((text) => t.encode(text)); }}"
+    ids = scripts.evaluate(encode, [webpage.describe_tokenizer(tokenizer), texts])
+    for text, found in zip(texts, ids, strict=True):
+        assert found == tokenizer.encode(text).tolist(), repr(text)
+    lone = scripts.evaluate(
+        f"(described) => {{ {describe} return t.encode('a\\ud800b'); }}", webpage.describe_tokenizer(tokenizer)
+    )
+    assert lone == tokenizer.encode("a\ud800b").tolist()
     conversation = [
-        {"role": "system", "content": "be kind"},
-        {"role": "user", "content": "hello <|eos|>"},
+        {"role": "system", "content": "be kind\n"},
+        {"role": "user", "content": " hello <|eos|> <|im_end|>"},
         {"role": "assistant", "content": "你好 "},
         {"role": "user", "content": " who?"},
     ]
-    for tokenizer, kind in ((characters, "CharTokenizer"), (bpe, "BPETokenizer")):
-        arguments = [webpage.describe_tokenizer(tokenizer), webpage.TEMPLATE, conversation]
-        ids = scripts.evaluate(f"([d, template, c]) => encodeChat(new {kind}(d), template, c)", arguments)
-        assert ids == tokenizer.encode_chat(conversation)[0].tolist()
-    chatml = {role: {"before": [1, f"{role}\n"], "after": [2, "\n"]} for role in ("system", "user", "assistant")}
-    chatml |= {"system_in_question": False, "prompt": [1, "assistant\n"], "end": 2}
-    arguments[1] = chatml
-    ids = scripts.evaluate("([d, template, c]) => encodeChat(new BPETokenizer(d), template, c)", arguments)
-    expected = []
-    for text in ["system\nbe kind", "\n", "user\nhello <|eos|>", "\n", "assistant\n你好 ", "\n", "user\n who?", "\n"]:
-        expected += [*bpe.encode(text).tolist()] if text == "\n" else [1, *bpe.encode(text).tolist(), 2]
-    assert ids == [*expected, 1, *bpe.encode("assistant\n").tolist()]
+    for messages in (conversation, conversation[1:], conversation[:2]):
+        chat = f"([described, template, messages]) => {{ {describe} return encodeChat(t, template, messages); }}"
+        arguments = [webpage.describe_tokenizer(tokenizer), webpage.describe_template(tokenizer), messages]
+        assert scripts.evaluate(chat, arguments) == tokenizer.encode_chat(messages)[0].tolist()
+
+
+@pytest.mark.parametrize("kind", ["smollm", "llama3"])
+def test_models_of_others_answer_by_their_own_template(open_page, tokenizers, kind):
+    tokenizer = tokenizers(kind)
+    model = make_model(tokenizer, n_kv_head=2, block_size=128)
+    page = open_page(model, tokenizer).set(temperature="0")
+    for question in ["hello world", "你好 🙂"]:
+        assert page.ask_anew(question) == answer_of(model, tokenizer, question)[0]
+    page.set(mode="text")
+    assert page.ask("hello world") == answer_of(model, tokenizer, "hello world", instruct=False)[0]
+
+
+def test_a_tokenizer_that_the_page_does_not_have_is_refused(tokenizers):
+    values = tokenizers("smollm").to_dict()
+    contents = json.loads(values["tokenizer"])
+    contents["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = False
+    other = ForeignTokenizer.from_dict({**values, "tokenizer": json.dumps(contents)}, "x")
+    with pytest.raises(UserError, match="cut text into words"):
+        webpage.describe_tokenizer(other)
+    contents = {**json.loads(values["tokenizer"]), "normalizer": {"type": "Lowercase"}}
+    other = ForeignTokenizer.from_dict({**values, "tokenizer": json.dumps(contents)}, "x")
+    with pytest.raises(UserError, match="Lowercase"):
+        webpage.describe_tokenizer(other)
 
 
 @pytest.mark.parametrize(

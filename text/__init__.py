@@ -9,7 +9,11 @@ scan            the first pass of data.py: hashes, lengths and characters of all
 splitting       which records are for training, which for validation
 baselines       what a trained model must beat
 inspection      what is inside a token file
-tokenizer       character and BPE tokenizers, chat template
+template        chat templates: how a conversation becomes one text
+jinja_rendering renders a template of others, in a process of its own
+tokenizer       character and BPE tokenizers
+foreign         tokenizers of other models
+tokenizer_files reading tokenizers of any kind
 token_files     the binary format of tokenised text
 batches         shuffling, packing and collating samples into batches
 """

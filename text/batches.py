@@ -188,10 +188,10 @@ def pack(samples: list[Sample], block_size: int) -> list[list[Sample]]:
     return rows
 
 
-def document_ids(tokens: np.ndarray) -> np.ndarray:
-    """Every token's document id, counted from 1: a document starts at <|bos|>, and after <|eos|>."""
-    is_first = tokens == BOS
-    is_first[1:] |= tokens[:-1] == EOS
+def document_ids(tokens: np.ndarray, bos: int | None = BOS, eos: int = EOS) -> np.ndarray:
+    """Every token's document id, counted from 1: a document starts at bos (if there is one), and after eos."""
+    is_first = np.zeros(len(tokens), bool) if bos is None else tokens == bos
+    is_first[1:] |= tokens[:-1] == eos
     is_first[0] = True
     return is_first.cumsum()
 
@@ -204,6 +204,7 @@ def collate(
     mask_documents: bool = False,
     keep_mask: bool = False,
     keep_documents: bool = False,
+    delimiters: tuple[int | None, int] = (BOS, EOS),
 ) -> Batch:
     """Rows of samples as one batch, padded to a common length: a multiple of pad_to, at most block_size.
 
@@ -222,7 +223,7 @@ def collate(
             end, is_text = start + len(tokens) - 1, loss_mask is None
             idx[i, start:end], targets[i, start:end] = tokens[:-1], tokens[1:]  # each token predicts the next
             mask[i, start:end] = 1 if is_text else loss_mask[1:]
-            ids = document_ids(tokens[:-1]) if mask_documents and is_text and end > start else 1
+            ids = document_ids(tokens[:-1], *delimiters) if mask_documents and is_text and end > start else 1
             documents[i, start:end] = documents[i].max() + ids
             start = end
     if max(idx.max(), targets.max()) >= vocab_size:
@@ -289,7 +290,8 @@ class Batches:
         keep_mask = self.is_compiled and is_masked
         keep_documents = keep_mask and (self.mask_documents or self.pack_samples)
         shape = self.block_size, self.vocab_size, self.pad_to
-        return collate(rows, *shape, self.mask_documents, keep_mask, keep_documents)
+        delimiters = self.datasets[0].file.delimiters
+        return collate(rows, *shape, self.mask_documents, keep_mask, keep_documents, delimiters)
 
 
 class TrainBatches(Batches):

@@ -24,7 +24,7 @@ from text.tokenizer import Messages, may_contain_special, remove_special_tokens
 LONGEST_DOCUMENT = 1 << 22  # characters; a longer document comes in pieces
 LONGEST_SPECIAL_TOKEN = 16  # characters
 # in folders left out: what this toolkit makes from texts, and keeps for tests
-OWN_FILES = ("held_out.jsonl", "tokenizer.json", "world.py")
+OWN_FILES = ("held_out.jsonl", "tokenizer.json", "world.py", "everyday.py")
 
 delimiter = re.compile(r"(<\|bos\|>|<\|eos\|>|<\|endoftext\|>)")
 

@@ -7,7 +7,7 @@ import numpy as np
 from base.configuration import UserError, escape_control_characters
 from text.batches import Pair, TrainBatches
 from text.token_files import TokenFile
-from text.tokenizer import SPECIAL_TOKENS, Tokenizer
+from text.tokenizer import Tokenizer
 
 N_SOURCES = 5  # source files to name
 
@@ -38,7 +38,10 @@ def inspect(file: TokenFile, tokenizer: Tokenizer, tokenizer_path: str, block_si
         counts += np.bincount(tokens[start : start + (1 << 22)], minlength=len(counts))
     order = np.argsort(-counts, kind="stable")[:20]
     print("most frequent: " + "  ".join(f"{tokenizer.decode([i])!r} {counts[i] / len(tokens):.2%}" for i in order))
-    print("special tokens: " + "  ".join(f"{token} {counts[i]:,}" for i, token in enumerate(SPECIAL_TOKENS)))
+    special = tokenizer.special_tokens.items()
+    print(
+        "special tokens: " + "  ".join(f"{name} {counts[i]:,}" for name, i in special if counts[i] or len(special) < 10)
+    )
     print(f"used: {np.count_nonzero(counts):,} of {len(counts):,} tokens of the vocabulary")
 
     if file.starts is not None:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from base.configuration import UserError
-from text.tokenizer import UNKNOWN
+from text.tokenizer import BOS, EOS, Tokenizer
 
 FORMAT = 2
 HEADER_SIZE = 1 << 16  # bytes at least, reserved in front of the data and filled in at the end
@@ -32,11 +32,11 @@ DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64}
 class TokenFileWriter:
     """Writes one split in a single pass and bounded memory: tokens directly, the loss mask via a temporary file."""
 
-    def __init__(self, file: BinaryIO, vocab_size: int, has_samples: bool, header_size: int = HEADER_SIZE) -> None:
+    def __init__(self, file: BinaryIO, tokenizer: Tokenizer, has_samples: bool, header_size: int = HEADER_SIZE) -> None:
         """header_size: bytes to reserve; the names of thousands of source files need more than the usual."""
-        self.file, self.header_size = file, header_size
-        self.dtype = "U16" if vocab_size <= 1 << 16 else "U32"
-        self._counts = np.zeros(vocab_size, dtype=np.int64)
+        self.file, self.header_size, self.unknown = file, header_size, tokenizer.unknown
+        self.dtype = "U16" if tokenizer.dtype is np.uint16 else "U32"
+        self._counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
         self._uncounted: list[np.ndarray] = []
         self._n_uncounted = 0
         self.n_tokens = self.n_loss_tokens = self.n_unknown = self.n_characters = 0
@@ -73,7 +73,7 @@ class TokenFileWriter:
         if self._n_uncounted > 16 * COUNT_CHUNK:
             self._count()
         self.n_loss_tokens += len(targets)
-        self.n_unknown += int(np.count_nonzero(ids == UNKNOWN))
+        self.n_unknown += 0 if self.unknown is None else int(np.count_nonzero(ids == self.unknown))
         if mask is not None:
             self.mask_file.write(mask.astype(np.uint8).tobytes())
             self.starts.append(self.n_tokens)
@@ -168,6 +168,7 @@ class TokenFile:
                 raise UserError(f"{path}: damaged: {size} bytes, but its header says {end}; run data.py again")
             if int(layout["__metadata__"].pop("crc32")) != add_header_to_checksum(layout, checksum):
                 raise UserError(f"{path}: damaged: wrong checksum; run data.py again")
+            self.delimiters = self.header.get("bos", BOS), self.header.get("eos", EOS)  # of documents
             self.tokens = self._map(layout["tokens"], 8 + length)
             has_samples = "starts" in layout
             self.loss_mask = self._map(layout["loss_mask"], 8 + length) if has_samples else None

@@ -1,11 +1,11 @@
-"""Tokenizers: text to token ids and back. Two kinds with one interface: one token per character, and byte-level BPE.
+"""Tokenizers: text to token ids and back. One token per character, or byte-level BPE; text/foreign.py has a third kind.
 
     tokenizer = CharTokenizer.train(["any text", "更多文字"])
     ids = tokenizer.encode("any text")          # numpy array of uint16, for large vocabularies uint32
     text = tokenizer.decode(ids)
-    tokenizer.save("dataset/tokenizer.json");   tokenizer = load_tokenizer("dataset/tokenizer.json")
+    tokenizer.save("dataset/tokenizer.json")    # and back: load_tokenizer() in tokenizer_files.py
 
-Both kinds give the special tokens the ids 0 to 5. Special tokens are recognised in training text (`special=True`) only:
+These two give the special tokens the ids 0 to 5. Special tokens are recognised in training text (`special=True`) only:
 in a user's prompt, "<|eos|>" is seven ordinary characters, so that nobody can inject control tokens.
 """
 
@@ -13,14 +13,15 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from base.configuration import UserError, read_json
+from base.configuration import UserError
 from base.files import atomic_write
+from text.template import NANO, ChatTemplate, Messages
 
 SPECIAL_TOKENS = ("<|Padding|>", "<|unknown|>", "<|bos|>", "<|eos|>", "<|InstructMark|>", "<|ResponseMark|>")
 PADDING, UNKNOWN, BOS, EOS, INSTRUCT, RESPONSE = range(len(SPECIAL_TOKENS))
@@ -30,8 +31,6 @@ UNICODE_SIZE = 0x110000  # code points are below this
 line_boundary = re.compile(r"(?<=\S\n)(?=\S)")
 special_pattern = re.compile("(" + "|".join(re.escape(token) for token in SPECIAL_TOKENS) + ")")
 
-Messages = list[dict[str, Any]]  # {"role": "system", "user" or "assistant", "content": text}, perhaps "weight": 0
-
 
 def normalise(text: str) -> str:
     """Line ends as \\n and no byte-order mark in front: what data.py does to all text, and so to do to prompts too."""
@@ -40,7 +39,7 @@ def normalise(text: str) -> str:
 
 
 def may_contain_special(text: str) -> bool:
-    """A cheap pre-check: False only if the text has no special token. Searching for one character is much faster."""
+    """A cheap pre-check: False only if the text has no special token of ours. One character is found much faster."""
     return "|" in text and "<|" in text
 
 
@@ -49,54 +48,68 @@ def remove_special_tokens(text: str, replacement: str = "") -> str:
 
 
 class Tokenizer(ABC):
-    """The interface of both tokenizers, with what they share: special tokens, chat template, fingerprint, saving."""
+    """The interface of all tokenizers, with what they share: special tokens, chat template, fingerprint, saving."""
 
     kind: str
     vocab_size: int
+    special_tokens: Mapping[str, int] = dict(zip(SPECIAL_TOKENS, range(len(SPECIAL_TOKENS)), strict=True))
+    special_pattern: re.Pattern = special_pattern  # any of their names, as a group
+    special_mark: str = "<|"  # what all names begin with
+    template: ChatTemplate = NANO
+    bos: int | None = BOS  # begins a document
+    eos: int = EOS  # ends a document
+    unknown: int | None = UNKNOWN  # stands for what has no token
+    adds_bos: bool = False  # a text to continue begins with bos
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:
         """The smallest integer type that holds every id; token files use the same one."""
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return tuple({self.special_tokens[self.template.end_of_answer()], self.eos})
+
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         """Token ids (T,) of a text. special: convert special tokens in the text to their ids."""
-        if not (special and may_contain_special(text)):
-            return self._encode_plain(text)
-        pieces = special_pattern.split(text)  # alternates: plain text, special token, plain text, ...
-        parts = []
-        for i, piece in enumerate(pieces):
-            if i % 2:
-                parts.append(np.array([SPECIAL_TOKENS.index(piece)], dtype=self.dtype))
-            elif piece:
-                parts.append(self._encode_plain(piece))
-        return np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
+        return self._encode_pieces([(text, special)])
+
+    def delimit(self, parts: list[np.ndarray], begins: bool, ends: bool) -> np.ndarray:
+        """Token ids (T,) of a document, or of a part of one, with bos and eos where it begins and ends."""
+        first = np.array([self.bos] if begins and self.bos is not None else [], self.dtype)
+        return np.concatenate([first, *parts, np.array([self.eos] * ends, self.dtype)])
 
     def encode_chat(self, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
         """Apply the chat template to a conversation; returns token ids (T,) and loss mask (T,).
 
-        Each turn is <|InstructMark|>question<|ResponseMark|>answer<|eos|>; a system message is prepended to the next
-        question. The loss mask is 1 on answers and their <|eos|> (but for those with "weight": 0): the model learns to
-        answer and to stop, not to ask.
-        A conversation whose last message is from the user ends with <|ResponseMark|>: a prompt to complete.
+        With our own template each turn is <|InstructMark|>question<|ResponseMark|>answer<|eos|>; a system message is
+        prepended to the next question. The loss mask is 1 on answers and the token that ends them (but for those with
+        "weight": 0): the model learns to answer and to stop, not to ask.
+        A conversation whose last message is from the user ends where the answer begins: a prompt to complete.
         """
-        ids, mask = [], []
+        ids, mask = [np.empty(0, self.dtype)], [np.empty(0, np.uint8)]
+        for run in self.template.runs(messages):
+            ids.append(self._encode_pieces(run.pieces))
+            mask.append(np.full(len(ids[-1]), run.in_loss, np.uint8))
+        return np.concatenate(ids), np.concatenate(mask)
 
-        def add(tokens: list[int], in_loss: int) -> None:
-            ids.extend(tokens)
-            mask.extend([in_loss] * len(tokens))
-
-        system = ""
-        for message in messages:
-            content = message["content"]
-            if message["role"] == "system":
-                system += content + "\n"
-            elif message["role"] == "user":
-                add([INSTRUCT, *self._encode_plain(system + content).tolist(), RESPONSE], 0)
-                system = ""
-            else:
-                add([*self._encode_plain(content).tolist(), EOS], message.get("weight", 1))
-        return np.array(ids, dtype=self.dtype), np.array(mask, dtype=np.uint8)
+    def _encode_pieces(self, pieces: list[tuple[str, bool]]) -> np.ndarray:
+        """Token ids (T,) of the joint text of pieces (text, whether special tokens in it become their ids)."""
+        parts, plain = [], ""
+        for text, special in pieces:
+            if not (special and self.special_mark in text):
+                plain += text
+                continue
+            for i, piece in enumerate(self.special_pattern.split(text)):  # alternates: plain, special, plain, ...
+                if i % 2:
+                    parts += [self._encode_plain(plain)] if plain else []
+                    parts.append(np.array([self.special_tokens[piece]], dtype=self.dtype))
+                    plain = ""
+                else:
+                    plain += piece
+        parts += [self._encode_plain(plain)] if plain else []
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
 
     def unknown_characters(self, text: str) -> str:
         """The distinct out-of-vocabulary characters of a text, in order of first appearance."""
@@ -252,6 +265,13 @@ class BPETokenizer(Tokenizer):
 
     def __init__(self, tokenizer_json: str) -> None:
         """tokenizer_json: the contents of a tokenizer.json of the `tokenizers` library."""
+        self._load(tokenizer_json)
+        self.vocab_size = self._tokenizer.get_vocab_size()
+        for token_id, token in enumerate(SPECIAL_TOKENS):
+            if self._tokenizer.token_to_id(token) != token_id:
+                raise UserError(f"tokenizer: {token} must have the id {token_id}")
+
+    def _load(self, tokenizer_json: str) -> None:
         import tokenizers
 
         try:
@@ -260,10 +280,6 @@ class BPETokenizer(Tokenizer):
             raise UserError(f"tokenizer: the `tokenizers` library cannot read it: {error}") from None
         self._tokenizer.encode_special_tokens = True  # as ordinary text: Tokenizer.encode() handles special tokens
         self._json = tokenizer_json
-        self.vocab_size = self._tokenizer.get_vocab_size()
-        for token_id, token in enumerate(SPECIAL_TOKENS):
-            if self._tokenizer.token_to_id(token) != token_id:
-                raise UserError(f"tokenizer: {token} must have the id {token_id}")
 
     @classmethod
     def from_merges(cls, tokens: list[str], merges: list[str]) -> "BPETokenizer":
@@ -322,24 +338,3 @@ class BPETokenizer(Tokenizer):
             "special_tokens": list(SPECIAL_TOKENS),
             "tokenizer": self._json,
         }
-
-
-def tokenizer_from_dict(values: Any, where: str) -> Tokenizer:
-    """The inverse of to_dict(). where: the file to name in errors."""
-    if not isinstance(values, dict) or values.get("special_tokens") != list(SPECIAL_TOKENS):
-        raise UserError(f"{where}: not a tokenizer file of this toolkit; make one with python data.py")
-    if values.get("format") != FORMAT:
-        raise UserError(f"{where}: tokenizer format {values.get('format')!r} is not supported (expected {FORMAT})")
-    try:
-        if values.get("kind") == "char" and isinstance(values.get("characters"), str):
-            return CharTokenizer(values["characters"])
-        if values.get("kind") == "bpe" and isinstance(values.get("tokenizer"), str):
-            return BPETokenizer(values["tokenizer"])
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    raise UserError(f"{where}: tokenizer kind {values.get('kind')!r} is unknown or its vocabulary is missing")
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer file; raises UserError."""
-    return tokenizer_from_dict(read_json(path), str(path))

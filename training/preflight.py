@@ -24,7 +24,7 @@ from layers.head import logits_per_chunk
 from layers.masks import attention_mask, block_masks
 from model import GPT, SDP_KERNELS, Attention, ModelConfig
 from text.batches import Samples, Windows
-from text.tokenizer import BOS, EOS
+from text.token_files import TokenFile
 from training.advice import preparing_all
 from training.engine import Engine
 from training.losses import FIELDS_OF_LOSSES
@@ -286,16 +286,17 @@ def fields_without_effect(run: Any) -> list[str]:
     texts = [dataset for dataset in datasets if isinstance(dataset, Windows)]
     if config.mask_documents and not texts:
         found.append("mask_documents has no effect: it is for running text")
-    elif config.mask_documents and not any(has_documents(dataset.tokens) for dataset in texts):
+    elif config.mask_documents and not any(has_documents(dataset.file) for dataset in texts):
         found.append(f"mask_documents has no effect: no <|bos|> or <|eos|> delimits documents in {texts[0].file.path}")
     if config.pack_samples and not any(isinstance(dataset, Samples) for dataset in datasets):
         found.append("pack_samples has no effect: it is for fine-tuning samples")
     return found
 
 
-def has_documents(tokens: np.ndarray, chunk: int = 1 << 20) -> bool:
-    """Whether the tokens (T,) of a text contain delimiters of documents; they may lie in a large file."""
-    return any(np.isin(tokens[i : i + chunk], (BOS, EOS)).any() for i in range(0, len(tokens), chunk))
+def has_documents(file: TokenFile, chunk: int = 1 << 20) -> bool:
+    """Whether the tokens of a text contain delimiters of documents; they may lie in a large file."""
+    delimiters = [token for token in file.delimiters if token is not None]
+    return any(np.isin(file.tokens[i : i + chunk], delimiters).any() for i in range(0, len(file.tokens), chunk))
 
 
 def warnings(run: Any, needed: float, available: float | None) -> list[str]:

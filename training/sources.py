@@ -19,7 +19,8 @@ from problems.instances import HeldOut, InstanceSampler, TrainInstances, exact_m
 from problems.tasks import Problem
 from text.batches import TrainBatches, ValidationBatches
 from text.token_files import TokenFile
-from text.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+from text.tokenizer import CharTokenizer, Tokenizer
+from text.tokenizer_files import load_tokenizer
 from training.advice import preparing, preparing_again
 from training.config import TrainConfig
 from training.engine import Engine

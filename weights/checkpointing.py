@@ -26,7 +26,8 @@ from base.configuration import CONFIG_FOLDERS, UserError, check_fields, command_
 from base.files import atomic_write
 from model import GPT, ModelConfig
 from problems.tasks import PROBLEMS
-from text.tokenizer import Tokenizer, tokenizer_from_dict
+from text.tokenizer import Tokenizer
+from text.tokenizer_files import tokenizer_from_dict
 
 FORMAT = 1
 REQUIRED = {

@@ -2,7 +2,7 @@
 
     write_gguf("answer.gguf", model, tokenizer, "q8_0")
 
-llama.cpp knows our network as two architectures: qwen3 (and qwen3moe) with qk_norm, llama without. It tokenises with
+llama.cpp knows our network as llama; with qk_norm as qwen3 (and qwen3moe), with qkv_bias as qwen2. It tokenises with
 GPT-2's byte-level BPE (model "gpt2"): text is split into words, the words into bytes, and neighbours are merged as long
 as a rule says so. A character tokenizer becomes one whose rules build every character out of its bytes.
 """
@@ -17,11 +17,14 @@ import numpy as np
 import torch
 
 from base.configuration import UserError
+from layers.rope import rope_frequencies
 from model import GPT, ModelConfig
-from text.tokenizer import BOS, EOS, PADDING, SPECIAL_TOKENS, UNKNOWN, BPETokenizer, CharTokenizer, Tokenizer
-from weights.huggingface import CHAT_TEMPLATE, model_type, to_ours, to_theirs
+from text.foreign import PRE_TOKENIZERS, ForeignTokenizer, begin_with, byte_level_json
+from text.tokenizer import SPECIAL_TOKENS, BPETokenizer, CharTokenizer, Tokenizer
+from weights.huggingface import model_type, to_ours, to_theirs
+from weights.tokenizer_json import special_names
 
-ARCHITECTURES = {"llama": "llama", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
 NAMES = {  # Hugging Face's names of weights -> GGUF's
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -39,6 +42,7 @@ NAMES = {  # Hugging Face's names of weights -> GGUF's
     "mlp.down_proj": "ffn_down",
     "mlp.gate": "ffn_gate_inp",
 }
+LLAMA3_LENGTH = 8192  # what its RoPE scaling was computed from in all of Meta's models
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 
 
@@ -64,16 +68,29 @@ def to_gguf_names(weights: dict[str, torch.Tensor], config: ModelConfig) -> dict
         stem, kind = name.rsplit(".", 1)
         layer = re.match(r"model\.layers\.(\d+)\.(.*)", stem)
         ours = f"blk.{layer[1]}.{NAMES[layer[2]]}" if layer else NAMES[stem]
-        if not config.qk_norm and ours.endswith(("attn_q", "attn_k")):
+        if turns_neighbours(config) and ours.endswith(("attn_q", "attn_k")):
             weight = interleave_pairs(weight, config.head_dim)
         result[f"{ours}.{kind}"] = weight
     return result | {name: torch.stack(parts) for name, parts in experts.items()}
 
 
+def turns_neighbours(config: ModelConfig) -> bool:
+    """Whether llama.cpp's architecture of a model applies RoPE to neighbouring numbers, as Meta's own code does."""
+    return not config.qk_norm and (config.bias or not config.qkv_bias)  # that of llama
+
+
+def llama3_factors(config: ModelConfig) -> torch.Tensor:
+    """By what llama3's RoPE scaling divides the frequencies of the pairs (head_dim / 2,): llama.cpp keeps it so."""
+    settings = config.head_dim, config.rope_theta
+    plain, _ = rope_frequencies(*settings, "none", 1.0, 1)
+    scaled, _ = rope_frequencies(*settings, "llama3", config.rope_factor, config.rope_trained_length)
+    return plain / scaled
+
+
 def interleave_pairs(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Rows of queries or keys (n_head head_dim, ...) so that RoPE's pairs (i, i + head_dim / 2) become neighbours.
 
-    llama.cpp's architecture llama turns neighbours, as Meta's own code does; its qwen3 turns halves, as ours.
+    llama.cpp's architecture llama turns neighbours; its qwen2 and qwen3 turn halves, as ours.
     """
     heads = weight.reshape(-1, 2, head_dim // 2, *weight.shape[1:])
     return heads.transpose(1, 2).reshape(weight.shape)
@@ -91,10 +108,15 @@ def byte_alphabet() -> dict[int, str]:
 
 def tokens_and_merges(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
     """The tokens in the order of their ids, spelled in GPT-2's alphabet, and the rules of merging ("left right")."""
-    if isinstance(tokenizer, BPETokenizer):
-        model = json.loads(tokenizer.to_dict()["tokenizer"])["model"]
+    if isinstance(tokenizer, BPETokenizer):  # a foreign one, too
+        values = json.loads(tokenizer.to_dict()["tokenizer"])
+        model, added = values["model"], {token["content"]: token["id"] for token in values["added_tokens"]}
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-        return sorted(model["vocab"], key=model["vocab"].get), merges
+        added = {
+            token["content"]: token["id"] for token in json.loads(tokenizer.to_dict()["tokenizer"])["added_tokens"]
+        }
+        by_id = {i: token for token, i in {**model["vocab"], **added}.items()}
+        return [by_id.get(i, f"<|unused {i}|>") for i in range(tokenizer.vocab_size)], merges
     alphabet = byte_alphabet()
     spelled = ["".join(alphabet[byte] for byte in character.encode("utf-8")) for character in tokenizer.characters]
     merges: dict[str, None] = {}  # in order, each once
@@ -135,6 +157,8 @@ def metadata(writer: Any, config: ModelConfig) -> None:
     if config.rope_scaling == "ntk" and config.head_dim > 2:  # a larger base is all that it is
         theta *= config.rope_factor ** (config.head_dim / (config.head_dim - 2))
     writer.add_rope_freq_base(theta)
+    if config.rope_scaling == "llama3":  # (a tensor tells the rest)
+        writer.add_rope_scaling_orig_ctx_len(config.rope_trained_length)
     if config.rope_scaling in ("linear", "yarn"):
         import gguf
 
@@ -145,6 +169,35 @@ def metadata(writer: Any, config: ModelConfig) -> None:
         writer.add_expert_count(config.n_expert)
         writer.add_expert_used_count(config.n_expert_per_token)
         writer.add_expert_feed_forward_length(config.n_hidden)
+
+
+def write_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
+    tokens, merges = tokens_and_merges(tokenizer)
+    special = tokenizer.special_tokens
+    pre = "gpt-2" if isinstance(tokenizer, BPETokenizer) else "qwen2"
+    types = [3 if token in special else 5 if token.startswith("<|unused ") else 1 for token in tokens]
+    if isinstance(tokenizer, ForeignTokenizer):
+        pre = tokenizer.pre_tokenizer()
+        for i in tokenizer.added_tokens():
+            types[i] = 3 if tokens[i] in special else 4
+    if pre is None:
+        raise UserError("GGUF: this tokenizer cuts text into words in a way that has no name in llama.cpp")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    names = special_names(tokenizer)
+    for role, add in (
+        ("bos_token", writer.add_bos_token_id),
+        ("eos_token", writer.add_eos_token_id),
+        ("unk_token", writer.add_unk_token_id),
+        ("pad_token", writer.add_pad_token_id),
+    ):
+        if names.get(role) in special:
+            add(special[names[role]])
+    writer.add_add_bos_token(tokenizer.adds_bos)
+    writer.add_chat_template(getattr(tokenizer, "jinja", "") or tokenizer.template.to_jinja())
 
 
 def write_gguf(path: str | Path, model: GPT, tokenizer: Tokenizer, type_name: str) -> None:
@@ -161,19 +214,10 @@ def write_gguf(path: str | Path, model: GPT, tokenizer: Tokenizer, type_name: st
         writer.add_name(path.stem)
         writer.add_file_type(file_type)
         metadata(writer, config)
-        tokens, merges = tokens_and_merges(tokenizer)
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("gpt-2" if isinstance(tokenizer, BPETokenizer) else "qwen2")
-        writer.add_token_list(tokens)
-        writer.add_token_types([3] * len(SPECIAL_TOKENS) + [1] * (len(tokens) - len(SPECIAL_TOKENS)))
-        writer.add_token_merges(merges)
-        writer.add_bos_token_id(BOS)
-        writer.add_eos_token_id(EOS)
-        writer.add_unk_token_id(UNKNOWN)
-        writer.add_pad_token_id(PADDING)
-        writer.add_add_bos_token(False)
-        writer.add_chat_template(CHAT_TEMPLATE)
+        write_tokenizer(writer, tokenizer)
         weights = to_gguf_names(to_theirs(model.state_dict(), config), config)
+        if config.rope_scaling == "llama3":
+            weights["rope_freqs.weight"] = llama3_factors(config)
         for name, weight in weights.items():
             array = weight.detach().float().contiguous().numpy()
             is_matrix = array.ndim > 1 and not name.endswith("ffn_gate_inp.weight")  # norms and routers stay exact
@@ -195,8 +239,11 @@ def write_gguf(path: str | Path, model: GPT, tokenizer: Tokenizer, type_name: st
 # ------------------------------------------------------------------------------------------------------ reading
 
 
-def read_gguf(path: str | Path) -> tuple[GPT, Tokenizer]:
-    """The model and the tokenizer of a file; quantised weights are expanded to float32. Raises UserError."""
+def read_gguf(path: str | Path, template: str = "") -> tuple[GPT, Tokenizer]:
+    """The model and the tokenizer of a file; quantised weights are expanded to float32. Raises UserError.
+
+    template: the name of the chat template of a foreign tokenizer, where its own is none that is known.
+    """
     gguf = import_gguf()
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
@@ -208,7 +255,7 @@ def read_gguf(path: str | Path) -> tuple[GPT, Tokenizer]:
             raise UserError(f"{path}: architecture {kind!r} is not one of {', '.join(ARCHITECTURES.values())}")
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         config = config_of(values, tensors, kind, str(path))
-        tokenizer = tokenizer_of(values, str(path))
+        tokenizer = tokenizer_of(values, config.vocab_size, str(path), template)
         if tokenizer.vocab_size != config.vocab_size:
             raise UserError(f"{path}: {tokenizer.vocab_size} tokens, but weights for {config.vocab_size}")
         weights = {}
@@ -235,32 +282,40 @@ def config_of(values: dict[str, Any], tensors: dict[str, Any], kind: str, where:
 
     heads, width = int(value("attention.head_count")), int(value("embedding_length"))
     scaling = value("rope.scaling.type", "none")
-    if value("attention.key_length", width // heads) != width // heads:
-        raise UserError(f"{where}: our network has no heads of another size than embedding_length / head_count")
     if scaling not in ("none", "linear", "yarn"):
         raise UserError(f"{where}: our network has no rope.scaling.type {scaling}")
+    factor = float(value("rope.scaling.factor", 1.0)) if scaling != "none" else 1.0
+    length = int(value("rope.scaling.original_context_length", 0))
+    rope_factors = None
+    if "rope_freqs.weight" in tensors:  # the file says by what, but not always from which length it was computed
+        rope_factors = torch.tensor(tensors["rope_freqs.weight"].data.copy())
+        scaling, factor, length = "llama3", rope_factors.max().item(), length or LLAMA3_LENGTH
     n_expert = int(value("expert_count", 0))
-    length = value("rope.scaling.original_context_length", 0)
-    return ModelConfig(
+    config = ModelConfig(
         block_size=int(value("context_length")),
         vocab_size=int(tensors["token_embd.weight"].shape[1]),
         n_layer=int(value("block_count")),
         n_head=heads,
         n_kv_head=int(value("attention.head_count_kv", heads)),
         n_embd=width,
+        head_dim=int(value("attention.key_length", width // heads)),
         n_hidden=int(value("expert_feed_forward_length") if n_expert else value("feed_forward_length")),
-        bias="blk.0.attn_q.bias" in tensors,
+        bias="blk.0.attn_output.bias" in tensors,
+        qkv_bias="blk.0.attn_q.bias" in tensors and "blk.0.attn_output.bias" not in tensors,
         norm_eps=float(value("attention.layer_norm_rms_epsilon")),
         qk_norm="blk.0.attn_q_norm.weight" in tensors,
         tie_embeddings="output.weight" not in tensors,
         rope_theta=float(value("rope.freq_base", 10000.0)),
         rope_scaling=scaling,
-        rope_factor=float(value("rope.scaling.factor", 1.0)) if scaling != "none" else 1.0,
-        rope_trained_length=int(length) if scaling == "yarn" and length else None,
+        rope_factor=factor,
+        rope_trained_length=length or None if scaling in ("yarn", "llama3") else None,
         n_expert=n_expert,
         n_expert_per_token=int(value("expert_used_count", 2)),
         expert_balance="loss" if n_expert else "none",
     )
+    if rope_factors is not None and not torch.allclose(rope_factors, llama3_factors(config), rtol=1e-3):
+        raise UserError(f"{where}: our network has no such RoPE scaling (rope_freqs)")
+    return config
 
 
 def from_gguf_names(weights: dict[str, torch.Tensor], config: ModelConfig, where: str) -> dict[str, torch.Tensor]:
@@ -268,6 +323,8 @@ def from_gguf_names(weights: dict[str, torch.Tensor], config: ModelConfig, where
     names = {ours: theirs for theirs, ours in NAMES.items()}
     result = {}
     for name, weight in weights.items():
+        if name == "rope_freqs.weight":  # config_of() read it
+            continue
         layer = re.match(r"blk\.(\d+)\.(.*)\.(weight|bias)$", name)
         part = re.match(r"ffn_(gate|up|down)_exps$", layer[2]) if layer else None
         if part:
@@ -277,7 +334,7 @@ def from_gguf_names(weights: dict[str, torch.Tensor], config: ModelConfig, where
         stem, kind = name.rsplit(".", 1)
         if (layer[2] if layer else stem) not in names:
             raise UserError(f"{where}: a tensor that our network has no place for: {name}")
-        if layer and not config.qk_norm and layer[2] in ("attn_q", "attn_k"):  # back to halves
+        if layer and turns_neighbours(config) and layer[2] in ("attn_q", "attn_k"):  # back to halves
             pairs = weight.reshape(-1, config.head_dim // 2, 2, *weight.shape[1:])
             weight = pairs.transpose(1, 2).reshape(weight.shape)
         prefix = f"model.layers.{layer[1]}." if layer else ""
@@ -285,12 +342,27 @@ def from_gguf_names(weights: dict[str, torch.Tensor], config: ModelConfig, where
     return result
 
 
-def tokenizer_of(values: dict[str, Any], where: str) -> Tokenizer:
-    """Our tokenizer, if that is what a file holds; raises UserError for one of another model."""
+def tokenizer_of(values: dict[str, Any], vocab_size: int, where: str, template: str) -> Tokenizer:
+    """The tokenizer of a file: one of ours, or that of another model."""
     tokens, merges = values.get("tokenizer.ggml.tokens"), values.get("tokenizer.ggml.merges", [])
-    if not isinstance(tokens, list) or tokens[: len(SPECIAL_TOKENS)] != list(SPECIAL_TOKENS):
-        raise UserError(f"{where}: the tokenizer of another model, which is not read yet")
-    if values.get("tokenizer.ggml.pre") == "gpt-2":
+    pre = values.get("tokenizer.ggml.pre")
+    if not isinstance(tokens, list) or tokens[: len(SPECIAL_TOKENS)] != list(SPECIAL_TOKENS) or template:
+        model = values.get("tokenizer.ggml.model")
+        if model != "gpt2" or pre not in PRE_TOKENIZERS:
+            raise UserError(
+                f"{where}: a tokenizer of the kind {model!r}, {pre!r} is not read; of the kind 'gpt2' these are: "
+                + ", ".join(PRE_TOKENIZERS)
+            )
+        names = {}
+        for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+            i = values.get(f"tokenizer.ggml.{key}_token_id")
+            names |= {f"{role}_token": tokens[i]} if isinstance(i, int) and i < len(tokens) else {}
+        types, jinja = values.get("tokenizer.ggml.token_type"), values.get("tokenizer.chat_template", "")
+        contents = byte_level_json(tokens, types, merges, pre)
+        if values.get("tokenizer.ggml.add_bos_token"):
+            contents["post_processor"] = begin_with(names["bos_token"], tokens.index(names["bos_token"]))
+        return ForeignTokenizer.from_tokenizer_json(contents, names, vocab_size, where, jinja, template)
+    if pre == "gpt-2":
         return BPETokenizer.from_merges(tokens, merges)
     byte_of = {character: byte for byte, character in byte_alphabet().items()}
     spelled = (bytes(byte_of[c] for c in token) for token in tokens[len(SPECIAL_TOKENS) :])

@@ -3,12 +3,14 @@
     write_folder("answer", model, tokenizer, torch.float32)     # AutoModelForCausalLM.from_pretrained("answer")
     model, tokenizer = read_folder("answer")
 
-Our network is, with other names, that of four of its classes:
+Our network is, with other names, that of six of its classes:
 
     qk_norm                         Qwen3       attention windows of one size are its sliding_window
     qk_norm and experts             Qwen3-MoE
     neither                         Llama       with `bias`, too
     neither, windows in all layers  Mistral
+    neither, but qkv_bias           Qwen2
+    layernorm, learned positions    GPT-2       (gpt2.py)
 """
 
 import json
@@ -23,22 +25,20 @@ import torch
 
 from base.configuration import UserError, read_json
 from model import GPT, ModelConfig
-from text.tokenizer import BOS, EOS, PADDING, SPECIAL_TOKENS, UNKNOWN, BPETokenizer, CharTokenizer, Tokenizer
+from text.tokenizer import Tokenizer
+from weights import gpt2
+from weights.tokenizer_json import read_tokenizer, special_names, to_tokenizer_json
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
+LLAMA3_BOUNDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of its RoPE scaling, in turns
 MAX_SHARDS = 1000
-# the instruct template of Tokenizer.encode_chat() in Jinja: a system message stands before the next question
-CHAT_TEMPLATE = (
-    "{% set turn = namespace(system='') %}{% for message in messages %}{% if message['role'] == 'system' %}"
-    "{% set turn.system = turn.system + message['content'] + '\\n' %}{% elif message['role'] == 'user' %}"
-    "{{ '<|InstructMark|>' + turn.system + message['content'] + '<|ResponseMark|>' }}{% set turn.system = '' %}"
-    "{% else %}{{ message['content'] + '<|eos|>' }}{% endif %}{% endfor %}"
-)
 
 
 # ------------------------------------------------------------------------------------------------------ weights
@@ -50,15 +50,20 @@ def correspondence(config: ModelConfig) -> Iterator[tuple[str, list[tuple[str, i
     Ours are theirs on top of each other, row by row: queries, keys and values, or gate and up. The experts' weights,
     which have three dimensions, are (expert, row), flattened.
     """
+    if config.norm == "layernorm":
+        yield from gpt2.correspondence(config)
+        return
     head, C, H = config.head_dim, config.n_embd, config.n_hidden
     rows = {"q": config.n_head * head, "k": config.n_kv_head * head, "v": config.n_kv_head * head}
     kinds = ("weight", "bias") if config.bias else ("weight",)
+    qkv_kinds = ("weight", "bias") if config.bias or config.qkv_bias else ("weight",)
     yield "token_embedding.weight", [("model.embed_tokens.weight", config.vocab_size)]
     for i in range(config.n_layer):
         ours, theirs = f"blocks.{i}", f"model.layers.{i}"
         yield f"{ours}.attention_norm.weight", [(f"{theirs}.input_layernorm.weight", C)]
-        for kind in kinds:
+        for kind in qkv_kinds:
             yield f"{ours}.attention.qkv.{kind}", [(f"{theirs}.self_attn.{n}_proj.{kind}", rows[n]) for n in "qkv"]
+        for kind in kinds:
             yield f"{ours}.attention.out.{kind}", [(f"{theirs}.self_attn.o_proj.{kind}", C)]
         if config.qk_norm:
             yield f"{ours}.attention.q_norm.weight", [(f"{theirs}.self_attn.q_norm.weight", head)]
@@ -92,7 +97,7 @@ def to_theirs(weights: dict[str, torch.Tensor], config: ModelConfig) -> dict[str
 
 def to_ours(weights: dict[str, torch.Tensor], config: ModelConfig, where: str) -> dict[str, torch.Tensor]:
     """Weights under our names, as float32; raises UserError where some are missing, left over, or of another shape."""
-    layers = {match[1] for name in weights if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    layers = {match[1] for name in weights if (match := re.match(r"(?:model\.layers|transformer\.h)\.(\d+)\.", name))}
     if len(layers) != config.n_layer:  # before anything is built by a number from an untrusted file
         raise UserError(f"{where}: its config says {config.n_layer} layers, its weights have {len(layers)}")
     with torch.device("meta"):
@@ -120,42 +125,59 @@ def to_ours(weights: dict[str, torch.Tensor], config: ModelConfig, where: str) -
 
 def model_type(config: ModelConfig) -> str:
     """Which of their classes computes what our network does; raises UserError where none does, and says why."""
+    if gpt2.is_gpt2(config):
+        return "gpt2"
     windows = set(config.windows)
     refused = {
         f"mlp {config.mlp}: theirs are swiglu": config.mlp != "swiglu",
+        f"norm {config.norm}: theirs is rmsnorm": config.norm != "rmsnorm",
         "learned positions: theirs are RoPE": not config.use_rope,
         "is_causal false: theirs are causal": not config.is_causal,
         "n_shared_expert: theirs has none": config.n_shared_expert > 0,
         "expert_balance bias: theirs have no biases on the choice of experts": config.expert_balance == "bias"
         and config.n_expert > 0,
         "experts without qk_norm": config.n_expert > 0 and not config.qk_norm,
-        "bias with qk_norm": config.bias and config.qk_norm,
+        "bias or qkv_bias with qk_norm": (config.bias or config.qkv_bias) and config.qk_norm,
         "attention_window with several sizes: theirs have one": len(windows - {0}) > 1,
         "attention_window in some layers without qk_norm": len(windows) > 1 and not config.qk_norm,
-        "attention_window with bias": bool(windows - {0}) and config.bias,
+        "attention_window with bias or qkv_bias": bool(windows - {0}) and (config.bias or config.qkv_bias),
     }
     for reason, is_refused in refused.items():
         if is_refused:
             raise UserError(f"Hugging Face: no model there computes this one: {reason}")
     if config.qk_norm:
         return "qwen3_moe" if config.n_expert else "qwen3"
+    if config.qkv_bias and not config.bias:
+        return "qwen2"
     return "mistral" if windows != {0} else "llama"
 
 
-def to_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+def to_config(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
     """The contents of config.json, for version 4 of transformers and version 5."""
+    token_ids = {name: tokenizer.special_tokens.get(token) for name, token in special_names(tokenizer).items()}
     kind, window = model_type(config), max(config.windows)
-    theta, scaling = config.rope_theta, {"rope_type": "default"}
-    if config.rope_scaling == "ntk" and config.head_dim > 2:  # a larger base is all that it is
-        theta *= config.rope_factor ** (config.head_dim / (config.head_dim - 2))
-    elif config.rope_scaling in ("linear", "yarn"):
-        scaling = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
-        if config.rope_scaling == "yarn":
-            scaling["original_max_position_embeddings"] = config.rope_trained_length
-    values = {
+    common = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
         "vocab_size": config.vocab_size,
+        "bos_token_id": token_ids.get("bos_token"),
+        "eos_token_id": token_ids.get("eos_token"),
+        "pad_token_id": token_ids.get("pad_token"),
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    if kind == "gpt2":
+        return common | gpt2.to_config(config)
+    theta, scaling = config.rope_theta, {"rope_type": "default"}
+    if config.rope_scaling == "ntk" and config.head_dim > 2:  # a larger base is all that it is
+        theta *= config.rope_factor ** (config.head_dim / (config.head_dim - 2))
+    elif config.rope_scaling in ("linear", "yarn", "llama3"):
+        scaling = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
+        if config.rope_scaling == "llama3":
+            scaling |= LLAMA3_BOUNDS
+        if config.rope_scaling != "linear":
+            scaling["original_max_position_embeddings"] = config.rope_trained_length
+    values = common | {
         "hidden_size": config.n_embd,
         "intermediate_size": config.n_hidden,
         "num_hidden_layers": config.n_layer,
@@ -170,17 +192,12 @@ def to_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "rope_theta": theta,
         "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
         "rope_parameters": {**scaling, "rope_theta": theta},
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-        "pad_token_id": PADDING,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "dtype": str(dtype).removeprefix("torch."),
     }
     if kind == "llama":
         values["mlp_bias"] = config.bias
     elif kind == "mistral":
         values["sliding_window"] = window
-    else:
+    elif kind.startswith("qwen3"):
         kinds = ["sliding_attention" if w else "full_attention" for w in config.windows]
         values |= {"use_sliding_window": window > 0, "sliding_window": window or None, "layer_types": kinds}
         values["max_window_layers"] = 0 if window else config.n_layer
@@ -201,6 +218,8 @@ def from_config(values: dict[str, Any], where: str) -> ModelConfig:
     kind = values.get("model_type")
     if kind not in ARCHITECTURES:
         raise UserError(f"{where}: model_type {kind!r} is not one of {', '.join(ARCHITECTURES)}")
+    if kind == "gpt2":
+        return gpt2.from_config(values, where)
 
     def number(name: str, default: float | None = None) -> Any:
         value = values.get(name, default)
@@ -212,6 +231,7 @@ def from_config(values: dict[str, Any], where: str) -> ModelConfig:
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     scaling = rope.get("rope_type", rope.get("type", "default"))
     is_moe, has_window = kind == "qwen3_moe", bool(values.get("use_sliding_window", kind == "mistral"))
+    has_bias = bool(values.get("attention_bias"))
     window = values.get("sliding_window") if has_window else None
     layers = number("num_hidden_layers")
     kinds = values.get("layer_types") or [
@@ -219,12 +239,11 @@ def from_config(values: dict[str, Any], where: str) -> ModelConfig:
         for i in range(layers)
     ]
     refused = {
-        f"head_dim {values.get('head_dim')}: ours is hidden_size / num_attention_heads": values.get("head_dim")
-        not in (None, width // max(1, heads)),
         f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") not in ("silu", "swish"),
-        f"rope_type {scaling}": scaling not in ("default", "linear", "yarn"),
-        "biases in attention alone": bool(values.get("attention_bias")) != bool(values.get("mlp_bias")),
-        "biases with qk_norm": bool(values.get("attention_bias")) and kind.startswith("qwen3"),
+        f"rope_type {scaling}": scaling not in ("default", "linear", "yarn", "llama3"),
+        "llama3's RoPE with other bounds": scaling == "llama3" and {**rope, **LLAMA3_BOUNDS} != rope,
+        "biases in attention alone": has_bias != bool(values.get("mlp_bias")) and kind != "qwen2",
+        "biases with qk_norm": has_bias and kind.startswith("qwen3"),
         "layers without experts": is_moe and (values.get("mlp_only_layers") or number("decoder_sparse_step", 1) != 1),
         "norm_topk_prob": is_moe and bool(values.get("norm_topk_prob")) != (number("num_experts_per_tok") > 1),
         "another number of layer_types than of layers": len(kinds) != layers,
@@ -242,8 +261,10 @@ def from_config(values: dict[str, Any], where: str) -> ModelConfig:
             n_head=heads,
             n_kv_head=values.get("num_key_value_heads") or heads,
             n_embd=width,
+            head_dim=values.get("head_dim") or width // max(1, heads),
             n_hidden=number("moe_intermediate_size") if is_moe else number("intermediate_size"),
-            bias=bool(values.get("attention_bias")),
+            bias=has_bias and kind != "qwen2",
+            qkv_bias=kind == "qwen2",
             norm_eps=number("rms_norm_eps", 1e-6),
             qk_norm=kind.startswith("qwen3"),
             attention_window=windows if any(windows) else [],
@@ -260,66 +281,6 @@ def from_config(values: dict[str, Any], where: str) -> ModelConfig:
         raise UserError(f"{where}: {error}") from None
 
 
-# ------------------------------------------------------------------------------------------------------ tokenizer
-
-
-def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The contents of tokenizer.json. Characters are a BPE without merges: every character is a token of its own."""
-    if isinstance(tokenizer, BPETokenizer):
-        values = json.loads(tokenizer.to_dict()["tokenizer"])
-    else:
-        names = [*SPECIAL_TOKENS, *tokenizer.characters]
-        values = {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "normalizer": None,
-            "pre_tokenizer": None,
-            "post_processor": None,
-            "decoder": {"type": "Fuse"},
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": SPECIAL_TOKENS[UNKNOWN],
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "ignore_merges": False,
-                "vocab": {name: i for i, name in enumerate(names)},
-                "merges": [],
-            },
-        }
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    values["added_tokens"] = [{"id": i, "content": name, **flags} for i, name in enumerate(SPECIAL_TOKENS)]
-    return values
-
-
-def from_tokenizer_json(path: Path) -> Tokenizer:
-    """Our tokenizer, if that is what a tokenizer.json holds; raises UserError for one of another model."""
-    values = read_json(path)
-    try:
-        added = {token["id"]: token["content"] for token in values["added_tokens"]}
-        model = values["model"]
-        vocabulary = sorted(model["vocab"], key=model["vocab"].get)
-        is_ours = [added.get(i) for i in range(len(SPECIAL_TOKENS))] == list(SPECIAL_TOKENS) and model["type"] == "BPE"
-        is_complete = [model["vocab"][name] for name in vocabulary] == list(range(len(vocabulary)))
-        if is_ours and is_complete and not model["merges"] and values["pre_tokenizer"] is None:
-            characters = vocabulary[len(SPECIAL_TOKENS) :]
-            if all(len(character) == 1 for character in characters):
-                return CharTokenizer("".join(characters))
-        if is_ours and (values["pre_tokenizer"] or {}).get("type") == "ByteLevel":
-            import tokenizers
-
-            if (values["post_processor"] or {}).get("special_tokens"):
-                raise UserError(f"{path}: it puts special tokens around every text, which ours does not")
-            text = json.dumps({**values, "post_processor": None})  # transformers adds one that does nothing
-            return BPETokenizer(tokenizers.Tokenizer.from_str(text).to_str())  # written as the library writes it
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: not a tokenizer.json") from None
-    raise UserError(f"{path}: the tokenizer of another model, which is not read yet")
-
-
 # ------------------------------------------------------------------------------------------------------ folders
 
 
@@ -330,10 +291,12 @@ def write_folder(folder: str | Path, model: GPT, tokenizer: Tokenizer, dtype: to
     folder, config = Path(folder), model.config
     if folder.exists():
         raise UserError(f"{folder}: exists already")
-    values = to_config(config, dtype)
-    weights = {name: weight.to(dtype) for name, weight in to_theirs(model.state_dict(), config).items()}
+    values = to_config(config, tokenizer, dtype)
+    weights = to_theirs(model.state_dict(), config)
+    if values["model_type"] == "gpt2":
+        weights = gpt2.transposed(gpt2.with_zero_biases(weights))
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    names = {"eos_token": EOS, "bos_token": BOS, "pad_token": PADDING, "unk_token": UNKNOWN}
     files = {
         "config.json": values,
         "generation_config.json": {name: values[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
@@ -342,8 +305,8 @@ def write_folder(folder: str | Path, model: GPT, tokenizer: Tokenizer, dtype: to
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": config.block_size,
             "clean_up_tokenization_spaces": False,
-            "chat_template": CHAT_TEMPLATE,
-            **{name: SPECIAL_TOKENS[i] for name, i in names.items()},
+            "chat_template": getattr(tokenizer, "jinja", "") or tokenizer.template.to_jinja(),
+            **special_names(tokenizer),
         },
     }
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
@@ -358,17 +321,23 @@ def write_folder(folder: str | Path, model: GPT, tokenizer: Tokenizer, dtype: to
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_folder(folder: str | Path) -> tuple[GPT, Tokenizer]:
-    """The model and the tokenizer of a folder; raises UserError that names the file at fault."""
+def read_folder(folder: str | Path, template: str = "") -> tuple[GPT, Tokenizer]:
+    """The model and the tokenizer of a folder; raises UserError that names the file at fault.
+
+    template: the name of the chat template of a foreign tokenizer, where its own is none that is known.
+    """
     folder = Path(folder)
     values = read_json(folder / "config.json")
     if not isinstance(values, dict):
         raise UserError(f"{folder / 'config.json'}: must be a JSON object")
     config = from_config(values, str(folder / "config.json"))
-    tokenizer = from_tokenizer_json(folder / "tokenizer.json")
+    tokenizer = read_tokenizer(folder, values, template)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
-    weights = to_ours(read_weights(folder), config, str(folder))
+    weights = read_weights(folder)
+    if config.norm == "layernorm":
+        weights = gpt2.transposed(gpt2.from_files(weights))
+    weights = to_ours(weights, config, str(folder))
     model = GPT(config)
     model.load_state_dict(weights)
     return model, tokenizer

@@ -77,6 +77,14 @@ function linear(y, weight, x, bias, offset = 0) {
   if (bias) for (let i = 0; i < rows; i++) y[i] += bias[i];
 }
 
+/* LayerNorm (arXiv:1607.06450), which GPT-2 has: the mean is subtracted first. */
+function layerNorm(y, x, weight, bias, eps) {
+  const mean = x.reduce((sum, value) => sum + value, 0) / x.length;
+  for (let i = 0; i < x.length; i++) y[i] = x[i] - mean;
+  rmsNorm(y, y, weight, eps);
+  if (bias) for (let i = 0; i < x.length; i++) y[i] += bias[i];
+}
+
 /* RMSNorm (arXiv:1910.07467): y = x / sqrt(mean(x^2) + eps) * weight, of `weight.length` numbers from `start` on. */
 function rmsNorm(y, x, weight, eps, start = 0) {
   const n = weight.length;
@@ -105,6 +113,7 @@ function erf(x) {
 const ACTIVATIONS = {
   swiglu: (gate, up) => (gate / (1 + Math.exp(-gate))) * up, // arXiv:2002.05202
   gelu: (x) => (x * (1 + erf(x / Math.SQRT2))) / 2,
+  gelu_tanh: (x) => (x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3)))) / 2, // GPT-2's
   relu2: (x) => Math.max(0, x) ** 2, // arXiv:2109.08668
 };
 
@@ -131,8 +140,9 @@ class Network {
   }
 
   norm(name, x) {
-    const y = new Float64Array(x.length);
-    rmsNorm(y, x, this.weight(name), this.config.norm_eps);
+    const y = new Float64Array(x.length), { norm, norm_eps } = this.config;
+    if (norm === "layernorm") layerNorm(y, x, this.weight(name), this.tensors[`${name}.bias`], norm_eps);
+    else rmsNorm(y, x, this.weight(name), norm_eps);
     return y;
   }
 
@@ -171,8 +181,8 @@ class Network {
      keys and values than of queries, groups of queries share one (arXiv:2305.13245). window 0: it sees all. */
   attention(layer, window, x, position) {
     const { n_head, n_kv_head, head_dim: D, n_embd, block_size, qk_norm, norm_eps, rope } = this.config;
-    const name = `blocks.${layer}.attention`, nKeys = n_kv_head * D;
-    const qkv = this.linear(`${name}.qkv`, x, n_embd + 2 * nKeys); // queries of all heads, then keys, then values
+    const name = `blocks.${layer}.attention`, nQueries = n_head * D, nKeys = n_kv_head * D;
+    const qkv = this.linear(`${name}.qkv`, x, nQueries + 2 * nKeys); // queries of all heads, then keys, then values
     for (let head = 0; head < n_head + n_kv_head; head++) {
       const norm = this.weight(head < n_head ? `${name}.q_norm` : `${name}.k_norm`);
       if (qk_norm) rmsNorm(qkv, qkv, norm, norm_eps, head * D);
@@ -180,13 +190,13 @@ class Network {
     }
     const keys = this.keys[layer], values = this.values[layer]; // (n_kv_head, block_size, D)
     for (let head = 0; head < n_kv_head; head++) {
-      const k = n_embd + head * D, v = k + nKeys, at = (head * block_size + position) * D;
+      const k = nQueries + head * D, v = k + nKeys, at = (head * block_size + position) * D;
       keys.set(qkv.subarray(k, k + D), at);
       values.set(qkv.subarray(v, v + D), at);
     }
 
     const first = window ? Math.max(0, position - window + 1) : 0, n = position - first + 1;
-    const scores = new Float64Array(n), y = new Float64Array(n_embd);
+    const scores = new Float64Array(n), y = new Float64Array(nQueries);
     for (let head = 0; head < n_head; head++) {
       const q = head * D, shared = Math.floor((head * n_kv_head) / n_head), start = (shared * block_size + first) * D;
       linear(scores, keys, qkv.subarray(q, q + D), null, start); // the keys are the rows of a matrix
@@ -318,7 +328,7 @@ function promptIds({ tokenizer, template, network }, { is_chat, messages, settin
     const most = Math.floor((Math.min(limit, window) * 3) / 4);
     [ids, n_forgotten] = chatIds(tokenizer, template, messages, most);
     if (n_forgotten) notes.push(["forgotten", { n: n_forgotten }]);
-  } else ids = tokenizer.encode(last);
+  } else ids = [...template.begin_text, ...tokenizer.encode(last)];
   const n = ids.length;
   if (!n || (is_chat && !last.trim())) throw new Refusal("empty");
   if (is_chat && n >= window) throw new Refusal("too_long", { n, window });
@@ -388,10 +398,10 @@ async function answer(request) {
     for await (const { token, logits } of generate(network, ids, limit - ids.length, settings, pause)) {
       first = first || performance.now();
       n_tokens++;
-      const probabilities = softmax(logits), is_end = token === template.end;
+      const probabilities = softmax(logits), is_end = template.stop_tokens.includes(token);
       const bytes = tokenizer.bytes(token), text = is_end ? "" : decoder.decode(bytes, { stream: true });
-      const others = likeliest(probabilities, 10).map((id) => [nameOf(tokenizer.bytes(id)), probabilities[id], id]);
-      tell("token", { text, name: nameOf(bytes), id: token, probability: probabilities[token], others, is_end });
+      const others = likeliest(probabilities, 10).map((id) => [nameOf(tokenizer, id), probabilities[id], id]);
+      tell("token", { text, name: nameOf(tokenizer, token), id: token, probability: probabilities[token], others, is_end });
       if (is_end) {
         reason = "end";
         break;

@@ -35,7 +35,9 @@ function byteAlphabet() {
 /* Byte-level BPE (arXiv:1508.07909): text is split into words, a word into bytes; then the pair of neighbours that
    was learned first becomes one token, again and again, until no rule applies. */
 class BPETokenizer {
-  constructor({ tokens, merges, splits }) {
+  constructor({ tokens, merges, splits, is_nfc, takes_whole_words, added }) {
+    Object.assign(this, { is_nfc, takes_whole_words });
+    this.added = added.length ? new RegExp(added.map(escapePattern).join("|"), "gu") : null;
     this.tokens = tokens; // spelled in the byte alphabet, in the order of their ids
     this.ids = new Map(tokens.map((token, id) => [token, id]));
     this.ranks = new Map(merges.map((merge, rank) => [merge, rank])); // "left right"
@@ -46,14 +48,20 @@ class BPETokenizer {
   }
 
   encode(text) {
-    let pieces = [text.replace(/\p{Cs}/gu, "?")]; // half of a UTF-16 pair is no text
-    for (const pattern of this.splits) pieces = pieces.flatMap((piece) => isolate(piece, pattern));
-    return pieces.flatMap((piece) => this.encodeWord(piece));
+    const valid = text.replace(/\p{Cs}/gu, "?"); // half of a UTF-16 pair is no text
+    const parts = this.added ? isolate(valid, this.added) : [valid];
+    return parts.flatMap((part) => {
+      if (this.added && part.search(this.added) === 0) return [this.ids.get(part)];
+      let words = [this.is_nfc ? part.normalize("NFC") : part];
+      for (const pattern of this.splits) words = words.flatMap((word) => isolate(word, pattern));
+      return words.flatMap((word) => this.encodeWord(word));
+    });
   }
 
   encodeWord(word) {
     if (this.known.has(word)) return this.known.get(word);
     let parts = Array.from(utf8.encode(word), (byte) => this.alphabet[byte]);
+    if (this.takes_whole_words && this.ids.has(parts.join(""))) return [this.ids.get(parts.join(""))];
     const rank = (i) => this.ranks.get(`${parts[i]} ${parts[i + 1]}`) ?? Infinity;
     for (;;) {
       let first = 0;
@@ -73,12 +81,18 @@ class BPETokenizer {
   }
 
   bytes(id) {
-    return Uint8Array.from(this.tokens[id], (character) => this.byteOf.get(character));
+    const token = this.tokens[id], bytes = Array.from(token, (character) => this.byteOf.get(character));
+    return bytes.includes(undefined) ? utf8.encode(token) : Uint8Array.from(bytes); // an added token is plain text
   }
 
   unknownCharacters() {
     return []; // every text is bytes
   }
+}
+
+/* A text as a pattern that finds it alone. */
+function escapePattern(text) {
+  return text.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&");
 }
 
 /* A text cut into what a pattern finds and what lies between. */
@@ -93,9 +107,10 @@ function isolate(text, pattern) {
 }
 
 /* What people read for a token by itself: its text, or its bytes where they are only a part of a character. */
-function nameOf(bytes) {
+function nameOf(tokenizer, id) {
+  const bytes = tokenizer.bytes(id);
   try {
-    return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
+    return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes) || `#${id}`; // an id without use
   } catch {
     return Array.from(bytes, (byte) => `\\x${byte.toString(16).padStart(2, "0").toUpperCase()}`).join("");
   }
@@ -106,24 +121,38 @@ function normalise(text) {
   return text.replace(/^\uFEFF/, "").replace(/\r\n?/g, "\n");
 }
 
-/* Token ids of a conversation. The template says what stands before and after a message of each role: texts, which
-   become tokens together with the message, and ids of special tokens, which nobody can type. */
+/* Token ids of a conversation that ends with a question, up to where the answer begins. The template says what stands
+   around the messages of each role: texts and ids of special tokens, which nobody can type. Texts side by side become
+   tokens together, but for a null between them. */
 function encodeChat(tokenizer, template, messages) {
-  const pieces = [], system = [];
-  for (const { role, content } of messages) {
-    const { before, after } = template[role];
-    const isHeld = role === "system" && template.system_in_question; // until the next question
-    const inside = role === "user" ? system.splice(0) : [];
-    (isHeld ? system : pieces).push(...before, ...inside, content, ...after);
+  const { begin, default_system, system_in_question, strips } = template;
+  if (default_system && messages[0].role !== "system") {
+    messages = [{ role: "system", content: default_system }, ...messages];
   }
+  const pieces = [...begin, null], system = []; // system: waits for the next question
+  for (const { role, content } of messages) {
+    const { before, after } = template[role], text = strips ? strip(content) : content;
+    if (role === "assistant") pieces.push(...before, null, text, ...after, null);
+    else if (role === "user") pieces.push(...before, ...system.splice(0), text, ...after, null);
+    else if (system_in_question) system.push(...before, text, ...after);
+    else pieces.push(...before, text, ...after, null);
+  }
+  pieces.push(...template.assistant.before, null);
+
   const ids = [];
   let text = "";
-  for (const piece of [...pieces, ...template.prompt, 0]) { // the 0 at the end only flushes the last text
+  for (const piece of pieces) {
     if (typeof piece === "string") text += piece;
     else {
-      ids.push(...tokenizer.encode(text), piece);
+      for (const id of tokenizer.encode(text)) ids.push(id);
+      if (piece !== null) ids.push(piece);
       text = "";
     }
   }
-  return ids.slice(0, -1);
+  return ids;
+}
+
+/* The text without white space around it, as Python's strip() sees it. */
+function strip(text) {
+  return text.replace(/^[\p{White_Space}\x1c-\x1f]+|[\p{White_Space}\x1c-\x1f]+$/gu, "");
 }

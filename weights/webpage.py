@@ -10,6 +10,7 @@ import base64
 import hashlib
 import html
 import json
+import re
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -20,25 +21,15 @@ from base.configuration import UserError
 from base.files import atomic_write
 from layers.rope import rope_frequencies
 from model import GPT, ModelConfig
-from text.tokenizer import EOS, INSTRUCT, RESPONSE, SPECIAL_TOKENS, UNKNOWN, BPETokenizer, CharTokenizer, Tokenizer
+from text.foreign import PRE_TOKENIZERS, ForeignTokenizer
+from text.tokenizer import SPECIAL_TOKENS, UNKNOWN, BPETokenizer, CharTokenizer, Tokenizer
+from weights.gguf import tokens_and_merges
 
 FOLDER = Path(__file__).parent
 TYPES = ("q8_0", "float32")
 BLOCK = 32  # numbers that share a scale in q8_0
-# how GPT-2 splits a text into words, before BPE; \s in the `tokenizers` library is \p{White_Space} in JavaScript
-GPT2_SPLIT = (
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+"
-    r"|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+"
-)
-# Tokenizer.encode_chat() as data: what stands before and after a message, as texts and ids of special tokens
-TEMPLATE = {
-    "system": {"before": [], "after": ["\n"]},
-    "user": {"before": [INSTRUCT], "after": [RESPONSE]},
-    "assistant": {"before": [], "after": [EOS]},
-    "system_in_question": True,  # a system message stands at the beginning of the next question
-    "prompt": [],  # what comes last and asks for an answer
-    "end": EOS,
-}
+# how GPT-2 cuts a text into words, which the `tokenizers` library has built in
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 # ------------------------------------------------------------------------------------------------------ weights
@@ -81,7 +72,7 @@ def network_of(config: ModelConfig) -> dict[str, Any]:
     """What model.js needs to know of a config; raises UserError for what it does not compute."""
     if not config.is_causal:
         raise UserError("a web page: is_causal false: full attention predicts no next token, so it has no answers")
-    names = "block_size vocab_size n_head n_kv_head n_embd n_hidden head_dim windows mlp norm_eps qk_norm"
+    names = "block_size vocab_size n_head n_kv_head n_embd n_hidden head_dim windows mlp norm norm_eps qk_norm"
     names += " tie_embeddings n_expert n_expert_per_token n_shared_expert"
     rope = None
     if config.use_rope:
@@ -92,7 +83,7 @@ def network_of(config: ModelConfig) -> dict[str, Any]:
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What tokenizer.js needs: the characters; or the tokens, the merges and how text is split into words."""
+    """What tokenizer.js needs: the characters; or the tokens, the merges and how text is cut into words."""
     if isinstance(tokenizer, CharTokenizer):
         return {
             "kind": "char",
@@ -103,17 +94,67 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     if not isinstance(tokenizer, BPETokenizer):
         raise UserError(f"a web page: it has no tokenizer of the kind {tokenizer.kind}")
     values = json.loads(tokenizer.to_dict()["tokenizer"])
-    vocabulary = values["model"]["vocab"]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in values["model"]["merges"]]
-    tokens = sorted(vocabulary, key=vocabulary.get)
-    return {"kind": "bpe", "tokens": tokens, "merges": merges, "splits": splits_of(values["pre_tokenizer"])}
+    normalizer = (values["normalizer"] or {"type": ""})["type"]
+    if normalizer not in ("", "NFC"):
+        raise UserError(f"a web page: it does not normalise text as this tokenizer does ({normalizer})")
+    tokens, merges = tokens_and_merges(tokenizer)
+    used = {*values["model"]["vocab"], *(token["content"] for token in values["added_tokens"])}
+    return {
+        "kind": "bpe",
+        "tokens": [token if token in used else "" for token in tokens],  # a model may have more rows than tokens
+        "merges": merges,
+        "splits": splits_of(tokenizer),
+        "is_nfc": normalizer == "NFC",
+        "takes_whole_words": bool(values["model"].get("ignore_merges")),
+        # tokens that are found in what people type, too, before it is cut into words
+        "added": [token["content"] for token in values["added_tokens"] if not token["special"]],
+    }
 
 
-def splits_of(pre_tokenizer: dict[str, Any]) -> list[str]:
-    """The patterns of a tokenizer.json that cut a text into words, one after the other, as JavaScript writes them."""
-    if pre_tokenizer.get("type") != "ByteLevel" or pre_tokenizer.get("add_prefix_space"):
-        raise UserError(f"a web page: it does not split text as this tokenizer does ({pre_tokenizer.get('type')})")
-    return [GPT2_SPLIT] if pre_tokenizer.get("use_regex", True) else []
+def splits_of(tokenizer: BPETokenizer) -> list[str]:
+    """The patterns that cut a text into words, one after the other, as JavaScript writes them; raises UserError."""
+    name = tokenizer.pre_tokenizer() if isinstance(tokenizer, ForeignTokenizer) else "gpt-2"
+    if name is None:
+        raise UserError("a web page: it does not cut text into words as this tokenizer does")
+    patterns = []
+    for step in PRE_TOKENIZERS[name]:
+        if step["type"] == "Digits":
+            patterns.append(r"\p{N}")
+        elif step["type"] == "Split":
+            patterns.append(step["pattern"]["Regex"])
+        elif step["use_regex"]:
+            patterns.append(GPT2_WORDS)
+    return [to_javascript(pattern) for pattern in patterns]
+
+
+def to_javascript(pattern: str) -> str:
+    """A regular expression of the `tokenizers` library for JavaScript, whose \\s is another set of white space.
+
+    (?i:...), which older browsers lack, becomes classes: of its letters s alone has a third form, the long one.
+    """
+    classes = lambda letter: f"[{letter[0]}{letter[0].upper()}{'ſ' * (letter[0] == 's')}]"  # noqa: E731
+    pattern = re.sub(r"\(\?i:([^)]*)\)", lambda group: f"(?:{re.sub('[a-z]', classes, group[1])})", pattern)
+    return pattern.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
+
+
+def describe_template(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The chat template with ids in place of the special tokens' names: lists of texts and ids."""
+    template = tokenizer.template
+
+    def pieces(text: str) -> list[str | int]:
+        parts = tokenizer.special_pattern.split(text)  # alternates: plain, special, plain, ...
+        return [tokenizer.special_tokens[part] if i % 2 else part for i, part in enumerate(parts) if part]
+
+    roles = {role: getattr(template, role) for role in ("system", "user", "assistant")}
+    return {
+        **{role: {"before": pieces(before), "after": pieces(after)} for role, (before, after) in roles.items()},
+        "begin": pieces(template.begin),
+        "default_system": template.default_system,
+        "system_in_question": template.system_in_question,
+        "strips": template.strips,
+        "stop_tokens": tokenizer.stop_tokens,
+        "begin_text": [tokenizer.bos] if tokenizer.adds_bos else [],
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ the file
@@ -143,7 +184,7 @@ def make_page(name: str, model: GPT, tokenizer: Tokenizer, type_name: str) -> st
         "config": network_of(model.config),
         "tensors": tensors,
         "tokenizer": describe_tokenizer(tokenizer),
-        "template": TEMPLATE,
+        "template": describe_template(tokenizer),
     }
     style, script = read_source("page.css"), read_source("page.js")
     policy = (
