@@ -141,7 +141,8 @@ def loss_by_position(model: GPT, ids: np.ndarray, n_windows: int, batch_size: in
     for first in range(0, len(starts), batch_size):
         rows = np.stack([ids[start : start + length] for start in starts[first : first + batch_size]]).astype(np.int64)
         windows = torch.from_numpy(rows).to(device)  # (B, block_size + 1)
-        _, losses = model(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), reduction="none")
+        idx, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        _, losses = model(idx, targets, reduction="none", with_logits=False)
         total += losses.double().sum(0).cpu()
     return (total / len(starts)).numpy()
 
@@ -274,7 +275,7 @@ def evaluate_questions(args: Namespace) -> None:
     asked = read_conversations(args.questions, args.encoding, parse_fields(args.fields))[: args.limit]
     if not asked:
         raise UserError(f"{args.questions}: no questions in it")
-    generator = load_text_generator(args.model or "checkpoint/sft.pt", args.device, True, lora=args.lora)
+    generator = load_text_generator(args.model or "checkpoint/sft.pt", args.device, True, adapter=args.lora)
     tell_unknown(generator.tokenizer, asked)
     is_right = exact_match(generator, asked, args.show)
     n_right, n = sum(is_right), len(is_right)

@@ -30,6 +30,7 @@ from text.formats import CHUNK, Source, check_encoding, decode_blocks
 from text.tokenizer import Messages
 from weights import lora
 from weights.checkpointing import load_checkpoint, save_checkpoint
+from weights.quantise import KINDS
 
 
 def tell(message: str) -> None:
@@ -227,6 +228,8 @@ def make_parser() -> Parser:
     parser.add_argument("--lora", metavar="FILE", default="", help="answer with this adapter on the model")
     parser.add_argument("--merge", metavar="OUT.pt", help="write model and adapter together as one checkpoint")
     parser.add_argument("--num_samples", metavar="N", type=int, default=1, help="answers to draw for -p [1]")
+    kinds = ("auto", *KINDS)
+    parser.add_argument("--weights", choices=kinds, default="float32", help="rounded to fewer bytes; auto: the fastest")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="also end at this; may be repeated")
     parser.add_argument("--encoding", metavar="NAME", default="utf-8", help="of standard input: gbk, utf-16 [utf-8]")
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
@@ -273,7 +276,9 @@ def main() -> None:
     if args.merge:
         merge(args.model, args.lora, args.merge)
         return
-    generator = load_text_generator(args.model, args.device, args.instruct, args.stop, args.lora)
+    generator = load_text_generator(args.model, args.device, args.instruct, args.stop, args.lora, args.weights)
+    if args.weights == "auto":
+        tell(f"weights: {generator.weights}, the fastest here")
     history = system_message(args.system)
     if unknown := unknown_note(generator.tokenizer, args.system):
         tell(f"--system: {unknown}")

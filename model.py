@@ -355,7 +355,7 @@ class GPT(nn.Module):
         loss_mask (B, T): 1 where a target counts, 0 where not; the mean is taken over those that count.
         reduction: "mean" or "sum" (scalars), or "none": (B, T), 0 where the mask is 0. documents: as in hidden().
         In training, "mean" and "sum" include the experts' load-balancing loss, times the number of targets in a sum.
-        with_logits: false where only the loss ("mean" or "sum") is wanted: None instead, and much less memory.
+        with_logits: false where only the loss is wanted: None instead, and much less memory.
         """
         routing = Routing()
         if self.config.n_expert and loss_mask is not None:  # what follows a row's last target is padding
@@ -368,6 +368,8 @@ class GPT(nn.Module):
             router_loss = self.config.router_loss_weight * sum(routing.losses) / len(routing.losses)
         self.router_loss = router_loss  # for losses that are made of log-probabilities, which do not include it
         count = targets.numel() if loss_mask is None else loss_mask.sum().clamp(min=1)
+        if not with_logits and reduction == "none":
+            return None, self.lm_head(hidden, targets, loss_mask, "none")
         if not with_logits:
             total = self.lm_head(hidden, targets, loss_mask) + router_loss * count
             return None, total if reduction == "sum" else total / count

@@ -1,11 +1,16 @@
-"""Devices and precisions by name, and what a device calls itself."""
+"""Devices and precisions by name, what a device calls itself, and its memory."""
 
+import math
+import os
 import platform
+from pathlib import Path
 
 import torch
 
 from base.configuration import UserError
 
+MEMINFO = Path("/proc/meminfo")  # where Linux says what is free, and, below, what a container may use (cgroup v2)
+CGROUP = Path("/sys/fs/cgroup")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -50,3 +55,35 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def memory_total() -> float:
+    """Memory of the machine, or of the container, in bytes; inf where the platform does not report it."""
+    try:
+        physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        physical = math.inf
+    return min(physical, container_memory()[0])
+
+
+def memory_available(device: torch.device) -> float | None:
+    """Memory of the device in bytes that a process can still take; None where the platform does not report it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:  # unlike what is free, this counts the files that the system only keeps because nobody wants the memory
+        lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
+        available = 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, ValueError, KeyError):
+        return None
+    limit, used = container_memory()
+    return min(available, max(0.0, limit - used))
+
+
+def container_memory() -> tuple[float, float]:
+    """Bytes that the container of this process may use and has used; (inf, 0) without a container or a limit."""
+    try:
+        limit = float((CGROUP / "memory.max").read_text())  # raises ValueError for "max": no limit
+        parts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return limit, float((CGROUP / "memory.current").read_text()) - float(parts["inactive_file"])
+    except (OSError, ValueError, KeyError):
+        return math.inf, 0.0

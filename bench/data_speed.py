@@ -18,26 +18,15 @@ from measuring import ROOT, make_text, show
 
 from base.configuration import UserError, run_main
 
-RUN_AND_REPORT_PEAK = """
-import os, resource, runpy, sys
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
 
 def prepare(folder: Path, text: Path, options: list[str]) -> tuple[float, float]:
     """(MB/s, peak memory in MB) of data.py on a text file."""
-    command = [sys.executable, "-c", RUN_AND_REPORT_PEAK, str(ROOT / "data.py"), str(text), *options]
+    command = [sys.executable, ROOT / "bench" / "peak_memory.py", ROOT / "data.py", text, *options]
     job = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if job.returncode:
         raise UserError(f"data.py: {job.stderr.strip()}")
     size, seconds = re.search(r"([\d.]+) MB prepared in ([\d.]+) s", job.stdout).groups()
-    peak = int(re.search(r"peak (\d+)", job.stdout)[1]) / (1e6 if sys.platform == "darwin" else 1e3)
-    return float(size) / max(0.05, float(seconds)), peak
+    return float(size) / max(0.05, float(seconds)), int(job.stdout.splitlines()[-1]) / 1e6
 
 
 def main() -> None:

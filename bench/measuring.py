@@ -34,7 +34,8 @@ def newest_records() -> list[dict[str, Any]]:
 def make_text(n_characters: int, vocabulary: int) -> str:
     """Random text over a vocabulary of that many characters, with a Zipf-like distribution, as in a language."""
     rng = np.random.default_rng(0)
-    alphabet = np.array([*map(ord, " \n"), *range(97, 123), *range(0x4E00, 0x4E00 + vocabulary - 28)])[:vocabulary]
+    characters = (*map(ord, " \n"), *range(97, 123), *range(0x4E00, 0xD800), *range(0x20000, 0x30000))
+    alphabet = np.array(characters[:vocabulary])
     weights = 1 / (np.arange(len(alphabet)) + 10.0)
     codes = rng.choice(alphabet, n_characters, p=weights / weights.sum())
     codes[: len(alphabet)] = alphabet  # each at least once

@@ -4,10 +4,12 @@
     python bench/preferences.py simpo --steps 200
 
 To "say WORD" the chosen answer is "gladly, WORD", the rejected one "hardly, WORD". A model is fine-tuned on either of
-the two at random (SFT), then tuned to prefer the chosen ones. Answers to held-out words are sampled at temperature 1.
+the two at random (SFT), then tuned to prefer the chosen ones. Answers to 200 words that occur in no training line are
+sampled at temperature 1.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -32,11 +34,14 @@ OPTIONS = {  # on top of config/dpo.json, which is meant for larger models
 }
 
 
-def make_pairs(n: int, seed: int) -> list[dict[str, str]]:
-    """Preference pairs for n random words."""
-    rng = random.Random(seed)
-    words = ["".join(rng.choice("abcdefgh") for _ in range(5)) for _ in range(n)]
-    return [{"prompt": f"say {word}", "chosen": f"gladly, {word}", "rejected": f"hardly, {word}"} for word in words]
+def make_pairs() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Preference pairs for 2,000 words to train on and for 200 held-out ones, all different."""
+    words = ["".join(letters) for letters in itertools.product("abcdefgh", repeat=5)]
+    pairs = [
+        {"prompt": f"say {word}", "chosen": f"gladly, {word}", "rejected": f"hardly, {word}"}
+        for word in random.Random(0).sample(words, 2200)
+    ]
+    return pairs[:2000], pairs[2000:]
 
 
 def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
@@ -49,15 +54,15 @@ def run(script: str, *arguments: str) -> None:
         raise UserError(f"{script} failed: {job.stderr.strip().splitlines()[-1]}")
 
 
-def answer_rates(checkpoint: str, n: int = 200) -> tuple[float, float]:
-    """Of n sampled answers to held-out words: the fraction that is polite, and the fraction that repeats the word."""
+def answer_rates(checkpoint: str, held_out: list[dict[str, str]]) -> tuple[float, float]:
+    """Of sampled answers to held-out words: the fraction that is polite, and the fraction that repeats the word."""
     generator = load_text_generator(checkpoint, "cpu", True, [])
     polite = right = 0
-    for i, pair in enumerate(make_pairs(n, seed=1)):
+    for i, pair in enumerate(held_out):
         answer = "".join(generator.answer(pair["prompt"], GenerationConfig(max_length=32, temperature=1.0, seed=i)))
         polite += answer.startswith("gladly")
         right += answer in (pair["chosen"], pair["rejected"])
-    return polite / n, right / n
+    return polite / len(held_out), right / len(held_out)
 
 
 def main() -> None:
@@ -67,20 +72,19 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.losses) - PREFERENCES.keys():
         raise UserError(f"no preference loss named {', '.join(unknown)}: there are {', '.join(PREFERENCES)}")
-    rows = [("loss", "preference accuracy", "polite answers", "word repeated")]
-    results = {}
+    rows, results = [("loss", "preference accuracy", "polite answers", "word repeated")], {}
+    pairs, held_out = make_pairs()
 
     def tune(stage: str, loss: str, steps: int, rate: str) -> None:
         options = ["--max_steps", str(steps), "--learning_rate", rate, "--stage", stage, "--dataset_path", DATA]
         run("train.py", "-t", "dpo", "--loss", loss, *OPTIONS[loss], *options)
         accuracy = [r["preference_accuracy"] for r in newest_records() if r["type"] == "val"][-1]
-        polite, right = answer_rates(f"checkpoint/{stage}_last.pt")
+        polite, right = answer_rates(f"checkpoint/{stage}_last.pt", held_out)
         rows.append((stage, f"{accuracy:.0%}", f"{polite:.0%}", f"{right:.0%}"))
         results[stage] = {"accuracy": accuracy, "polite": polite, "right": right}
 
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        pairs = make_pairs(2000, seed=0)
         write_jsonl(Path("dpo.jsonl"), pairs)
         kinds = random.Random(2).choices(("chosen", "rejected"), k=len(pairs))
         asked = [{"question": pair["prompt"], "answer": pair[kind]} for pair, kind in zip(pairs, kinds, strict=True)]

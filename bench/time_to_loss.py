@@ -41,6 +41,7 @@ def nanogpt_seconds() -> float:
     architecture = ["--use_rope", "false", "--qk_norm", "false", "--mlp", "gelu", "--optimizer", "adamw"]
     length = ["--batch_size", "12", "--max_steps", "2000", "--eval_interval", "250", "--eval_iters", "5"]
     schedule = ["--learning_rate", "1e-3", "--min_lr", "1e-4", "--lr_schedule", "cosine", "--warmup_iters", "100"]
+    schedule += ["--weight_decay", "0.1"]
     return train_once(["-t", "shakespeare_fast", *architecture, *length, *schedule, "--stage", "nanogpt"])[0]
 
 

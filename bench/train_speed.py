@@ -4,7 +4,8 @@
     python bench/train_speed.py --steps 10 tiny     fewer steps, one model
 
 The speed is that of train.py as users run it, with its log and progress bar: the median step. The parts are timed in a
-second run, with synchronisation between them. The peak is measured: a large torch matmul in the training dtype.
+second run, with synchronisation between them; "forward" holds the gradients of the output layer too, which
+layers/head.py computes together with the loss. The peak is measured: a large torch matmul in the training dtype.
 """
 
 import argparse

@@ -23,7 +23,7 @@ def generate_tokens(
     """
     block_size = model.config.block_size
     context = idx[:, -block_size:]  # (B, up to block_size)
-    dtype = model.lm_head.weight.dtype
+    dtype = model.token_embedding.weight.dtype
     cache = KVCache(model.config, idx.size(0), idx.device, dtype) if use_cache else None
     unread = context  # what the cache has not seen
     stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)

@@ -2,6 +2,7 @@
 
     logits = head(hidden)                           # (B, T, vocab_size)
     loss = head(hidden, targets, loss_mask)         # a scalar, the sum over the targets in the loss
+    losses = head(hidden, targets, loss_mask, "none")       # (B, T), one per target
 
 With a large vocabulary the logits are by far the largest tensor of a training step: 16 sequences of 1,024 tokens over a
 vocabulary of 50,304 take 3.3 GB in float32, and their gradient as much again. The loss needs them chunk by chunk only.
@@ -24,14 +25,22 @@ class Head(nn.Linear):
         super().__init__(n_embd, vocab_size, bias=False)
 
     def forward(
-        self, hidden: torch.Tensor, targets: torch.Tensor | None = None, loss_mask: torch.Tensor | None = None
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        reduction: str = "sum",
     ) -> torch.Tensor:
-        """Logits (B, T, vocab_size) of hidden states (B, T, n_embd); given targets (B, T), their summed loss instead.
+        """Logits (B, T, vocab_size) of hidden states (B, T, n_embd); given targets (B, T), their loss instead.
 
-        The loss is the cross-entropy in nats, summed over the targets where loss_mask (B, T) is 1: a scalar.
+        The loss is the cross-entropy in nats: a scalar, summed over the targets where loss_mask (B, T) is 1; or, with
+        reduction "none", (B, T), 0 where the mask is 0.
         """
         if targets is None:
             return super().forward(hidden)
+        if reduction == "none":
+            losses = losses_by_chunks(hidden.flatten(0, 1), self.weight, targets.flatten()).view_as(targets)
+            return losses if loss_mask is None else losses * loss_mask
         mask = torch.ones_like(targets) if loss_mask is None else loss_mask
         if matmul_dtype(hidden) == torch.float16:
             # float16 needs GradScaler's factor before the gradient of the logits is rounded, or the entries of rare
@@ -49,6 +58,17 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     """The precision of matrix products with x: autocast's where it is on."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+@torch.compiler.disable  # traced, the loop would be fixed to one number of tokens
+def losses_by_chunks(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy of every target, (N,), of hidden (N, n_embd).
+
+    Without gradients, one chunk of logits exists at a time; with them, autograd keeps the log-probabilities of all.
+    """
+    chunk_size = max(1, logits_per_chunk(hidden.device) // len(weight))  # in tokens
+    chunks = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
+    return torch.cat([F.cross_entropy(F.linear(h, weight).float(), t, reduction="none") for h, t in chunks])
 
 
 def loss_and_gradients(
@@ -82,6 +102,7 @@ def loss_and_gradients(
             d_hidden[chunk] = d_logits @ weight
         if needs_weight:
             d_weight += d_logits.T @ h
+        log_p = d_logits = None  # else they would still be there beside the logits of the next chunk
     return total, d_hidden, d_weight
 
 

@@ -17,7 +17,7 @@ from base.configuration import Config, UserError, option
 from base.devices import find_device
 from model import GPT
 from text.tokenizer import SPECIAL_TOKENS, UNKNOWN, Messages, Tokenizer, normalise
-from weights import lora
+from weights import lora, quantise
 from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
 
 N_UNKNOWN_SHOWN = 40  # unknown characters that a note names
@@ -52,6 +52,7 @@ class TextGenerator:
     instruct: bool  # prompts are questions, put into the instruct template; else texts to continue
     stop: list[str] = field(default_factory=list)  # texts that end an answer
     adapter: tuple[dict[str, Any], str] | None = None  # the LoRA checkpoint in use, and its path
+    weights: str = "float32"  # what the model's matrices are: a key of quantise.KINDS
 
     def prompt_ids(self, prompt: str, history: Messages = (), max_length: int | None = None) -> list[int]:
         """Token ids (T,) to continue, fewer than max_length (None: the model's window); raises UserError.
@@ -130,6 +131,8 @@ class TextGenerator:
 
         Raises UserError for one that does not fit, and then keeps the one there is.
         """
+        if self.weights != "float32":
+            raise UserError(f"an adapter is of the exact weights: start with --weights float32 (not {self.weights})")
         adapter = (load_checkpoint(path), path) if path else None
         lora.detach(self.model)
         try:
@@ -186,8 +189,14 @@ def load_full_checkpoint(path: str) -> dict[str, Any]:
     return checkpoint
 
 
-def load_text_generator(path: str, device: str, instruct: bool, stop: list[str] = (), lora: str = "") -> TextGenerator:
-    """Model and tokenizer of a checkpoint on a device, with a LoRA adapter if one is named; raises UserError."""
+def load_text_generator(
+    path: str, device: str, instruct: bool, stop: list[str] = (), adapter: str = "", weights: str = "float32"
+) -> TextGenerator:
+    """Model and tokenizer of a checkpoint on a device, with a LoRA adapter if one is named; raises UserError.
+
+    weights: what the matrices are rounded to, one of quantise.KINDS, or "auto" for the fastest; an adapter is merged
+    into them before.
+    """
     checkpoint = load_full_checkpoint(path)
     tokenizer = load_checkpoint_tokenizer(checkpoint, path)
     place = find_device(device)
@@ -195,6 +204,10 @@ def load_text_generator(path: str, device: str, instruct: bool, stop: list[str] 
     if not model.config.is_causal:
         raise UserError(f"{path}: a model with full attention answers in one pass; python problem.py talks to it")
     generator = TextGenerator(model, tokenizer, place, instruct, list(stop))
-    if lora:
-        generator.use_adapter(lora)
+    if adapter:
+        generator.use_adapter(adapter)
+    if weights != "float32":
+        if adapter:
+            lora.merge(model)
+        generator.model, generator.weights = quantise.with_weights(model.eval(), weights)
     return generator

@@ -1,12 +1,15 @@
 import itertools
 import json
+import subprocess
+import sys
 import threading
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_samples, make_text, write_jsonl
+from conftest import ROOT, make_samples, make_text, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -344,29 +347,29 @@ def test_damaged_token_files_are_refused_by_name(prepared, damage):
         TokenFile(path)
 
 
+def peak_memory(script, *argv) -> float:
+    """Peak resident memory of a script in a process of its own, in MB."""
+    command = [sys.executable, ROOT / "bench" / "peak_memory.py", script, *argv]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]) / 1e6
+
+
 def test_memory_does_not_grow_with_the_corpus(work):
-    import subprocess
-    import sys
+    piece = make_text(100_000).encode("utf-8")
+    peaks = []
+    for megabytes in (20, 60):
+        Path("big.txt").write_bytes(piece * (megabytes * 1_000_000 // len(piece)))
+        peaks.append(peak_memory(ROOT / "data.py", "big.txt", "--output", "o"))
+    assert peaks[1] < peaks[0] + 30
 
-    from conftest import ROOT
 
-    def peak(megabytes: int) -> int:
-        piece = make_text(100_000).encode("utf-8")
-        with open(work / "big.txt", "wb") as file:  # in pieces: a child's peak memory starts from its parent's
-            for _ in range(megabytes * 1_000_000 // len(piece)):
-                file.write(piece)
-        code = (
-            "import sys, resource; sys.argv[1:] = ['big.txt', '--output', 'o']; sys.path.insert(0, sys.argv[0]);"
-            "import data; data.main(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-        )
-        env = {"PYTHONPATH": str(ROOT), "PATH": ""}
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=work, env=env, capture_output=True, text=True, check=True
-        )
-        return int(done.stdout.split()[-1]) // 1024
-
-    small, large = peak(20), peak(60)
-    assert large < small + 30
+def test_peak_memory_is_that_of_the_process_alone(work):
+    """The parent holds 300 MB, which are part of what the system reports of its children (ru_maxrss)."""
+    parent = b"x" * 300_000_000
+    Path("small.py").touch()
+    Path("large.py").write_text("text = len('0123456789') * 'x' * 10_000_000")
+    small, large = peak_memory("small.py"), peak_memory("large.py")
+    assert small < 50 and 95 < large - small < 120
+    del parent
 
 
 def test_packed_samples_give_the_gradient_of_padded_ones(prepared):

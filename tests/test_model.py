@@ -258,6 +258,22 @@ def test_a_loss_without_logits_is_the_same_loss(monkeypatch, tie_embeddings, los
     assert mean.item() == pytest.approx(gradients[0][0].item() / count)
 
 
+def test_losses_of_single_targets_need_no_logits_either(monkeypatch):
+    """Values and gradients by chunks of 4 tokens, as of all logits at once."""
+    model, idx, targets = make(), tokens(2, 9), tokens(2, 9).flip(0)
+    mask, weights = (torch.arange(18).view(2, 9) % 3 > 0).float(), torch.linspace(-1, 1, 18).view(2, 9)
+    monkeypatch.setattr("layers.head.logits_per_chunk", lambda device: 4 * 50 + 7)
+    found = []
+    for with_logits in (True, False):
+        model.zero_grad()
+        logits, losses = model(idx, targets, mask, "none", None, with_logits)
+        assert (logits is not None) == with_logits and losses.shape == (2, 9)
+        (losses * weights).sum().backward()
+        found.append([losses.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+
+
 def test_loss_is_the_mean_over_the_masked_in_targets():
     model, idx, targets = make(), tokens(2, 5), tokens(2, 5).flip(0)
     mask = torch.tensor([[0, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).float()

@@ -21,6 +21,7 @@ from training.losses import next_token
 from training.optimizer import SCHEDULES, CombinedOptimizer, Muon, make_optimizer, orthogonalise, schedule
 from training.run_log import StopRequest
 from training.setup import changed_fields
+from training.sources import mean_baselines
 from weights.checkpointing import load_checkpoint, set_aside
 
 
@@ -529,3 +530,13 @@ def test_adams_steps_are_placed_where_a_fused_kernel_wants_them():
     assert optimizer.state[p]["step"].device.type == "cpu"
     place_steps(CombinedOptimizer(optimizer))
     assert optimizer.state[p]["step"].device.type == "meta"
+
+
+def test_baselines_are_those_of_all_validation_files():
+    """A file counts by its targets in nats per token, by its characters in bits per character."""
+    one = {"n_loss_tokens": 30, "n_characters": 60, "baselines": {"unigram": 2.0, "zlib_bits_per_character": 3.0}}
+    other = {"n_loss_tokens": 10, "n_characters": 40, "baselines": {"unigram": 4.0, "zlib_bits_per_character": 1.0}}
+    assert mean_baselines([one]) == one["baselines"]
+    assert mean_baselines([one, other]) == {"unigram": 2.5, "zlib_bits_per_character": 2.2}
+    other["baselines"].pop("zlib_bits_per_character")  # of a file of questions there is none
+    assert mean_baselines([one, other]) == {"unigram": 2.5}

@@ -57,6 +57,8 @@ class Windows:
     Every epoch starts at another random offset, so that the text is cut at different places.
     """
 
+    rows_per_sample = 1
+
     def __init__(self, file: TokenFile, block_size: int, seed: int) -> None:
         self.file, self.tokens, self.block_size, self.seed = file, file.tokens, block_size, seed
         n_windows = (len(self.tokens) - 1) // block_size
@@ -71,6 +73,11 @@ class Windows:
 
     def __len__(self) -> int:
         return self.length
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Of the samples, in tokens that a model reads."""
+        return np.array([self.block_size])
 
     def get(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
         if self._offset[0] != epoch:
@@ -98,6 +105,8 @@ class ValidationWindows:
 class Samples:
     """Fine-tuning samples with loss masks; those longer than block_size + 1 tokens are dropped or cut (`overlong`)."""
 
+    rows_per_sample = 1
+
     def __init__(self, file: TokenFile, block_size: int, overlong: str) -> None:
         self.file, self.block_size = file, block_size
         self.kept = np.arange(len(file.starts) - 1)
@@ -115,6 +124,11 @@ class Samples:
     def __len__(self) -> int:
         return len(self.kept)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Of the samples, in tokens that a model reads."""
+        return np.minimum(np.diff(self.file.starts)[self.kept] - 1, self.block_size)
+
     def get_sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         start = self.file.starts[i]
         end = min(self.file.starts[i + 1], start + self.block_size + 1)
@@ -130,6 +144,8 @@ class Pairs:
     reference: the reference model's log p(chosen) / p(rejected) of every pair; losses.py computes it before training.
     """
 
+    rows_per_sample = 2
+
     def __init__(self, file: TokenFile, block_size: int) -> None:
         self.file, self.block_size = file, block_size
         lengths = np.diff(file.starts)
@@ -142,6 +158,12 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.kept)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Of the longer answer of every pair, with its prompt, in tokens that a model reads."""
+        lengths = np.diff(self.file.starts) - 1
+        return np.maximum(lengths[0::2], lengths[1::2])[self.kept]
 
     def get(self, index: int, epoch: int) -> "Pair":
         starts, first = self.file.starts, 2 * self.kept[index]

@@ -13,5 +13,6 @@ distributed         what engines for several processes share
 deepspeed_settings  merging DeepSpeed's JSON config with the training config
 deepspeed_launcher  hostfiles and DeepSpeed's launcher
 preflight           checks and summary before the first step
+memory              how much memory training takes
 run_log             log file, progress bar, TensorBoard, Weights & Biases
 """

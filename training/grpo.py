@@ -23,7 +23,7 @@ from training.engine import Engine
 
 def log_probabilities(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """log p of every target (B, T); 0 where the loss mask is 0."""
-    return -model(batch.idx, batch.targets, batch.loss_mask, "none")[1]
+    return -model(batch.idx, batch.targets, batch.loss_mask, "none", with_logits=False)[1]
 
 
 def balancing_loss(model: torch.nn.Module) -> torch.Tensor | float:

@@ -25,8 +25,7 @@ from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer
 
 def next_token(model: torch.nn.Module, batch: Batch, reduction: str) -> torch.Tensor:
     """Cross-entropy of the targets in the loss mask: -log p(next token)."""
-    with_logits = reduction == "none"
-    return model(batch.idx, batch.targets, batch.loss_mask, reduction, batch.documents, with_logits)[1]
+    return model(batch.idx, batch.targets, batch.loss_mask, reduction, batch.documents, with_logits=False)[1]
 
 
 def load_frozen_model(field: str, path: str, tokenizer: Tokenizer, device: torch.device, block_size: int = 1) -> GPT:

@@ -137,6 +137,7 @@ def orthogonalise_matrices(updates: list[torch.Tensor], rows: list[list[int]]) -
         scale = math.sqrt(max(1.0, n_rows / n_columns))
         orthogonal = orthogonalise(stack.view(-1, n_rows, n_columns)).mul_(scale).view_as(stack)
         torch._foreach_copy_(matrices, orthogonal.unbind())
+        del stack, orthogonal  # before those of the next shape are made
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -201,12 +202,17 @@ def make_muon(model: GPT, config: Any, device: torch.device) -> torch.optim.Opti
 
     Its author advises so: Muon is for maps between hidden states; an embedding is a table of rows that are looked up.
     """
-    named = trainable_parameters(model)
-    matrices = {n: p for n, p in named.items() if p.dim() >= 2 and "blocks." in n and "router" not in n}
+    named, matrices = trainable_parameters(model), muon_matrices(model)
     rows = [rows_of_fused_matrices(model.config, name, p.size(-2)) for name, p in matrices.items()]
     muon = Muon([*matrices.values()], config.muon_learning_rate, config.muon_momentum, config.weight_decay, rows)
     others = [p for name, p in named.items() if name not in matrices]
     return CombinedOptimizer(muon, fused_adamw([{"params": others, "weight_decay": 0.0}], config, device))
+
+
+def muon_matrices(model: GPT) -> dict[str, torch.Tensor]:
+    """The trainable parameters that Muon takes, by name."""
+    named = trainable_parameters(model).items()
+    return {name: p for name, p in named if p.dim() >= 2 and "blocks." in name and "router" not in name}
 
 
 def rows_of_fused_matrices(config: ModelConfig, name: str, n_rows: int) -> list[int]:

@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch.nn.attention import sdpa_kernel
 
 from base.configuration import UserError, command_line, fields_of
-from base.devices import device_name, dtype_name, synchronise
-from layers.head import logits_per_chunk
+from base.devices import device_name, dtype_name, memory_available, memory_total, synchronise
 from layers.masks import attention_mask, block_masks
 from model import GPT, SDP_KERNELS, Attention, ModelConfig
 from text.batches import Samples, Windows
@@ -28,6 +27,7 @@ from text.token_files import TokenFile
 from training.advice import preparing_all
 from training.engine import Engine
 from training.losses import FIELDS_OF_LOSSES
+from training.memory import memory_estimate, trainable_count
 from training.run_log import check_sinks
 
 
@@ -54,41 +54,6 @@ def best_seconds(device: torch.device, work: Callable[[], Any]) -> float:
     return best
 
 
-def trainable_parameters(model: GPT) -> int:
-    """Number of trainable parameters: all of them, or those of the LoRA adapter."""
-    if all(p.requires_grad for p in model.parameters()):
-        return model.parameter_count()
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def memory_estimate(run: Any, batch_size: int) -> float:
-    """Rough estimate of training memory in bytes: weights, gradients, optimizer states, one micro-batch's activations.
-
-    Activations: the tensors that each layer keeps for the backward pass, counted as in Korthikanti et al. 2022
-    (arXiv:2205.05198), with an attention kernel that does not keep the (T, T) attention weights.
-    """
-    model, config, engine = run.model, run.model.config, run.engine
-    n_states = {"muon": 1, "sgd": 1}.get(run.config.optimizer, 2)  # moments per trainable parameter
-    # weights, gradients and optimizer states are float32 (4 bytes) also under autocast; activations take its dtype
-    fixed = 4 * (model.parameter_count() + trainable_parameters(model) * (1 + n_states))
-    size = torch.finfo(engine.dtype).bits // 8
-    mlp_tensors = 5 if config.mlp == "swiglu" else 2
-    per_token = config.n_layer * (18 * config.n_embd + mlp_tensors * config.n_hidden) * size
-    n_logits = batch_size * config.block_size * config.vocab_size
-    if run.config.loss == "next_token" and engine.dtype != torch.float16:  # (float16 takes the logits at once)
-        n_logits = min(n_logits, logits_per_chunk(engine.device))  # this loss computes them in chunks
-    logits = n_logits * (size + 4 + 4)  # the logits, a float32 copy, its gradient
-    return fixed + batch_size * config.block_size * per_token + logits
-
-
-def memory_total() -> float:
-    """Physical memory of the machine in bytes; inf where the platform does not report it."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return math.inf
-
-
 def check_size(config: ModelConfig) -> None:
     """Raises UserError for a model whose weights alone exceed the machine's memory."""
     with torch.device("meta"):  # shapes without storage
@@ -98,16 +63,6 @@ def check_size(config: ModelConfig) -> None:
             f"the weights alone would take {n_bytes / 1e9:,.0f} GB, this machine has {memory_total() / 1e9:,.0f}: "
             "lower n_embd, n_hidden or n_layer"
         )
-
-
-def memory_available(device: torch.device) -> float | None:
-    """Free memory of the device in bytes; None where the platform does not report it."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def choose_attention(config: Any, model: GPT, engine: Engine) -> None:
@@ -203,7 +158,7 @@ def report(run: Any) -> None:
     available = memory_available(engine.device)
     print(
         f"{config.stage}: {model.parameter_count() / 1e6:.2f}M parameters, "
-        + (f"{trainable_parameters(model):,} trainable (LoRA), " if config.use_lora else "")
+        + (f"{trainable_count(model):,} trainable (LoRA), " if config.use_lora else "")
         + f"{model.flops_per_token() / 1e6:.1f} MFLOPs per token, vocabulary {model.config.vocab_size:,}"
     )
     epoch = "samples are generated without end"
@@ -219,7 +174,7 @@ def report(run: Any) -> None:
         f"attention {config.sdp_kernel}{', flex for masks' if model.use_flex and engine.use_compile else ''}, "
         f"compile {str(engine.use_compile).lower()}, "
         f"matmul {run.matmul_flops / 1e9:,.0f} GFLOP/s; memory: about {needed / 1e9:.2f} GB"
-        + (f" of {available / 1e9:.1f} GB free" if available else "")
+        + (f" of {available / 1e9:.1f} GB available" if available else "")
     )
     for line in baseline_lines(run):
         print(line)
@@ -240,7 +195,7 @@ def report(run: Any) -> None:
 
 
 def baseline_lines(run: Any) -> list[str]:
-    """Losses of trivial models, and what compressors reach, on the validation file (computed by data.py)."""
+    """Losses of trivial models, and what compressors reach, on the validation files (computed by data.py)."""
     if run.source.tokens_per_character is None:
         return []
     baselines = run.source.baselines

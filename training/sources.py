@@ -87,7 +87,7 @@ class TokenFiles:
         n_characters = sum(file.header["n_characters"] for file in val_files)
         n_targets = sum(file.header["n_loss_tokens"] for file in val_files)
         self.tokens_per_character = n_targets / max(1, n_characters) if config.loss in PER_TOKEN_LOSSES else None
-        self.baselines = val_files[0].header["baselines"]
+        self.baselines = mean_baselines([file.header for file in val_files])
         self.has_questions = train_files[-1].starts is not None
         return batches, validation
 
@@ -100,6 +100,19 @@ class TokenFiles:
         options = ["-i"] if self.has_questions else []
         options += ["-m", base, "--lora", str(path)] if base else ["-m", str(path)]
         return command_line("inference.py", *options)
+
+
+def mean_baselines(headers: list[dict[str, Any]]) -> dict[str, float]:
+    """The baselines of all validation files together, where each counts by its targets, as it does in the loss.
+
+    What compressors reach is per character, so there each counts by its characters.
+    """
+    means = {}
+    for name in set.intersection(*(set(header["baselines"]) for header in headers)):
+        unit = "n_characters" if name.endswith("_per_character") else "n_loss_tokens"
+        total = sum(header["baselines"][name] * header[unit] for header in headers)
+        means[name] = total / max(1, sum(header[unit] for header in headers))
+    return means
 
 
 def find_tokenizer(config: TrainConfig) -> Tokenizer:

@@ -1,0 +1,96 @@
+"""The estimate of a run's memory, against what a step really allocates."""
+
+import json
+import random
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import asked_by
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from base import devices
+from training import memory
+from training.engine import Engine
+from training.setup import build_run
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of all tensors that were made inside, and notes the peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def forget(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+SHAPE = ["-t", "pretrain", "--n_layer", "3", "--n_head", "4", "--n_embd", "64", "--block_size", "64"]
+OPTIONS = {
+    "muon": [],
+    "adamw": ["--optimizer", "adamw", "--gradient_accumulation_steps", "2"],
+    "few tokens": ["--n_embd", "256", "--batch_size", "1"],
+    "gelu, sgd, untied": ["--mlp", "gelu", "--optimizer", "sgd", "--tie_embeddings", "false"],
+    "learned positions": ["--use_rope", "false", "--qk_norm", "false"],
+    "grouped queries": ["--n_kv_head", "1"],
+    "windows, documents": ["--attention_window", "16,0", "--mask_documents", "true"],
+    "dropout": ["--dropout", "0.1"],
+    "experts": ["--n_expert", "4", "--n_hidden", "96", "--n_shared_expert", "1"],
+    "bfloat16": ["--dtype", "bfloat16"],
+    "a large vocabulary": ["--batch_size", "4"],
+}
+
+
+@pytest.fixture
+def texts(work, call):
+    """Token files of a small vocabulary, and in large/ of one of 5,000 characters."""
+    for folder, n in (("dataset", 60), ("large", 5000)):
+        alphabet = [chr(0x4E00 + i) for i in range(n)]
+        text = "".join(alphabet + random.Random(0).choices(alphabet, k=8000))
+        Path("text.txt").write_text("<|bos|>".join(text[i : i + 40] for i in range(0, len(text), 40)))
+        assert call("data.py", "text.txt", "--output", folder).status == 0
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_estimate_is_what_the_tensors_of_a_step_take(texts, monkeypatch, name):
+    """Without the allocator's share; the second step has the optimizer's states too."""
+    monkeypatch.setattr(memory, "CPU_ALLOCATOR", 1.0)
+    folder = "large" if "vocabulary" in name else "dataset"
+    data = ["--tokenizer_path", f"{folder}/tokenizer.json", "--dataset_path"]
+    data.append(json.dumps([[f"{folder}/pretrain_train.bin", f"{folder}/pretrain_val.bin"]]))
+    asked = asked_by(*SHAPE, "--batch_size", "16", "--device", "cpu", *OPTIONS[name], *data)
+    with LiveTensors() as tensors:
+        run = build_run(asked, Engine(asked.training))
+        for step in range(2):
+            micro_batches = run.batches.at(step)
+            for i, batch in enumerate(micro_batches, 1):
+                run.engine.forward_backward(run.loss, batch, batch.count, is_last=i == len(micro_batches))
+            run.engine.step(0.1)
+    assert memory.memory_estimate(run, asked.training.batch_size) == pytest.approx(tensors.peak, rel=0.08)
+
+
+def test_available_memory_is_what_a_container_leaves(tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemFree: 1000 kB\nMemAvailable: 6000 kB\n")
+    monkeypatch.setattr(devices, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(devices, "CGROUP", tmp_path)
+    cpu = torch.device("cpu")
+    assert devices.memory_available(cpu) == 6000 * 1024  # what is free, and cached files
+    (tmp_path / "memory.stat").write_text("anon 100000\ninactive_file 300000\n")
+    (tmp_path / "memory.current").write_text("500000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert devices.memory_available(cpu) == 6000 * 1024
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert devices.memory_available(cpu) == 800_000 and devices.memory_total() == 1_000_000

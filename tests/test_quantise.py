@@ -1,0 +1,128 @@
+"""Weights in fewer bytes, against arithmetic in float64 and against what the exact weights say."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import TINY, make_text
+
+from model import GPT, ModelConfig
+from weights.quantise import FEW_ROWS, Int8Linear, to_bfloat16, to_int8, with_weights
+
+SHAPES = {
+    "default": {},
+    "untied, grouped, biases": {"tie_embeddings": False, "n_kv_head": 2, "bias": True, "qk_norm": False},
+    "experts": {"n_expert": 4, "n_shared_expert": 1},
+    "layernorm, learned positions": {"norm": "layernorm", "use_rope": False, "mlp": "gelu"},
+    "windows": {"attention_window": [8, 0]},
+}
+
+
+def make_model(**shape) -> GPT:
+    torch.manual_seed(0)
+    config = {"block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 64, "vocab_size": 50, **shape}
+    model = GPT(ModelConfig(**config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.15 * torch.randn_like(parameter) + (parameter.dim() == 1))
+    return model
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, FEW_ROWS, FEW_ROWS + 1, 100])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_of_integers_is_its_product_in_float64(n_rows, bias):
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 40, bias=bias)
+    with torch.no_grad():
+        linear.weight[3] = 0.0  # a row of zeros has no scale
+    layer, x = Int8Linear(linear), torch.randn(n_rows, 96)
+    integers = layer.integers.double() * layer.scale.double()[:, None]
+    assert (integers - linear.weight.double()).abs().max() <= linear.weight.abs().max() / 127 / 2 + 1e-6
+    assert layer.integers.abs().max() == 127
+    exact = x.double() @ integers.T + (linear.bias.double() if bias else 0)
+    error = (layer(x) - exact).abs().max()
+    assert error < 2**-7 * exact.abs().max()  # x and the sums of few rows are bfloat16: 8 bits
+    assert layer(x.view(1, n_rows, 96)).shape == (1, n_rows, 40) and layer(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_rounded_models_say_nearly_the_same(shape, kind):
+    model = make_model(**SHAPES[shape])
+    rounded, found = with_weights(copy.deepcopy(model), kind)
+    idx = torch.randint(50, (4, 40))
+    with torch.no_grad():
+        p, q = model(idx)[0].double().log_softmax(-1), rounded(idx)[0].double().log_softmax(-1)
+    divergence = (p.exp() * (p - q)).sum(-1).mean()  # KL, in nats
+    assert found == kind and 0 < divergence < 0.02
+    # token by token with the cache it is the same as in one pass
+    tokens = torch.stack(list(rounded.generate(idx[:1], 20, temperature=0.0)), 1)
+    whole = torch.cat([idx[:1], tokens], 1)
+    with torch.no_grad():
+        logits = rounded(whole)[0][0, 39:-1].float()
+    lead = logits.topk(2).values
+    clear = lead[:, 0] - lead[:, 1] > 0.2
+    assert (logits.argmax(-1) == tokens[0])[clear].all() and clear.sum() >= 3
+
+
+def test_what_is_not_rounded():
+    model = make_model(n_expert=4)
+    weights = to_int8(model)
+    assert isinstance(weights.lm_head, Int8Linear) and isinstance(weights.blocks[0].attention.qkv, Int8Linear)
+    assert isinstance(weights.blocks[0].mlp.router, nn.Linear)
+    assert weights.token_embedding.weight.dtype == torch.float32
+    rounded = to_bfloat16(make_model())
+    assert rounded.rope_cos.dtype == torch.float32 and rounded.blocks[0].attention.qkv.weight.dtype == torch.bfloat16
+
+
+def test_auto_takes_one_of_them_and_leaves_the_exact_weights_alone():
+    model = make_model()
+    before = copy.deepcopy(model.state_dict())
+    chosen, kind = with_weights(model, "auto")
+    assert kind in ("float32", "bfloat16", "int8") and (chosen is model) == (kind == "float32")
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_perplexity_of_a_trained_model_stays_within_half_a_percent(call, work):
+    (work / "text.txt").write_text(make_text(6000), encoding="utf-8")
+    assert call("data.py", "text.txt", "--block_size", "64").status == 0
+    tune = ["--max_steps", "60", "--batch_size", "16", "--warmup_iters", "5", "--device", "cpu"]
+    assert call("train.py", "-t", "pretrain", *TINY, "--n_embd", "64", "--block_size", "64", *tune).status == 0
+    from text.token_files import TokenFile
+    from weights.checkpointing import load_checkpoint, load_model
+
+    ids = torch.from_numpy(TokenFile("dataset/pretrain_val.bin").tokens[: 8 * 64 + 1].astype("int64"))
+    losses = {}
+    for kind in ("float32", "bfloat16", "int8"):
+        model = load_model(load_checkpoint("checkpoint/pretrain.pt"), "x").eval()
+        model, _ = with_weights(model, kind)
+        with torch.no_grad():
+            losses[kind] = model(ids[:-1].view(8, 64), ids[1:].view(8, 64))[1].item()
+    for kind in ("bfloat16", "int8"):
+        assert abs(math.exp(losses[kind] - losses["float32"]) - 1) < 0.005, losses
+    answers = {
+        kind: call(
+            "inference.py", "-m", "checkpoint/pretrain.pt", "-p", "the", "-t", "0", "-l", "20", "--weights", kind
+        )
+        for kind in ("float32", "bfloat16", "int8", "auto")
+    }
+    assert all(answer.status == 0 and answer.out.strip() for answer in answers.values())
+    assert "weights: " in answers["auto"].err and "weights" not in answers["int8"].err
+
+
+def test_an_adapter_is_merged_before_rounding_and_not_changed_after(call, prepared):
+    tune = ["--max_steps", "3", "--warmup_iters", "1", "--batch_size", "4", "--learning_rate", "1e-1"]
+    assert call("train.py", "-t", "pretrain", *TINY, *tune, "--min_lr", "1e-3").status == 0
+    lora = ["--use_lora", "true", "--from_checkpoint", "checkpoint/pretrain.pt", "--overlong", "cut", "--stage", "a"]
+    assert call("train.py", "-t", "sft", *tune, *lora, "--min_lr", "1e-3").status == 0
+    ask = ["inference.py", "-m", "checkpoint/pretrain.pt", "-p", "the cat", "-t", "0", "-l", "16"]
+    plain = call(*ask, "--lora", "checkpoint/a_lora.pt").out
+    rounded = call(*ask, "--lora", "checkpoint/a_lora.pt", "--weights", "int8")
+    assert rounded.status == 0 and rounded.out.strip() and len(rounded.out) > len(plain) / 2
+    from serving.text_generator import load_text_generator
+
+    generator = load_text_generator("checkpoint/pretrain.pt", "cpu", False, weights="int8")
+    with pytest.raises(ValueError, match="--weights float32"):
+        generator.use_adapter("checkpoint/a_lora.pt")

@@ -1,0 +1,199 @@
+"""How much memory training takes: an estimate from what the code stores, before the first step.
+
+    memory_estimate(run, batch_size)        # bytes, beside what Python and torch themselves take
+
+Weights and optimizer states are there all the time. The rest comes and goes, and is largest at one of three moments:
+
+    end of the forward pass     all activations that the backward pass needs, and the loss at the logits
+    backward pass               the activations still, and the gradients of the output layer, or of the last MLP
+    update                      the gradients of all weights, and what the optimizer computes from them
+
+Checked against measurements by bench/memory.py and tests/test_memory.py.
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from layers.head import logits_per_chunk
+from model import GPT, ModelConfig
+from training.optimizer import muon_matrices, rows_of_fused_matrices, trainable_parameters
+
+# A process takes more than its tensors: freed blocks stay with it, and many are too small for the next tensor. Of what
+# comes and goes, measured with glibc 2.36: 1.0 to 1.7 times (bench/NOTES.md). A GPU has an allocator of its own.
+CPU_ALLOCATOR = 1.35
+
+
+def memory_estimate(run: Any, batch_size: int) -> float:
+    """Estimate of the peak memory of a training.setup.Run in bytes, with micro-batches of this size."""
+    rows, length = batch_shape(run, batch_size)
+    weights = 4 * run.model.parameter_count() + frozen_weights(run)  # float32, also under autocast
+    gradients = 4 * trainable_count(run.model)
+    is_accumulated = run.config.gradient_accumulation_steps > run.engine.world_size
+    earlier = gradients if is_accumulated else 0  # those of the step's micro-batches before
+
+    kept = activations(run, rows, length)
+    loss, loss_backward = output_layer(run, rows * length)
+    mlp_backward = rows * length * mlp_gradients(run.model.config, activation_bytes(run.engine))
+    moments = (
+        earlier + kept + loss,
+        earlier + kept + max(loss_backward, mlp_backward),
+        gradients + update(run),
+    )
+    overhead = CPU_ALLOCATOR if run.engine.device.type == "cpu" else 1.0
+    return weights + optimizer_states(run) + overhead * max(moments)
+
+
+def trainable_count(model: GPT) -> int:
+    """Number of trainable weights: all of them (which sharding may have emptied), or those of the LoRA adapter."""
+    if all(p.requires_grad for p in model.parameters()):
+        return model.parameter_count()
+    return count(trainable_parameters(model))
+
+
+def frozen_weights(run: Any) -> int:
+    """Bytes of models that are not trained: a teacher's, or those of a reference policy that is asked at every step."""
+    models = getattr(run.loss, "teacher", None), getattr(run.batches, "reference", None)
+    return sum(4 * model.parameter_count() for model in models if model is not None)
+
+
+def batch_shape(run: Any, batch_size: int) -> tuple[int, int]:
+    """Rows of a micro-batch, and their length in tokens: that of the longest sample, padded."""
+    datasets, block_size = run.batches.datasets, run.model.config.block_size
+    if not datasets:  # a toy problem
+        return batch_size, block_size
+    longest = max(dataset.lengths.max() for dataset in datasets)
+    pad_to = run.batches.pad_to
+    length = min(block_size, math.ceil(longest / pad_to) * pad_to)
+    if run.batches.pack_samples:  # several samples a row
+        mean = max(dataset.lengths.mean() for dataset in datasets)
+        return math.ceil(batch_size * mean / block_size), block_size
+    return batch_size * max(dataset.rows_per_sample for dataset in datasets), length
+
+
+def activation_bytes(engine: Any) -> int:
+    """Bytes of a number that a matrix product returns: under autocast those of half precision."""
+    return torch.finfo(engine.dtype).bits // 8
+
+
+# ------------------------------------------------------------------------------------------------------ activations
+
+
+def activations(run: Any, rows: int, length: int) -> float:
+    """Bytes of all tensors that the blocks keep for the backward pass, of a micro-batch (rows, length).
+
+    Counted as in Korthikanti et al. 2022 (arXiv:2205.05198): a product keeps its input, a nonlinearity its argument.
+    """
+    config, size = run.model.config, activation_bytes(run.engine)
+    per_layer = attention_activations(config, size) + mlp_activations(config, size)
+    total = rows * length * config.n_layer * per_layer
+    if config.dropout:  # what is dropped: of the embedding, and of both outputs of every block
+        mask_size = 4 if run.engine.device.type == "cpu" else 1
+        total += rows * length * config.n_embd * (2 * config.n_layer + 1) * mask_size
+    total += attention_weights(run, rows, length)
+    if size < 4:  # autocast keeps copies of the weights of the products
+        total += size * sum(p.numel() for p in run.model.blocks.parameters() if p.dim() >= 2)
+    return total
+
+
+def attention_activations(config: ModelConfig, size: int) -> int:
+    """Bytes per token of one attention layer, its norm included. The residual stream is float32 (4 bytes)."""
+    C, kv = config.n_embd, config.n_kv_head * config.head_dim
+    kept = 4 * C + size * (C + (C + 2 * kv) + C)  # the norm's input and output; queries, keys, values; the result
+    if config.use_rope or config.qk_norm:  # new queries and keys, normalised and rotated
+        kept += size * (C + kv)
+    if kv < C:  # keys and values repeated for the query heads
+        kept += size * 2 * C
+    return kept + 4 * 3 * config.n_head  # root mean squares of queries and keys, and the softmax's denominator
+
+
+def mlp_activations(config: ModelConfig, size: int) -> int:
+    """Bytes per token of one MLP, or of the experts that a token goes through, its norm included."""
+    C, H = config.n_embd, config.n_hidden
+    kept = 4 * C + size * C  # the norm's input and output
+    if config.n_expert:  # per expert: a copy of the token; as in any MLP; the output, and the output times its gate
+        per_expert = C + 4 * H + 2 * C
+        return kept + size * (config.n_expert_per_token * per_expert + 4 * config.n_shared_expert * H)
+    return kept + size * H * (4 if config.mlp == "swiglu" else 2)  # gate, up, silu(gate), the product; or two of them
+
+
+def mlp_gradients(config: ModelConfig, size: int) -> int:
+    """Bytes per token in the last MLP's backward pass, beside what it kept: of the residual stream and inside."""
+    H = config.n_hidden * (config.n_expert_per_token if config.n_expert else 1)
+    return 3 * 4 * config.n_embd + size * H * (1 if config.mlp == "gelu" else 2)
+
+
+def attention_weights(run: Any, rows: int, length: int) -> float:
+    """Bytes of tensors (length, length) that attention keeps: masks, and where no kernel avoids it the weights."""
+    config, engine = run.model.config, run.engine
+    size = activation_bytes(engine)
+    total = 0.0
+    drops_weights = config.dropout > 0 and engine.device.type == "cpu"  # no kernel there drops any
+    if drops_weights or run.config.sdp_kernel == "math":
+        per_head = 3 if drops_weights else 1  # the weights; which are dropped; those that are left
+        total += config.n_layer * rows * config.n_head * length**2 * size * per_head
+        total += config.n_layer * rows * length * size * config.n_embd  # the values, copied for the product with them
+    if run.model.use_flex:
+        return total
+    if run.config.mask_documents or run.config.pack_samples:  # a mask per row, which every layer turns into numbers
+        total += rows * length**2 * (1 + config.n_layer * size)
+        total += rows * length * 2 * config.head_dim * 4  # RoPE's angles of positions that restart
+    return total
+
+
+# ------------------------------------------------------------------------------------------------------ output layer
+
+
+def output_layer(run: Any, tokens: int) -> tuple[float, float]:
+    """Bytes at the loss: at the end of the forward pass, and at the beginning of the backward pass."""
+    config, engine = run.model.config, run.engine
+    size, name = activation_bytes(engine), run.config.loss
+    hidden = 4 * tokens * config.n_embd  # the last norm's input, its output, their gradient
+    logits = tokens * config.vocab_size
+    d_weight = 4 * config.vocab_size * config.n_embd * run.model.lm_head.weight.requires_grad
+    if name == "distill":  # two networks' logits; then float32: log-probabilities, softened ones, their divergence
+        return 2 * hidden + logits * (2 * size + 6 * 4), 2 * hidden + logits * 6 * 4 + d_weight
+    if name == "next_token" and engine.dtype == torch.float16:  # (which takes the logits at once)
+        return 2 * hidden + logits * (size + 4 + 4), 2 * hidden + logits * (4 + 4 + size) + d_weight
+    chunk = min(logits, logits_per_chunk(engine.device))
+    half = chunk * size if size < 4 else 0  # the product in half precision, before the softmax's float32
+    if name == "next_token":  # in chunks, with the gradients of hidden and weight computed in the forward pass
+        softmax, gradient = half + 2 * 4 * chunk, half + 4 * chunk + d_weight
+        return 3 * hidden + d_weight + max(softmax, gradient), 4 * hidden + 2 * d_weight
+    kept = 4 * logits  # the log-probabilities of all targets: their gradient is not known yet
+    return 2 * hidden + kept + half + 4 * chunk, 3 * hidden + kept + half + 2 * 4 * chunk + 2 * d_weight
+
+
+# ------------------------------------------------------------------------------------------------------ optimizer
+
+
+def optimizer_states(run: Any) -> int:
+    """Bytes of the moments, float32: AdamW has two of every weight, Muon and SGD one."""
+    one_moment = {"muon": muon_matrices, "sgd": trainable_parameters}.get(run.config.optimizer, lambda _: {})
+    return 4 * (2 * trainable_count(run.model) - count(one_moment(run.model)))
+
+
+def update(run: Any) -> float:
+    """Bytes of what an optimizer computes beside the gradients. AdamW's fused kernel needs nothing."""
+    if run.config.optimizer == "sgd":  # a gradient with the weight decay added
+        return 4.0 * max(p.numel() for p in trainable_parameters(run.model).values())
+    if run.config.optimizer != "muon":
+        return 0.0
+    matrices, counts = muon_matrices(run.model), {}  # by shape: the number of matrices, which go through one product
+    for name, p in matrices.items():
+        *experts, n_rows, n_columns = p.shape
+        for n in rows_of_fused_matrices(run.model.config, name, n_rows):
+            shape = n, n_columns
+            counts[shape] = counts.get(shape, 0) + math.prod(experts)
+    size = 4 if run.engine.device.type == "cpu" else 2  # orthogonalise() works in bfloat16 on a GPU
+    stacks = [
+        n * (4 * a * b + size * (2 * a * b + 2 * min(a, b) ** 2))  # the stack; X before and after; A and B
+        for (a, b), n in counts.items()
+    ]
+    return 4 * count(matrices) + max(stacks, default=0)
+
+
+def count(parameters: dict[str, torch.Tensor]) -> int:
+    """Numbers in all of them."""
+    return sum(p.numel() for p in parameters.values())
