@@ -1,13 +1,14 @@
-"""Models to and from other programs: Hugging Face's transformers, llama.cpp, Ollama.
+"""Models to and from other programs: Hugging Face's transformers, llama.cpp, Ollama, a browser.
 
 python convert.py checkpoint/sft.pt answer/                    a folder for transformers, vLLM and what builds on them
 python convert.py checkpoint/sft.pt answer.gguf --type q8_0    a file for llama.cpp, Ollama, LM Studio
+python convert.py checkpoint/sft.pt answer.html                one web page that runs the model, to mail to a friend
 python convert.py checkpoint/sft.pt answer/ --lora checkpoint/sft_lora.pt      with an adapter merged into it
 python convert.py out/ckpt.pt checkpoint/mine.pt --from nanogpt --tokenizer data/shakespeare_char/meta.pkl
 python convert.py SmolLM2-135M-Instruct/ checkpoint/smollm2.pt                and from there, with its tokenizer
 
-What a file is shows in its name: X.pt is ours, X.gguf llama.cpp's, a folder Hugging Face's. What a format cannot say
-exactly is refused, with the reason.
+What a file is shows in its name: X.pt is ours, X.gguf llama.cpp's, X.html a page, a folder Hugging Face's. What a
+format cannot say exactly is refused, with the reason.
 """
 
 import math
@@ -20,7 +21,7 @@ from base.configuration import Parser, UserError, command_line, run_main
 from model import GPT
 from text.template import TEMPLATES
 from text.tokenizer import Tokenizer
-from weights import gguf, huggingface, lora
+from weights import gguf, huggingface, lora, webpage
 from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model, save_checkpoint
 from weights.nanogpt import read_nanogpt
 
@@ -59,7 +60,7 @@ def write_checkpoint(path: str, model: GPT, tokenizer: Tokenizer, type_name: str
 
 def write_huggingface(path: str, model: GPT, tokenizer: Tokenizer, type_name: str) -> str:
     if type_name == "q8_0":
-        raise UserError("--type q8_0 is for GGUF; Hugging Face's folders are float32, bfloat16 or float16")
+        raise UserError("--type q8_0 is for GGUF and pages; Hugging Face's folders are float32, bfloat16, float16")
     huggingface.write_folder(path, model, tokenizer, getattr(torch, type_name))
     return (
         f"python -c \"from transformers import pipeline; print(pipeline('text-generation', {str(Path(path))!r})(...))\""
@@ -76,19 +77,30 @@ def write_gguf(path: str, model: GPT, tokenizer: Tokenizer, type_name: str) -> s
     )
 
 
+def read_page(path: str, _: str = "") -> tuple[GPT, Tokenizer]:
+    raise UserError(f"{path}: a web page is not read back: convert the checkpoint that it was made of")
+
+
+def write_page(path: str, model: GPT, tokenizer: Tokenizer, type_name: str) -> str:
+    webpage.write_page(path, model, tokenizer, type_name)
+    return f"open {path} in a browser; it is one file, and loads nothing else"
+
+
 FORMATS = {  # by the end of the name; "" is a folder
     ".pt": (read_checkpoint, write_checkpoint),
     ".gguf": (gguf.read_gguf, write_gguf),
+    ".html": (read_page, write_page),
     "": (huggingface.read_folder, write_huggingface),
 }
+DEFAULT_TYPES = {".html": "q8_0"}  # elsewhere float32
 
 
 def format_of(path: str) -> str:
     """The key of FORMATS for a path; raises UserError."""
     suffix = Path(path).suffix.lower()
     is_folder = path.endswith("/") or Path(path).is_dir() or suffix not in FORMATS
-    if is_folder and suffix in (".html", ".safetensors", ".bin", ".onnx"):
-        raise UserError(f"{path}: X.pt is ours, X.gguf llama.cpp's, any other name Hugging Face's folder")
+    if is_folder and suffix in (".htm", ".safetensors", ".bin", ".onnx"):
+        raise UserError(f"{path}: X.pt is ours, X.gguf llama.cpp's, X.html a page, other names folders")
     if is_folder and (Path(path) / "latest").is_file():
         return ".pt"  # a checkpoint in shards
     return "" if is_folder else suffix
@@ -97,8 +109,8 @@ def format_of(path: str) -> str:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("source", metavar="SOURCE", help="X.pt, X.gguf, or a folder of Hugging Face's")
-    parser.add_argument("target", metavar="TARGET", help="likewise")
-    parser.add_argument("--type", choices=TYPES, default="float32", help="of the numbers; q8_0: 8 bits, for GGUF")
+    parser.add_argument("target", metavar="TARGET", help="likewise, or X.html")
+    parser.add_argument("--type", choices=TYPES, help="of the numbers [float32; of a page q8_0: 8 bits]")
     parser.add_argument("--template", metavar="NAME", default="", choices=("", *TEMPLATES), help=TEMPLATE_HELP)
     parser.add_argument("--lora", metavar="FILE", default="", help="merge this adapter of SOURCE into it")
     parser.add_argument("--from", dest="origin", choices=("", "nanogpt"), default="", help="SOURCE is nanoGPT's X.pt")
@@ -122,10 +134,11 @@ def main() -> None:
         model, tokenizer = read_nanogpt(args.source, args.tokenizer)
     else:
         model, tokenizer = read(args.source, args.lora or args.template)
-    use = write(args.target, model.eval(), tokenizer, args.type)
+    type_name = args.type or DEFAULT_TYPES.get(target, "float32")
+    use = write(args.target, model.eval(), tokenizer, type_name)
     files = [Path(args.target)] if Path(args.target).is_file() else list(Path(args.target).iterdir())
     size = sum(file.stat().st_size for file in files)
-    print(f"{args.target}: {model.parameter_count():,} weights, {args.type}, {size / 1e6:.1f} MB")
+    print(f"{args.target}: {model.parameter_count():,} weights, {type_name}, {size / 1e6:.1f} MB")
     print(f"to use it: {use}")
 
 

@@ -8,4 +8,5 @@ tokenizer_json  the tokenizers in such a folder
 gguf            the files of llama.cpp and Ollama
 quantise        weights for inference in fewer bytes
 nanogpt         nanoGPT's checkpoints
+webpage         one web page that runs the model
 """
