@@ -76,7 +76,7 @@ class ModelConfig(Config):
         1.0, "for rope_scaling: how many times the trained context window", minimum=1.0, maximum=1024
     )
     rope_trained_length: int | None = option(
-        None, "for rope_scaling yarn: the trained context window; null: block_size / rope_factor", minimum=1
+        None, "for rope_scaling yarn, llama3: the trained context window; null: block_size / rope_factor", minimum=1
     )
 
     n_expert: int = option(
@@ -110,6 +110,10 @@ class ModelConfig(Config):
                 f"RoPE needs an even head_dim (n_embd / n_head), got {self.head_dim}; or set use_rope to false"
             )
 
+        if self.use_rope and self.block_size * self.head_dim > 1 << 28:
+            raise UserError(
+                f"block_size {self.block_size:,} is too long for a RoPE table of head_dim {self.head_dim:,}"
+            )
         if self.rope_scaling != "none" and not self.use_rope:
             raise UserError(f"rope_scaling {self.rope_scaling} needs use_rope: learned positions end where they end")
         if self.rope_scaling == "yarn" and self.rope_theta <= 1:

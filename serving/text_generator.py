@@ -65,8 +65,7 @@ class TextGenerator:
         if self.instruct:
             ids = self.chat_ids([*history, {"role": "user", "content": prompt}], min(limit, window) * 3 // 4)
         else:
-            first = [self.tokenizer.bos] if self.tokenizer.adds_bos else []
-            ids = [*first, *self.tokenizer.encode(normalise(prompt)).tolist()]
+            ids = self.tokenizer.encode(normalise(prompt)).tolist()
         n_tokens = len(ids)
         if not ids or (self.instruct and not prompt.strip()):
             raise UserError("the prompt is empty")
@@ -74,8 +73,12 @@ class TextGenerator:
             has_system = any(message["role"] == "system" for message in history)
             what = "the question with its system message" if has_system else "the question"
             raise UserError(f"{what} has {n_tokens} tokens, the model's window {window}: shorten it")
+        if self.tokenizer.adds_bos and not self.instruct:
+            n_tokens += 1
+            ids = [self.tokenizer.bos, *ids]
         if n_tokens >= window and max_length is None:
-            ids = ids[-(window - window // 4) :]  # what generation keeps of a full window
+            n_kept = window - window // 4  # what generation keeps of a full window
+            ids = [*ids[: self.tokenizer.adds_bos], *ids[-n_kept + self.tokenizer.adds_bos :]]
             warnings.warn(f"the prompt has {n_tokens} tokens; the model reads the newest {len(ids)}", stacklevel=2)
         if len(ids) >= limit:
             raise UserError(

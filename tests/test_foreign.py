@@ -292,7 +292,7 @@ def test_what_our_own_template_gives_is_what_it_always_was():
     names = "<|InstructMark|>a\nb<|ResponseMark|>c<|eos|><|InstructMark|>d<|ResponseMark|>e<|eos|>"
     assert ids.tolist() == tokenizer.encode(names, special=True).tolist()
     assert mask.tolist() == [0] * 5 + [1, 1] + [0] * 5
-    assert [TEMPLATES["nano"].text(trial) for trial in TRIALS][1] == "<|InstructMark|>S\n Q1\n<|ResponseMark|>"
+    assert [TEMPLATES["nano"].text(trial) for trial in TRIALS][1] == "<|InstructMark|> S\n\n Q1\n<|ResponseMark|>"
 
 
 # ------------------------------------------------------------------------------------------------------ use
@@ -352,3 +352,228 @@ def test_everything_works_on_a_model_from_elsewhere(folders, work, call):
     assert out.status == 0 and Path("tuned/tokenizer.json").is_file()
     back = ForeignTokenizer.from_dict(json.loads(Path("dataset/tokenizer.json").read_text(encoding="utf-8")), "t")
     assert np.array_equal(back.encode(TEXT), huggingface.read_folder("tuned")[1].encode(TEXT))
+
+
+# ------------------------------------------------------------------------------------------------------ traps
+
+
+def changed_folder(folders: Path, target: Path, kind: str, name: str, change) -> Path:
+    """A copy of a folder of transformers with one of its JSON files changed in place by change(values)."""
+    folder = shutil.copytree(folders / kind, target)
+    values = json.loads((folder / name).read_text(encoding="utf-8"))
+    change(values)
+    (folder / name).write_text(json.dumps(values), encoding="utf-8")
+    return folder
+
+
+def test_what_fine_tuning_left_in_a_tokenizer_cuts_and_pads_nothing(folders, tmp_path):
+    def change(values: dict) -> None:
+        values["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+        padding = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None}
+        values["padding"] = {**padding, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
+        values["model"]["dropout"] = 0.5
+
+    folder = changed_folder(folders, tmp_path / "m", "smollm", "tokenizer.json", change)
+    (_, plain), (_, changed) = huggingface.read_folder(folders / "smollm"), huggingface.read_folder(folder)
+    for text in [TEXT, *random_texts(20)]:
+        assert changed.encode(text).tolist() == plain.encode(text).tolist()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("{% elif message['role'] == 'user' %}", "{% elif message['role'] == 'user' %}{% set x = 1 %}"),  # the same
+        (
+            "+ (message['content']) + '<|im_end|>\\n' }}{% endif %}",
+            "+ (message['content'] | trim) + '<|im_end|>\\n' }}{% endif %}",
+        ),
+        (
+            "+ (message['content']) + '<|im_end|>\\n' }}{% elif",
+            "+ (message['content'] | trim) + '<|im_end|>\\n' }}{% elif",
+        ),
+        (
+            "+ (message['content']) + '<|im_end|>\\n' }}{% endif %}",
+            "+ (message['content'].split('</think>')[-1]) + '<|im_end|>\\n' }}{% endif %}",
+        ),
+    ],
+)
+def test_templates_that_differ_in_one_place_are_told_apart(old, new):
+    jinja = chatml().to_jinja()
+    assert old in jinja
+    found = recognise(jinja.replace(old, new), {})
+    assert (found == chatml()) == ("set x" in new) and (found is None) == ("set x" not in new)
+
+
+def test_templates_may_ask_for_tools_and_mark_what_is_learned():
+    jinja = "{% if tools is not none %}x{% endif %}" + chatml().to_jinja()
+    jinja = jinja.replace("{{ '<|im_start|>assistant", "{%- generation -%}{{ '<|im_start|>assistant", 1)
+    assert recognise(jinja, {}) == chatml()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "change", "words"),
+    [
+        ("llama3", "config.json", lambda v: v.update(num_hidden_layers=10**12), "num_hidden_layers"),
+        ("llama3", "config.json", lambda v: v.update(num_hidden_layers=2.0), "num_hidden_layers"),
+        ("llama3", "config.json", lambda v: v.update(rope_parameters=[1]), "rope_parameters"),
+        ("llama3", "config.json", lambda v: v.update(model_type=["llama"]), "model_type"),
+        ("llama3", "config.json", lambda v: v.update(quantization_config={"bits": 4}), "quantised"),
+        ("llama3", "config.json", lambda v: v.update(max_position_embeddings=1 << 20, head_dim=1 << 17), "RoPE"),
+        ("mistral", "config.json", lambda v: v.update(sliding_window="abc"), "sliding_window"),
+        (
+            "qwen3",
+            "config.json",
+            lambda v: v.update(use_sliding_window=True, sliding_window=8, layer_types=5),
+            "layer_types",
+        ),
+        ("llama3", "config.json", lambda v: v["rope_parameters"].update(rope_type="yarn", beta_slow=4), "YaRN"),
+        ("llama3", "tokenizer_config.json", lambda v: v.clear(), None),
+        ("smollm", "tokenizer.json", lambda v: v["model"].update(continuing_subword_prefix="##"), "cannot read it"),
+        ("smollm", "tokenizer.json", lambda v: v["model"]["vocab"].update(zz=70000), "rows"),
+        ("smollm", "tokenizer.json", lambda v: [t.update(rstrip=True) for t in v["added_tokens"]], "white space"),
+        ("qwen2", "model.safetensors.index.json", lambda v: v.update(weight_map=[1]), "weight_map"),
+    ],
+)
+def test_files_that_say_something_else_are_refused(folders, tmp_path, call, kind, name, change, words):
+    folder = changed_folder(folders, tmp_path / "m", kind, name, change)
+    result = call("convert.py", str(folder), str(tmp_path / "m.pt"))
+    assert "Traceback" not in result.err and result.err.count("\n") <= 1
+    if words:
+        assert result.status == 1 and words in result.err and result.err.count(str(folder)) <= 1
+        assert not (tmp_path / "m.pt").exists()
+
+
+def test_a_mistral_ignores_a_switch_that_qwen_has(folders, tmp_path):
+    change = lambda values: values.update(use_sliding_window=False)  # noqa: E731
+    folder = changed_folder(folders, tmp_path / "m", "mistral", "config.json", change)
+    assert huggingface.read_folder(folder)[0].config.windows == [8, 8]
+
+
+def test_yarn_is_that_of_transformers(folders, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for n, settings in enumerate(({"original_max_position_embeddings": 32}, {}, {"beta_fast": 32})):
+        rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, **settings}
+        change = lambda values, rope=rope: values.update(rope_parameters=rope)  # noqa: E731
+        folder = changed_folder(folders, tmp_path / str(n), "llama3", "config.json", change)
+        model, _ = huggingface.read_folder(folder)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        idx = torch.randint(0, model.config.vocab_size, (2, 100))
+        with torch.no_grad():
+            expected = theirs(idx).logits
+            assert (model.eval()(idx)[0] - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_numbers_other_than_floating_point_are_refused(folders, tmp_path, call):
+    import safetensors.torch
+
+    folder = shutil.copytree(folders / "smollm", tmp_path / "m")
+    weights = {name: weight.to(torch.int8) for name, weight in huggingface.read_weights(folder).items()}
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    result = call("convert.py", str(folder), str(tmp_path / "m.pt"))
+    assert result.status == 1 and "torch.int8" in result.err
+
+
+def test_a_long_text_keeps_the_token_that_begins_it(folders):
+    from serving.text_generator import TextGenerator
+
+    model, tokenizer = huggingface.read_folder(folders / "llama3")
+    generator = TextGenerator(model, tokenizer, torch.device("cpu"), instruct=False)
+    bos = tokenizer.special_tokens["<|begin_of_text|>"]
+    assert generator.prompt_ids("Hello")[0] == bos
+    with pytest.warns(UserWarning, match="reads the newest"):
+        ids = generator.prompt_ids("Hello world " * 200)
+    assert ids[0] == bos and ids.count(bos) == 1 and len(ids) == 96
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        generator.prompt_ids("")
+
+
+# ------------------------------------------------------------------------------------------------------ GGUF of others
+
+
+def write_by_hand(path: Path, model, tokenizer, change) -> None:
+    """A GGUF file of a model, with change(fields, tensors) on what the package reads of it."""
+    package = pytest.importorskip("gguf")
+    gguf.write_gguf(path, model, tokenizer, "float32")
+    reader = package.GGUFReader(path)
+    fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    values = {name: (field.contents(), field.types) for name, field in fields.items()}
+    tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    values.pop("general.architecture")
+    change(values, tensors)
+    writer = package.GGUFWriter(path, reader.fields["general.architecture"].contents())
+    for name, (value, types) in values.items():
+        writer.add_key_value(name, value, types[0], sub_type=types[1] if len(types) > 1 else None)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_llama_with_biases_on_queries_alone_turns_neighbours(folders, tmp_path):
+    model, tokenizer = huggingface.read_folder(folders / "smollm")
+    idx = torch.randint(0, 300, (2, 60))
+
+    def add_biases(values: dict, tensors: dict) -> None:
+        for i in range(2):
+            for name in ("attn_q", "attn_k", "attn_v"):
+                rows = len(tensors[f"blk.{i}.{name}.weight"])
+                tensors[f"blk.{i}.{name}.bias"] = np.zeros(rows, np.float32)
+
+    write_by_hand(tmp_path / "m.gguf", model, tokenizer, add_biases)
+    back, _ = gguf.read_gguf(tmp_path / "m.gguf")
+    with torch.no_grad():
+        assert (back.eval()(idx)[0] - model.eval()(idx)[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda v, t: v.update({"llama.rope.dimension_count": (8, v["llama.rope.dimension_count"][1])}),
+            "dimension_count",
+        ),
+        (lambda v, t: v.pop("tokenizer.ggml.token_type"), "token_type"),
+        (lambda v, t: v.pop("tokenizer.ggml.bos_token_id"), "bos_token_id"),
+        (lambda v, t: v.update({"tokenizer.ggml.pre": ("dbrx", v["tokenizer.ggml.pre"][1])}), "dbrx"),
+    ],
+)
+def test_gguf_files_that_say_something_else_are_refused(folders, tmp_path, change, words):
+    model, tokenizer = huggingface.read_folder(folders / "llama3")
+    write_by_hand(tmp_path / "m.gguf", model, tokenizer, change)
+    with pytest.raises(ValueError, match=words):
+        gguf.read_gguf(tmp_path / "m.gguf")
+
+
+def test_a_llama3_file_without_a_word_about_bos_adds_it_as_llama_cpp_does(folders, tmp_path):
+    model, tokenizer = huggingface.read_folder(folders / "llama3")
+    write_by_hand(tmp_path / "m.gguf", model, tokenizer, lambda v, t: v.pop("tokenizer.ggml.add_bos_token"))
+    assert gguf.read_gguf(tmp_path / "m.gguf")[1].adds_bos
+
+
+def test_a_normalizer_that_llama_cpp_lacks_is_refused(folders, tmp_path):
+    change = lambda values: values.update(normalizer={"type": "Lowercase"})  # noqa: E731
+    model, tokenizer = huggingface.read_folder(
+        changed_folder(folders, tmp_path / "m", "smollm", "tokenizer.json", change)
+    )
+    with pytest.raises(ValueError, match="no name in"):
+        gguf.write_gguf(tmp_path / "m.gguf", model, tokenizer, "float32")
+
+
+@pytest.mark.parametrize("count", ["tensors", "keys", "array", "text"])
+def test_a_header_that_counts_more_than_its_file_holds_ends_at_once(tmp_path, call, count):
+    n = {name: (1 << 40).to_bytes(8, "little") for name in ("tensors", "keys", "array", "text")}
+    one, none = (1).to_bytes(8, "little"), (0).to_bytes(8, "little")
+    key = (
+        one
+        + b"k"
+        + {
+            "array": (9).to_bytes(4, "little") + bytes(4) + n["array"],
+            "text": (8).to_bytes(4, "little") + n["text"],
+        }.get(count, b"")
+    )
+    header = b"GGUF" + (3).to_bytes(4, "little") + (n["tensors"] if count == "tensors" else none)
+    (tmp_path / "m.gguf").write_bytes(header + (n["keys"] if count == "keys" else one) + key)
+    result = call("convert.py", str(tmp_path / "m.gguf"), str(tmp_path / "m.pt"))
+    assert result.status == 1 and "damaged" in result.err

@@ -145,6 +145,7 @@ class Hostile:
         (pickle.dumps({"stoi": {}}), "itos"),
         (pickle.dumps({"itos": {0: "a", 1: "b"}}), "2 characters, but the model has"),
         (b"\x80\x04", "not a meta.pkl"),
+        (b"\x80\x04Nr\xff\xff\xff\x7f.", "not a meta.pkl"),  # a memo of 2^31 entries
         (b"", "not a meta.pkl"),
     ],
 )
@@ -165,6 +166,9 @@ def test_bad_vocabularies_are_refused_and_never_run(run, work, call, contents, w
         (lambda c: c["model_args"].update(n_layer=3), "its weights have 2"),
         (lambda c: c["model"].popitem(), "has the shape None"),
         (lambda c: c["model"].update(other=torch.zeros(1)), "no place for"),
+        (lambda c: c["model_args"].update(n_embd=1 << 20, block_size=1 << 20), "has the shape"),
+        (lambda c: [w.fill_(math.nan) for w in c["model"].values()], "not finite"),
+        (lambda c: c["model"].update({0: torch.zeros(1)}), "no place for"),
     ],
 )
 def test_bad_checkpoints_are_refused(run, work, call, change, words):

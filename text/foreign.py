@@ -52,24 +52,28 @@ class ForeignTokenizer(BPETokenizer):
         """
         self._load(tokenizer_json)
         self.names, self.template, self.jinja = names, template, jinja
-        if self._tokenizer.get_vocab_size() > vocab_size:
-            raise UserError(f"the tokenizer has {self._tokenizer.get_vocab_size():,} tokens, the model {vocab_size:,}")
+        last = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if last >= vocab_size:
+            raise UserError(f"the tokenizer has tokens up to {last:,}, the model {vocab_size:,} rows for them")
         self.vocab_size = vocab_size
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_tokens = {token.content: i for i, token in sorted(added.items()) if token.special}
         names_of_special = sorted(self.special_tokens, key=len, reverse=True)
         self.special_pattern = re.compile("(" + "|".join(map(re.escape, names_of_special)) + ")")
         self.special_mark = os.path.commonprefix(names_of_special)
-        missing = set(re.findall(r"<\|\w+\|>", "".join(map("".join, self._markers())))) - set(self.special_tokens)
-        if missing:
+        named = set(re.findall(r"<\|\w+\|>", "".join(map("".join, self._markers())))) | {template.end_of_answer()}
+        if missing := named - set(self.special_tokens):
             raise UserError(f"chat template {template.name}: the tokenizer has no {', '.join(sorted(missing))}")
+        eager = [token.content for token in added.values() if token.lstrip or token.rstrip or token.single_word]
+        if eager := sorted(named & set(eager)):
+            raise UserError(f"special tokens that take the white space beside them are not read: {', '.join(eager)}")
         ends = [name for name in (*END_OF_DOCUMENT, names.get("eos_token")) if name in self.special_tokens]
         if not ends:
             raise UserError("the tokenizer has no special token that ends a text (eos_token)")
         self.eos = self.special_tokens[ends[0]]
-        first = self._tokenizer.encode("a", add_special_tokens=True).ids[0]
-        self.adds_bos = first == self.special_tokens.get(names.get("bos_token"))
-        self.bos = first if self.adds_bos else None
+        first = self._tokenizer.encode("a", add_special_tokens=True).ids[:1]
+        self.adds_bos = bool(first) and first[0] in self.special_tokens.values()
+        self.bos = first[0] if self.adds_bos else None
 
     def _markers(self) -> list[tuple[str, str]]:
         template = self.template
@@ -92,6 +96,7 @@ class ForeignTokenizer(BPETokenizer):
         try:
             steps, is_bpe = steps_of(values.get("pre_tokenizer")), values["model"]["type"] == "BPE"
             has_special = any(token["special"] for token in values["added_tokens"])
+            values = {**values, "model": {**values["model"], "dropout": None}}  # for training a BPE's user, not for ids
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{where}: not a tokenizer.json") from None
         if not is_bpe or not any(step.get("type") == "ByteLevel" for step in steps) or not has_special:
@@ -118,14 +123,15 @@ class ForeignTokenizer(BPETokenizer):
             template = template_from_dict(values["template"])
             names = {str(name): str(token) for name, token in values["names"].items()}
             return cls(values["tokenizer"], names, int(values["vocab_size"]), template, str(values["jinja"]))
-        except (KeyError, TypeError, AttributeError, ValueError):
-            raise UserError(f"{where}: its tokenizer is damaged") from None
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
+            raise UserError(f"{where}: its tokenizer is damaged") from None
 
     def _encode_plain(self, text: str) -> np.ndarray:
         valid = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be encoded as UTF-8
-        return np.array(self._tokenizer.encode(valid, add_special_tokens=False).ids, dtype=self.dtype)
+        (encoding,) = self._tokenizer.encode_batch_fast([valid], add_special_tokens=False)  # it leaves out the offsets
+        return np.array(encoding.ids, dtype=self.dtype)
 
     def added_tokens(self) -> list[int]:
         """Ids of the tokens that are found in text before it is cut into words, special or not."""
@@ -133,8 +139,12 @@ class ForeignTokenizer(BPETokenizer):
 
     def pre_tokenizer(self) -> str | None:
         """llama.cpp's name of how text is cut into words; None where it has none that is known here."""
-        steps = steps_of(json.loads(self._json)["pre_tokenizer"])
-        return next((name for name, known in PRE_TOKENIZERS.items() if steps == known), None)
+        values = json.loads(self._json)
+        steps, model = steps_of(values["pre_tokenizer"]), values["model"]
+        name = next((name for name, known in PRE_TOKENIZERS.items() if steps == known), None)
+        takes_words = bool(model.get("ignore_merges")) == (name == "llama-bpe")  # a word that is a token is taken whole
+        is_plain = (values.get("normalizer") or {"type": "NFC"}) == {"type": "NFC"} and not model.get("dropout")
+        return name if is_plain and takes_words else None
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -4,6 +4,7 @@ It imports Jinja alone, which torch brings along, and limits the memory of its p
 """
 
 import json
+import re
 import sys
 
 MEMORY = 1 << 30  # bytes
@@ -21,17 +22,22 @@ def main() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    except ImportError:  # Windows
+    except (ImportError, ValueError, OSError):  # Windows has none, and a limit that is lower already stays
         pass
     request = json.load(sys.stdin)
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: "1 January 2026")
-    template = environment.from_string(request["template"])
-    render = lambda messages: template.render(  # noqa: E731
-        messages=messages, add_generation_prompt=True, **request["names"]
-    )
+    # marks for training that transformers adds to Jinja: what stands between them is rendered as it is
+    source = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", request["template"])
+    template = environment.from_string(source)
+    nothing = {"tools": None, "documents": None}  # as transformers passes them
+
+    def render(messages: list) -> str:
+        asks = messages[-1]["role"] == "user"
+        return template.render(messages=messages, add_generation_prompt=asks, **nothing, **request["names"])
+
     json.dump([render(messages) for messages in request["trials"]], sys.stdout)
 
 

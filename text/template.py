@@ -54,9 +54,11 @@ class ChatTemplate:
             pieces = [(before, True), (content, False), (after, True)]
             if message["role"] == "assistant":
                 end, rest = first_special_token(after)
-                yield Run(pieces[:1])
+                if before:
+                    yield Run(pieces[:1])
                 yield Run([(content, False), (end, True)], message.get("weight", 1))  # to answer, and to stop
-                yield Run([(rest, True)])
+                if rest:
+                    yield Run([(rest, True)])
             elif message["role"] == "system" and self.system_in_question:
                 system += pieces
             elif message["role"] == "user":
@@ -64,7 +66,7 @@ class ChatTemplate:
                 system = []
             else:
                 yield Run(pieces)
-        if messages and messages[-1]["role"] == "user":
+        if messages and messages[-1]["role"] == "user" and self.assistant[0]:
             yield Run([(self.assistant[0], True)])
 
     def text(self, messages: Messages) -> str:
@@ -149,11 +151,17 @@ SECONDS = 20  # that the rendering of a template may take
 # conversations that tell the templates apart
 TRIALS = (
     [{"role": "user", "content": "Q1"}],
-    [{"role": "system", "content": "S"}, {"role": "user", "content": " Q1\n"}],
+    [{"role": "system", "content": " S\n"}, {"role": "user", "content": " Q1\n"}],
+    [
+        {"role": "user", "content": "Q1"},
+        {"role": "assistant", "content": " A1\n"},
+        {"role": "user", "content": "Q2"},
+    ],
     [
         {"role": "user", "content": "Q1"},
         {"role": "assistant", "content": "A1"},
         {"role": "user", "content": "Q2"},
+        {"role": "assistant", "content": "<think>T</think>A2"},
     ],
 )
 
@@ -185,10 +193,14 @@ def recognise(jinja: str, special_names: dict[str, str]) -> ChatTemplate | None:
 def template_from_dict(values: Any) -> ChatTemplate:
     """The inverse of to_dict(); raises UserError."""
     try:
-        pairs = {role: tuple(map(str, values[role])) for role in ("system", "user", "assistant")}
+        pairs = {role: tuple(values[role]) for role in ("system", "user", "assistant")}
         template = ChatTemplate(**{**values, **pairs})
-        if any(len(pair) != 2 for pair in pairs.values()):
+        texts = [template.name, template.begin, template.default_system, *itertools.chain(*pairs.values())]
+        flags = [template.system_in_question, template.strips]
+        if any(len(pair) != 2 for pair in pairs.values()) or not template.end_of_answer():
             raise ValueError
-    except (TypeError, KeyError, ValueError):
+        if not (all(isinstance(text, str) for text in texts) and all(isinstance(flag, bool) for flag in flags)):
+            raise ValueError
+    except (TypeError, KeyError, ValueError, AttributeError):
         raise UserError("its chat template is damaged") from None
     return template

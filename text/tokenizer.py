@@ -73,7 +73,15 @@ class Tokenizer(ABC):
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         """Token ids (T,) of a text. special: convert special tokens in the text to their ids."""
-        return self._encode_pieces([(text, special)])
+        if not (special and self.special_mark in text):
+            return self._encode_plain(text)
+        parts = [np.empty(0, self.dtype)]
+        for i, piece in enumerate(self.special_pattern.split(text)):  # alternates: plain text, special token, ...
+            if i % 2:
+                parts.append(np.array([self.special_tokens[piece]], dtype=self.dtype))
+            elif piece:
+                parts.append(self._encode_plain(piece))
+        return np.concatenate(parts)
 
     def delimit(self, parts: list[np.ndarray], begins: bool, ends: bool) -> np.ndarray:
         """Token ids (T,) of a document, or of a part of one, with bos and eos where it begins and ends."""
@@ -88,28 +96,29 @@ class Tokenizer(ABC):
         "weight": 0): the model learns to answer and to stop, not to ask.
         A conversation whose last message is from the user ends where the answer begins: a prompt to complete.
         """
-        ids, mask = [np.empty(0, self.dtype)], [np.empty(0, np.uint8)]
+        ids, mask = [], []
         for run in self.template.runs(messages):
-            ids.append(self._encode_pieces(run.pieces))
-            mask.append(np.full(len(ids[-1]), run.in_loss, np.uint8))
-        return np.concatenate(ids), np.concatenate(mask)
+            tokens = self._encode_pieces(run.pieces)
+            ids += tokens
+            mask += [run.in_loss] * len(tokens)
+        return np.array(ids, dtype=self.dtype), np.array(mask, dtype=np.uint8)
 
-    def _encode_pieces(self, pieces: list[tuple[str, bool]]) -> np.ndarray:
-        """Token ids (T,) of the joint text of pieces (text, whether special tokens in it become their ids)."""
-        parts, plain = [], ""
+    def _encode_pieces(self, pieces: list[tuple[str, bool]]) -> list[int]:
+        """Token ids of the joint text of pieces (text, whether special tokens in it become their ids)."""
+        ids, plain = [], ""
         for text, special in pieces:
-            if not (special and self.special_mark in text):
-                plain += text
-                continue
-            for i, piece in enumerate(self.special_pattern.split(text)):  # alternates: plain, special, plain, ...
+            if special and text in self.special_tokens:  # the usual case, and a fast one
+                parts = ["", text, ""]
+            else:
+                parts = self.special_pattern.split(text) if special and self.special_mark in text else [text]
+            for i, part in enumerate(parts):  # alternates: plain text, special token, plain text, ...
                 if i % 2:
-                    parts += [self._encode_plain(plain)] if plain else []
-                    parts.append(np.array([self.special_tokens[piece]], dtype=self.dtype))
+                    ids += self._encode_plain(plain).tolist() if plain else []
+                    ids.append(self.special_tokens[part])
                     plain = ""
                 else:
-                    plain += piece
-        parts += [self._encode_plain(plain)] if plain else []
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
+                    plain += part
+        return ids + (self._encode_plain(plain).tolist() if plain else [])
 
     def unknown_characters(self, text: str) -> str:
         """The distinct out-of-vocabulary characters of a text, in order of first appearance."""
@@ -276,8 +285,12 @@ class BPETokenizer(Tokenizer):
 
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
-        except Exception as error:  # the library raises bare Exceptions
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exceptions, and panics, which are not even those
             raise UserError(f"tokenizer: the `tokenizers` library cannot read it: {error}") from None
+        self._tokenizer.no_truncation()  # which files of fine-tuned models may ask for
+        self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # as ordinary text: Tokenizer.encode() handles special tokens
         self._json = tokenizer_json
 

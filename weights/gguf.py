@@ -112,9 +112,6 @@ def tokens_and_merges(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
         values = json.loads(tokenizer.to_dict()["tokenizer"])
         model, added = values["model"], {token["content"]: token["id"] for token in values["added_tokens"]}
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-        added = {
-            token["content"]: token["id"] for token in json.loads(tokenizer.to_dict()["tokenizer"])["added_tokens"]
-        }
         by_id = {i: token for token, i in {**model["vocab"], **added}.items()}
         return [by_id.get(i, f"<|unused {i}|>") for i in range(tokenizer.vocab_size)], merges
     alphabet = byte_alphabet()
@@ -248,6 +245,7 @@ def read_gguf(path: str | Path, template: str = "") -> tuple[GPT, Tokenizer]:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
+        check_counts(path)
         reader = gguf.GGUFReader(path)
         values = {name: field.contents() for name, field in reader.fields.items()}
         kind = values.get("general.architecture")
@@ -266,9 +264,56 @@ def read_gguf(path: str | Path, template: str = "") -> tuple[GPT, Tokenizer]:
         raise
     except Exception as error:  # the package raises whatever numpy does on a damaged file
         raise UserError(f"{path}: damaged, or not a GGUF file: {error or type(error).__name__}") from None
-    model = GPT(config)
-    model.load_state_dict(to_ours(from_gguf_names(weights, config, str(path)), config, str(path)))
+    ours = to_ours(from_gguf_names(weights, config, kind, str(path)), config, str(path))
+    model = GPT(config)  # only now: what the file's numbers say has been checked against its weights
+    model.load_state_dict(ours)
     return model, tokenizer
+
+
+def check_counts(path: str | Path) -> None:
+    """Raises ValueError for a header that counts more than its file has room for: the package would read on for ever.
+
+    The header: "GGUF", version (uint32), numbers of tensors and of keys (uint64); a key is a text, a type (uint32) and
+    a value; a text is its length (uint64) and its bytes; an array its type, its length (uint64) and its values.
+    """
+    sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by type
+    with open(path, "rb") as file:
+        left = os.fstat(file.fileno()).st_size
+
+        def read(n: int) -> int:
+            nonlocal left
+            left -= n
+            if left < 0:
+                raise ValueError("its header counts more than the file holds")
+            return int.from_bytes(file.read(n), "little")
+
+        def skip(n: int) -> None:
+            nonlocal left
+            left -= n
+            if left < 0:
+                raise ValueError("its header counts more than the file holds")
+            file.seek(n, os.SEEK_CUR)
+
+        def skip_value(kind: int) -> None:
+            if kind == 8:
+                skip(read(8))
+            elif kind == 9:
+                kind, n = read(4), read(8)
+                if kind in sizes:
+                    skip(n * sizes[kind])
+                else:
+                    for _ in range(n):
+                        skip_value(kind)
+            else:
+                skip(sizes[kind])
+
+        read(8)
+        n_tensors, n_keys = read(8), read(8)
+        if n_tensors > left:
+            raise ValueError("its header counts more than the file holds")
+        for _ in range(n_keys):
+            skip(read(8))
+            skip_value(read(4))
 
 
 def config_of(values: dict[str, Any], tensors: dict[str, Any], kind: str, where: str) -> ModelConfig:
@@ -284,6 +329,14 @@ def config_of(values: dict[str, Any], tensors: dict[str, Any], kind: str, where:
     scaling = value("rope.scaling.type", "none")
     if scaling not in ("none", "linear", "yarn"):
         raise UserError(f"{where}: our network has no rope.scaling.type {scaling}")
+    for name, plain in (
+        ("rope.dimension_count", int(value("attention.key_length", width // heads))),
+        ("rope.scaling.attn_factor", 1.0),
+        ("rope.scaling.yarn_beta_slow", 1.0),
+        ("rope.scaling.yarn_beta_fast", 32.0),
+    ):
+        if value(name, plain) != plain:
+            raise UserError(f"{where}: our network has no {kind}.{name} {value(name)}, only {plain}")
     factor = float(value("rope.scaling.factor", 1.0)) if scaling != "none" else 1.0
     length = int(value("rope.scaling.original_context_length", 0))
     rope_factors = None
@@ -318,8 +371,10 @@ def config_of(values: dict[str, Any], tensors: dict[str, Any], kind: str, where:
     return config
 
 
-def from_gguf_names(weights: dict[str, torch.Tensor], config: ModelConfig, where: str) -> dict[str, torch.Tensor]:
-    """The inverse of to_gguf_names()."""
+def from_gguf_names(
+    weights: dict[str, torch.Tensor], config: ModelConfig, architecture: str, where: str
+) -> dict[str, torch.Tensor]:
+    """The inverse of to_gguf_names(), of a file of an architecture of llama.cpp's."""
     names = {ours: theirs for theirs, ours in NAMES.items()}
     result = {}
     for name, weight in weights.items():
@@ -334,7 +389,7 @@ def from_gguf_names(weights: dict[str, torch.Tensor], config: ModelConfig, where
         stem, kind = name.rsplit(".", 1)
         if (layer[2] if layer else stem) not in names:
             raise UserError(f"{where}: a tensor that our network has no place for: {name}")
-        if layer and turns_neighbours(config) and layer[2] in ("attn_q", "attn_k"):  # back to halves
+        if layer and architecture == "llama" and layer[2] in ("attn_q", "attn_k"):  # back to halves
             pairs = weight.reshape(-1, config.head_dim // 2, 2, *weight.shape[1:])
             weight = pairs.transpose(1, 2).reshape(weight.shape)
         prefix = f"model.layers.{layer[1]}." if layer else ""
@@ -356,10 +411,14 @@ def tokenizer_of(values: dict[str, Any], vocab_size: int, where: str, template: 
         names = {}
         for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
             i = values.get(f"tokenizer.ggml.{key}_token_id")
-            names |= {f"{role}_token": tokens[i]} if isinstance(i, int) and i < len(tokens) else {}
+            names |= {f"{role}_token": tokens[i]} if isinstance(i, int) and 0 <= i < len(tokens) else {}
         types, jinja = values.get("tokenizer.ggml.token_type"), values.get("tokenizer.chat_template", "")
+        if not isinstance(types, list) or len(types) != len(tokens):
+            raise UserError(f"{where}: it does not say which tokens are special (tokenizer.ggml.token_type)")
         contents = byte_level_json(tokens, types, merges, pre)
-        if values.get("tokenizer.ggml.add_bos_token"):
+        if values.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):  # llama.cpp's own default
+            if "bos_token" not in names:
+                raise UserError(f"{where}: texts begin with a token that it does not name (bos_token_id)")
             contents["post_processor"] = begin_with(names["bos_token"], tokens.index(names["bos_token"]))
         return ForeignTokenizer.from_tokenizer_json(contents, names, vocab_size, where, jinja, template)
     if pre == "gpt-2":

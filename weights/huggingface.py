@@ -38,7 +38,17 @@ ARCHITECTURES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 LLAMA3_BOUNDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of its RoPE scaling, in turns
-MAX_SHARDS = 1000
+YARN = {  # what its RoPE scaling is computed with
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "attention_factor": None,
+    "mscale": None,
+    "mscale_all_dim": None,
+    "truncate": True,
+}
+MAX_SHARDS, MAX_LAYERS = 1000, 10_000
+NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+BUFFERS = (".rotary_emb.inv_freq",)  # computed anew, which old files hold
 
 
 # ------------------------------------------------------------------------------------------------------ weights
@@ -102,6 +112,10 @@ def to_ours(weights: dict[str, torch.Tensor], config: ModelConfig, where: str) -
         raise UserError(f"{where}: its config says {config.n_layer} layers, its weights have {len(layers)}")
     with torch.device("meta"):
         shapes = {name: weight.shape for name, weight in GPT(config).state_dict().items()}
+    weights = {name: weight for name, weight in weights.items() if not name.endswith(BUFFERS)}
+    for name, weight in weights.items():
+        if weight.dtype not in NUMBERS:
+            raise UserError(f"{where}: {name} is {weight.dtype}: quantised weights are not read from folders")
     ours, used = {}, set()
     for name, parts in correspondence(config):
         shape = shapes[name]
@@ -136,6 +150,7 @@ def model_type(config: ModelConfig) -> str:
         "n_shared_expert: theirs has none": config.n_shared_expert > 0,
         "expert_balance bias: theirs have no biases on the choice of experts": config.expert_balance == "bias"
         and config.n_expert > 0,
+        "attention_window in some layers, with experts": len(windows) > 1 and config.n_expert > 0,
         "experts without qk_norm": config.n_expert > 0 and not config.qk_norm,
         "bias or qkv_bias with qk_norm": (config.bias or config.qkv_bias) and config.qk_norm,
         "attention_window with several sizes: theirs have one": len(windows - {0}) > 1,
@@ -216,7 +231,7 @@ def to_config(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> 
 def from_config(values: dict[str, Any], where: str) -> ModelConfig:
     """Our config for theirs; raises UserError for what our network does not compute."""
     kind = values.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise UserError(f"{where}: model_type {kind!r} is not one of {', '.join(ARCHITECTURES)}")
     if kind == "gpt2":
         return gpt2.from_config(values, where)
@@ -227,58 +242,82 @@ def from_config(values: dict[str, Any], where: str) -> ModelConfig:
             raise UserError(f"{where}: {name} must be a number, got {json.dumps(value)}")
         return value
 
+    for name in ("num_attention_heads", "hidden_size", "num_hidden_layers", "max_position_embeddings", "vocab_size"):
+        if not isinstance(number(name), int) or not 1 <= number(name) <= 1 << 24:
+            raise UserError(f"{where}: {name} must be a whole number from 1 on, got {json.dumps(values[name])}")
     heads, width = number("num_attention_heads"), number("hidden_size")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: rope_parameters must be an object, got {json.dumps(rope)[:40]}")
     scaling = rope.get("rope_type", rope.get("type", "default"))
-    is_moe, has_window = kind == "qwen3_moe", bool(values.get("use_sliding_window", kind == "mistral"))
-    has_bias = bool(values.get("attention_bias"))
-    window = values.get("sliding_window") if has_window else None
-    layers = number("num_hidden_layers")
-    kinds = values.get("layer_types") or [
-        "sliding_attention" if window and (kind == "mistral" or i >= number("max_window_layers", layers)) else "full"
-        for i in range(layers)
-    ]
+    is_moe, has_bias = kind == "qwen3_moe", bool(values.get("attention_bias"))
+    kinds, window = layer_kinds(values, kind, number("num_hidden_layers"), where)
     refused = {
         f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") not in ("silu", "swish"),
         f"rope_type {scaling}": scaling not in ("default", "linear", "yarn", "llama3"),
         "llama3's RoPE with other bounds": scaling == "llama3" and {**rope, **LLAMA3_BOUNDS} != rope,
+        "YaRN with other settings": scaling == "yarn" and any(rope.get(n, v) not in (None, v) for n, v in YARN.items()),
+        f"quantised weights ({values.get('quantization_config')!s:.40})": bool(values.get("quantization_config")),
         "biases in attention alone": has_bias != bool(values.get("mlp_bias")) and kind != "qwen2",
         "biases with qk_norm": has_bias and kind.startswith("qwen3"),
         "layers without experts": is_moe and (values.get("mlp_only_layers") or number("decoder_sparse_step", 1) != 1),
         "norm_topk_prob": is_moe and bool(values.get("norm_topk_prob")) != (number("num_experts_per_tok") > 1),
-        "another number of layer_types than of layers": len(kinds) != layers,
     }
     for reason, is_refused in refused.items():
         if is_refused:
             raise UserError(f"{where}: our network has no {reason}")
     factor = rope.get("factor", 1.0) if scaling != "default" else 1.0
-    windows = [int(window) if "sliding" in kind and window else 0 for kind in kinds]
+    windows = [window if is_sliding else 0 for is_sliding in kinds]
+    trained_length = rope.get("original_max_position_embeddings")
+    if scaling == "yarn" and trained_length is None:  # what transformers takes then
+        trained_length = number("max_position_embeddings")
+    shape = {
+        "block_size": number("max_position_embeddings"),
+        "vocab_size": number("vocab_size"),
+        "n_layer": len(kinds),
+        "n_head": heads,
+        "n_kv_head": values.get("num_key_value_heads") or heads,
+        "n_embd": width,
+        "head_dim": values.get("head_dim") or width // heads,
+        "n_hidden": number("moe_intermediate_size") if is_moe else number("intermediate_size"),
+        "bias": has_bias and kind != "qwen2",
+        "qkv_bias": kind == "qwen2",
+        "norm_eps": number("rms_norm_eps", 1e-6),
+        "qk_norm": kind.startswith("qwen3"),
+        "attention_window": windows if any(windows) else [],
+        "tie_embeddings": bool(values.get("tie_word_embeddings")),
+        "rope_theta": rope.get("rope_theta", values.get("rope_theta", 10000.0)),
+        "rope_scaling": "none" if scaling == "default" else scaling,
+        "rope_factor": factor,
+        "rope_trained_length": trained_length,
+        "n_expert": number("num_experts", values.get("num_local_experts")) if is_moe else 0,
+        "n_expert_per_token": number("num_experts_per_tok") if is_moe else 2,
+        "expert_balance": "loss" if is_moe else "none",
+    }
     try:
-        return ModelConfig(
-            block_size=number("max_position_embeddings"),
-            vocab_size=number("vocab_size"),
-            n_layer=layers,
-            n_head=heads,
-            n_kv_head=values.get("num_key_value_heads") or heads,
-            n_embd=width,
-            head_dim=values.get("head_dim") or width // max(1, heads),
-            n_hidden=number("moe_intermediate_size") if is_moe else number("intermediate_size"),
-            bias=has_bias and kind != "qwen2",
-            qkv_bias=kind == "qwen2",
-            norm_eps=number("rms_norm_eps", 1e-6),
-            qk_norm=kind.startswith("qwen3"),
-            attention_window=windows if any(windows) else [],
-            tie_embeddings=bool(values.get("tie_word_embeddings")),
-            rope_theta=rope.get("rope_theta", values.get("rope_theta", 10000.0)),
-            rope_scaling="none" if scaling == "default" else scaling,
-            rope_factor=factor,
-            rope_trained_length=rope.get("original_max_position_embeddings"),
-            n_expert=number("num_experts", values.get("num_local_experts")) if is_moe else 0,
-            n_expert_per_token=number("num_experts_per_tok") if is_moe else 2,
-            expert_balance="loss" if is_moe else "none",
-        )
+        return ModelConfig(**shape)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def layer_kinds(values: dict[str, Any], kind: str, layers: int, where: str) -> tuple[list[bool], int]:
+    """Whether each layer has a sliding window, and its size (0: no layer has one), by the rules of their classes."""
+    if layers > MAX_LAYERS:
+        raise UserError(f"{where}: num_hidden_layers is {layers:,}")
+    window = values.get("sliding_window", 4096)  # their default
+    if not (kind == "mistral" or values.get("use_sliding_window")) or window is None:
+        return [False] * layers, 0
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise UserError(f"{where}: sliding_window must be a whole number from 1 on, got {json.dumps(window)[:40]}")
+    if kind in ("mistral", "qwen3_moe"):  # in all layers
+        return [True] * layers, window
+    kinds = values.get("layer_types")
+    if kinds is None:
+        first = values.get("max_window_layers", 28)  # their default
+        return [i >= first for i in range(layers)], window
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise UserError(f"{where}: layer_types must be a list of {layers}, one for each layer")
+    return [kind == "sliding_attention" for kind in kinds], window
 
 
 # ------------------------------------------------------------------------------------------------------ folders
@@ -299,7 +338,10 @@ def write_folder(folder: str | Path, model: GPT, tokenizer: Tokenizer, dtype: to
     folder.parent.mkdir(parents=True, exist_ok=True)
     files = {
         "config.json": values,
-        "generation_config.json": {name: values[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        "generation_config.json": {
+            **{name: values[name] for name in ("bos_token_id", "pad_token_id")},
+            "eos_token_id": sorted(tokenizer.stop_tokens),
+        },
         "tokenizer.json": to_tokenizer_json(tokenizer),
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -330,7 +372,12 @@ def read_folder(folder: str | Path, template: str = "") -> tuple[GPT, Tokenizer]
     values = read_json(folder / "config.json")
     if not isinstance(values, dict):
         raise UserError(f"{folder / 'config.json'}: must be a JSON object")
-    config = from_config(values, str(folder / "config.json"))
+    try:
+        config = from_config(values, str(folder / "config.json"))
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
+        raise UserError(f"{folder / 'config.json'}: damaged: {error}") from None
     tokenizer = read_tokenizer(folder, values, template)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
@@ -351,8 +398,11 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     files = [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not files[0].is_file() and index.is_file():
-        named = read_json(index).get("weight_map", {}).values()
-        files = [folder / Path(str(name)).name for name in sorted(set(named))[:MAX_SHARDS]]
+        try:
+            named = {str(name) for name in read_json(index)["weight_map"].values()}
+        except (TypeError, KeyError, AttributeError):
+            raise UserError(f"{index}: damaged: it has no weight_map") from None
+        files = [folder / Path(name).name for name in sorted(named)[:MAX_SHARDS]]
     weights = {}
     for file in files:
         if not file.is_file():

@@ -32,7 +32,8 @@ def read_nanogpt(path: str, vocabulary: str) -> tuple[GPT, Tokenizer]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # torch raises whatever the zip reader and the unpickler do
-        raise UserError(f"{path}: not a checkpoint of nanoGPT, or damaged: {str(error).splitlines()[0]}") from None
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path}: not a checkpoint of nanoGPT, or damaged: {reason}") from None
     if not vocabulary:
         raise UserError(
             f"{path}: checkpoints of nanoGPT have no vocabulary: --tokenizer data/NAME/meta.pkl (or GPT-2's "
@@ -42,11 +43,14 @@ def read_nanogpt(path: str, vocabulary: str) -> tuple[GPT, Tokenizer]:
     if any(isinstance(size, bool) or not isinstance(size, int) for size in sizes.values()):
         raise UserError(f"{path}: its model_args lack {', '.join(n for n, size in sizes.items() if size is None)}")
     config = gpt2.make_config(**sizes, mlp="gelu", bias=bool(settings.get("bias", True)))
-    named = {name.removeprefix("_orig_mod."): weight for name, weight in weights.items()}  # torch.compile's prefix
-    if not all(isinstance(weight, torch.Tensor) for weight in named.values()):
+    named = {str(name).removeprefix("_orig_mod."): weight for name, weight in weights.items()}  # torch.compile's prefix
+    if not all(isinstance(weight, torch.Tensor) and weight.layout is torch.strided for weight in named.values()):
         raise UserError(f"{path}: its weights are not tensors")
+    ours = to_ours(gpt2.from_files(named), config, path)
+    if not all(weight.isfinite().all() for weight in ours.values()):
+        raise UserError(f"{path}: its weights are not finite: that run diverged")
     model = GPT(config)
-    model.load_state_dict(to_ours(gpt2.from_files(named), config, path))
+    model.load_state_dict(ours)
     if Path(vocabulary).suffix == ".json":
         names = {"eos_token": "<|endoftext|>"}
         values = read_json(vocabulary)
@@ -57,8 +61,11 @@ def read_nanogpt(path: str, vocabulary: str) -> tuple[GPT, Tokenizer]:
     return with_special_tokens(model), CharTokenizer(characters)
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, texts and numbers; whatever would import or run something is refused."""
+class PlainUnpickler(pickle._Unpickler):
+    """Reads dicts, lists, texts and numbers; whatever would import or run something is refused.
+
+    It builds on the unpickler written in Python: that in C sets aside memory by a number which the file names.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it names {module}.{name}")
@@ -74,9 +81,9 @@ def read_characters(path: str) -> str:
             raise ValueError("too large")
         with open(path, "rb") as file:
             names = PlainUnpickler(file).load()["itos"]
-        characters = "".join(names[i] for i in range(len(names)))
-        if len(characters) != len(names):
+        if not all(isinstance(name, str) and len(name) == 1 for name in names.values()):
             raise ValueError("its tokens are not single characters")
+        characters = "".join(names[i] for i in range(len(names)))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # an unpickler raises anything on a damaged file
@@ -101,7 +108,7 @@ def with_special_tokens(model: GPT) -> GPT:
         hidden = model.hidden(idx).flatten(0, 1)
         wanted = model.lm_head(hidden).logsumexp(-1) - BELOW
         ridge = 1e-3 * hidden.square().sum(0).mean() * torch.eye(config.n_embd)
-        row = torch.linalg.solve(hidden.T @ hidden + ridge, hidden.T @ wanted)
+        row = torch.linalg.lstsq(hidden.T @ hidden + ridge, (hidden.T @ wanted)[:, None]).solution[:, 0]
     weights = model.state_dict()
     embedding = torch.cat([row.expand(n_added, -1), weights["token_embedding.weight"]])
     larger = GPT(dataclasses.replace(config, vocab_size=config.vocab_size + n_added))

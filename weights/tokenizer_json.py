@@ -56,6 +56,8 @@ def read_tokenizer(folder: Path, config: dict[str, Any], template: str) -> Token
     path, settings = folder / "tokenizer.json", {}
     if (folder / "tokenizer_config.json").is_file():
         settings = read_json(folder / "tokenizer_config.json")
+    if not isinstance(settings, dict):
+        raise UserError(f"{folder / 'tokenizer_config.json'}: must be a JSON object")
     tokenizer = our_tokenizer(path)
     if tokenizer is not None and not template:
         return tokenizer
@@ -79,6 +81,8 @@ def our_tokenizer(path: Path) -> Tokenizer | None:
     try:
         added = {token["id"]: token["content"] for token in values["added_tokens"]}
         model = values["model"]
+        if model["type"] != "BPE":
+            return None
         vocabulary = sorted(model["vocab"], key=model["vocab"].get)
         is_ours = [added.get(i) for i in range(len(SPECIAL_TOKENS))] == list(SPECIAL_TOKENS) and model["type"] == "BPE"
         is_complete = [model["vocab"][name] for name in vocabulary] == list(range(len(vocabulary)))
