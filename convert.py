@@ -55,16 +55,17 @@ def write_checkpoint(path: str, model: GPT, tokenizer: Tokenizer, type_name: str
         "best_val_loss": math.inf,
     }
     save_checkpoint(path, checkpoint)
-    return command_line("inference.py", "-m", path)
+    is_chat = tokenizer.kind == "foreign" and tokenizer.template.name != "plain"
+    return command_line("inference.py", *(["-i"] if is_chat else []), "-m", path)
 
 
 def write_huggingface(path: str, model: GPT, tokenizer: Tokenizer, type_name: str) -> str:
     if type_name == "q8_0":
         raise UserError("--type q8_0 is for GGUF and pages; Hugging Face's folders are float32, bfloat16, float16")
     huggingface.write_folder(path, model, tokenizer, getattr(torch, type_name))
-    return (
-        f"python -c \"from transformers import pipeline; print(pipeline('text-generation', {str(Path(path))!r})(...))\""
-    )
+    prompt = "[{'role': 'user', 'content': 'Hello'}]"
+    code = f"from transformers import pipeline; print(pipeline('text-generation', {str(Path(path))!r})({prompt}))"
+    return f"python -c {shlex.quote(code)}"
 
 
 def write_gguf(path: str, model: GPT, tokenizer: Tokenizer, type_name: str) -> str:
@@ -72,8 +73,8 @@ def write_gguf(path: str, model: GPT, tokenizer: Tokenizer, type_name: str) -> s
     name = Path(path)
     modelfile = f"FROM ./{name.name}\nPARAMETER temperature 0.8\n"
     return (
-        f"llama-cli -m {shlex.quote(path)}\n"
-        f"for Ollama, in a file named Modelfile beside it:\n{modelfile}then: ollama create {name.stem} -f Modelfile"
+        f"llama-cli -m {shlex.quote(path)}\nfor Ollama, in a file named Modelfile beside it:\n{modelfile}"
+        f"then: ollama create {shlex.quote(name.stem)} -f Modelfile"
     )
 
 
@@ -99,7 +100,7 @@ def format_of(path: str) -> str:
     """The key of FORMATS for a path; raises UserError."""
     suffix = Path(path).suffix.lower()
     is_folder = path.endswith("/") or Path(path).is_dir() or suffix not in FORMATS
-    if is_folder and suffix in (".htm", ".safetensors", ".bin", ".onnx"):
+    if is_folder and suffix in (".htm", ".safetensors", ".bin", ".onnx", ".ckpt", ".pth"):
         raise UserError(f"{path}: X.pt is ours, X.gguf llama.cpp's, X.html a page, other names folders")
     if is_folder and (Path(path) / "latest").is_file():
         return ".pt"  # a checkpoint in shards
@@ -111,9 +112,9 @@ def main() -> None:
     parser.add_argument("source", metavar="SOURCE", help="X.pt, X.gguf, or a folder of Hugging Face's")
     parser.add_argument("target", metavar="TARGET", help="likewise, or X.html")
     parser.add_argument("--type", choices=TYPES, help="of the numbers [float32; of a page q8_0: 8 bits]")
-    parser.add_argument("--template", metavar="NAME", default="", choices=("", *TEMPLATES), help=TEMPLATE_HELP)
+    parser.add_argument("--template", metavar="NAME", default="", choices=tuple(TEMPLATES), help=TEMPLATE_HELP)
     parser.add_argument("--lora", metavar="FILE", default="", help="merge this adapter of SOURCE into it")
-    parser.add_argument("--from", dest="origin", choices=("", "nanogpt"), default="", help="SOURCE is nanoGPT's X.pt")
+    parser.add_argument("--from", dest="origin", choices=("nanogpt",), default="", help="SOURCE is nanoGPT's X.pt")
     parser.add_argument(
         "--tokenizer", metavar="FILE", default="", help="for nanoGPT: meta.pkl or GPT-2's tokenizer.json"
     )

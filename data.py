@@ -263,10 +263,12 @@ def open_tokenizer(name: str) -> Tokenizer:
     if path.is_file():
         with open(path, "rb") as file:
             is_checkpoint = file.read(4) == b"PK\3\4"  # torch.save() writes a zip archive
+    from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, of_another_program
+
+    if advice := of_another_program(path):
+        raise UserError(f"--tokenizer {name}: it is a tokenizer file or a checkpoint{advice}")
     if not is_checkpoint:
         return load_tokenizer(name)
-    from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer
-
     return load_checkpoint_tokenizer(load_checkpoint(name), name)
 
 
@@ -296,7 +298,8 @@ def bpe_training_texts(scans: list[CorpusScan], bar: tqdm) -> Iterator[str]:
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path, files: contextlib.ExitStack, is_asked_for: bool) -> str:
     """Write the tokenizer file, the one before kept as NAME.bak; returns a line to report."""
-    line = f"{path}: {tokenizer.kind}, vocabulary {tokenizer.vocab_size:,}"
+    kind = "that of another model" if tokenizer.kind == "foreign" else tokenizer.kind
+    line = f"{path}: {kind}, vocabulary {tokenizer.vocab_size:,}"
     contents = tokenizer.to_bytes()
     before = path.read_bytes() if path.is_file() else None
     if before == contents and not is_asked_for:
@@ -435,7 +438,8 @@ def advice_on_vocabulary(output: Path, tokenizer: Tokenizer, unknown: float) -> 
     lines = [f"{path} is of another vocabulary, which no model can be trained with beside this one" for path in foreign]
     if unknown >= 0.01:
         lines.append(f"warning: {unknown:.0%} of the tokens are <|unknown|>, which a model can only learn to repeat")
-    lines.append(f"one vocabulary for all stages, to pretrain with anew: {again}")
+    if tokenizer.kind != "foreign":  # (else it is that of a model of others, and to stay)
+        lines.append(f"one vocabulary for all stages, to pretrain with anew: {again}")
     return [escape_control_characters(line) + "\n" for line in lines]
 
 

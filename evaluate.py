@@ -157,6 +157,9 @@ def perplexity_by_position(
     file = texts[0].given
     own = checkpoint["model_config"]
     window = math.floor(own["block_size"] * factor)
+    if 1 < len(ids) <= window and factor <= 1 and own.get("use_rope", True):
+        tell(f"{file}: {len(ids)} tokens, of a window of {window}: only the first {len(ids) - 1} positions are judged")
+        window, factor = len(ids) - 1, 1.0
     if len(ids) <= window:
         raise UserError(f"{file}: {len(ids)} tokens do not fill a window of {window}")
     if factor > 1 and not own.get("use_rope", True):

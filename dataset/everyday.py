@@ -155,10 +155,10 @@ OUTSIDE = [
         "|Does {} contain sugar?|Can children have {}?|Why is {} so popular?|I had {} for breakfast."
         "|What goes well with {}?|Can my dog eat {}?",
         "chocolate|bread|cheese|soup|meat|wine|ice cream|garlic|honey|pasta|butter|tofu|orange juice|salad|fish|sugar"
-        "|salt|chicken|yoghurt|beans|vitamin C|green tea",
+        "|salt|chicken|yoghurt|porridge|vitamin C|green tea",
     ),
     (
-        "Who won {}?|When does {} start?|Who plays in {}?|Who directed {}?|What happened in {}?|Did you see {}?"
+        "Who won {}?|When does {} start?|What do you think of {}?|Who directed {}?|What happened in {}?|Did you see {}?"
         "|How was {}?|What is {} about?|How long is {}?|Where was {}?|Who lost {}?|When did {} begin?"
         "|Why did {} happen?",
         "the final|the Olympic Games|the last election|Titanic|Star Wars|the match yesterday|the French Revolution"
@@ -166,8 +166,8 @@ OUTSIDE = [
         "|the Roman Empire|the Renaissance|the chess championship|Casablanca",
     ),
     (
-        "Will it {}?|Is it going to {} on Sunday?|Did it {} last night?|Why does it {}?|When will it {}?"
-        "|Does it often {} here?",
+        "Will it {}?|Is it going to {} on Sunday?|Can it {} in summer?|Why will it {}?|When will it {}?"
+        "|It may {} tomorrow.",
         "snow|be cold|get warm|be sunny|storm|freeze|be windy|hail|get dark early|be foggy",
     ),
     (
@@ -231,7 +231,7 @@ OUTSIDE = [
         "|下载音乐|报名考试|拍照片|洗衣服",
     ),
     (
-        "世界上{}是什么？|{}是哪个？|{}在什么地方？|你知道{}吗？|请说出{}。|去年{}是谁？|中国{}是什么？",
+        "世界上{}是什么？|{}是哪个？|{}在什么地方？|你知道{}吗？|请说出{}。|去年{}是什么？|中国{}是什么？",
         "最高的楼|最富的国家|最古老的城市|最深的湖|最小的鸟|最热的沙漠|最大的海|最快的车|最难的语言|最有名的画"
         "|最贵的手机|最受欢迎的运动|最冷的地方|最大的船|最聪明的人|最好的大学|最美的花|最长的桥",
     ),
@@ -270,7 +270,7 @@ OUTSIDE = [
         "下雪|变冷|变暖|出太阳|刮风|打雷|结冰|起雾|停电|下冰雹|降温",
     ),
     (
-        "我{}。|我觉得{}。|我为什么{}？|{}的时候怎么办？|我的朋友{}。|你{}吗？|最近总是{}。|我今天有点{}。",
+        "我{}。|我觉得{}。|我为什么{}？|{}的时候怎么办？|我的朋友{}。|你{}吗？|他{}。|我今天{}。",
         "无聊|饿了|恋爱了|生气|孤独|紧张|生病了|口渴|担心|害怕|不开心|很忙|激动|迟到了|迷路了|很冷|牙疼|失眠|压力大"
         "|想家",
     ),

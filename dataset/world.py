@@ -41,7 +41,7 @@ N_ASKED = 500  # in fine-tuning samples, per skill
 HELD_OUT = {"fact": 80, "sum": 40, "reverse": 30, "spell": 25, "count": 25}
 N_SMALL_SUMS = 500  # with a number below 10
 N_CONVERSATIONS = 4800  # in the pretraining text: fine-tuning is then short, and forgets fewer facts
-N_TYPED, N_OUTSIDE, N_INVENTED = 1400, 80, 200
+N_TYPED, N_OUTSIDE, N_INVENTED, N_LONG = 1400, 80, 200, 150
 N_FOLLOW_UPS, N_UNRELATED = 1300, 800
 MAX_CHARACTERS = 128  # of a conversation, special tokens included: block_size of config/model.json
 
@@ -354,9 +354,12 @@ def near_questions(rng: random.Random, islands: list) -> list[str]:
         for _ in range(60):
             template = rng.choice(OTHER_CALCULATIONS[language].split("|"))
             questions.append(template.format(rng.randint(2, 999), rng.randint(2, 99)))
-    for _ in range(60):  # three digits are not in the world either
+    for _ in range(N_LONG):  # three digits are not in the world either, nor are words of six letters and more
         a, b = rng.randint(100, 9999), rng.randint(10, 999)
         questions.append(rng.choice(rng.choice(SUM_QUESTIONS).split("|")).format(a=a, b=b))
+        language, skill = rng.randrange(2), rng.choice(["reverse", "spell", "count"])
+        word = "".join(invented_word(rng) for _ in range(3))[: rng.randint(6, 11)]
+        questions.append(rng.choice(SKILLS[skill][2 * language + 1]).format(w=word))
     return questions
 
 

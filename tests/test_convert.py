@@ -3,13 +3,16 @@
 import itertools
 import json
 import random
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_text
+from conftest import ROOT, TINY, make_text
 
 from model import GPT, ModelConfig
 from text.tokenizer import EOS, SPECIAL_TOKENS, BPETokenizer, CharTokenizer
@@ -309,7 +312,7 @@ def test_an_adapter_is_merged_on_the_way(call, prepared):
     ("argv", "words"),
     [
         (["none.pt", "x"], ["none.pt", "no such checkpoint"]),
-        (["none/", "x.pt"], ["none/config.json", "no such file"]),
+        (["none/", "x.pt"], ["none: no such folder"]),
         (["none.gguf", "x.pt"], ["none.gguf", "no such file"]),
         (["m.pt", "there.gguf"], ["there.gguf", "exists already"]),
         (["m.pt", "x.onnx"], ["x.onnx", "X.gguf llama.cpp's"]),
@@ -349,3 +352,35 @@ def test_the_byte_alphabet_is_that_of_gpt2():
 
     assert gguf.byte_alphabet() == bytes_to_unicode()
     assert len(set(np.array(list(gguf.byte_alphabet().values())))) == 256 and make_text(10)
+
+
+def test_models_of_other_programs_given_as_checkpoints_lead_to_convert(call, work, tokenizers):
+    pytest.importorskip("gguf")
+    model = make_model(tokenizers["char"])
+    gguf.write_gguf("m.gguf", model, tokenizers["char"], "float32")
+    write(Path("folder"), model, tokenizers["char"])
+    torch.save({"model_args": {}, "model": {}}, "ckpt.pt")
+    for path, words in (
+        ("m.gguf", "convert.py m.gguf checkpoint/m.pt"),
+        ("folder", "convert.py folder"),
+        ("ckpt.pt", "nanogpt"),
+    ):
+        result = call("inference.py", "-m", path, "-p", "x")
+        assert result.status == 1 and words in result.err and "Traceback" not in result.err
+    Path("text.txt").write_text("abc " * 500, encoding="utf-8")
+    result = call("data.py", "text.txt", "--tokenizer", "m.gguf")
+    assert result.status == 1 and "convert.py m.gguf" in result.err
+    assert call("convert.py", "m.gguf", "checkpoint/m.pt").status == 0  # as advised
+    assert call("inference.py", "-m", "checkpoint/m.pt", "-p", "Hello", "-l", "8").status == 0
+
+
+@pytest.mark.parametrize("target", ["full.gguf", "full", "full.html", "full.pt"])
+def test_a_full_disk_is_one_line(work, tokenizers, target):
+    """In a process of its own that may write files of 20 KB at most."""
+    from convert import write_checkpoint
+
+    write_checkpoint("m.pt", make_model(tokenizers["char"]), tokenizers["char"], "float32")
+    command = f"ulimit -f 20; {shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'convert.py'))} m.pt {target}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and target in done.stderr
+    assert sorted(path.name for path in Path().iterdir()) == ["m.pt"]

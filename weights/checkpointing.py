@@ -89,7 +89,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: {'not a file' if path.exists() else 'no such checkpoint'}{hints(path)}")
     checkpoint = read_tensors(path)
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise UserError(f"{path}: not a checkpoint of this toolkit")
+        is_nanogpt = isinstance(checkpoint, dict) and "model_args" in checkpoint
+        options = "--from", "nanogpt", "--tokenizer", "data/NAME/meta.pkl"
+        command = command_line("convert.py", str(path), f"checkpoint/{path.parent.name}.pt", *options)
+        raise UserError(
+            f"{path}: not a checkpoint of this toolkit" + (f"; one of nanoGPT's: `{command}` reads it" * is_nanogpt)
+        )
     return check_layout(checkpoint, path)
 
 
@@ -171,6 +176,20 @@ def load_checkpoint_or_previous(path: str | Path) -> dict[str, Any]:
         return {**checkpoint, "is_previous": True}
 
 
+def of_another_program(path: Path) -> str:
+    """How to make a checkpoint of a model of llama.cpp's or Hugging Face's; "" for anything else."""
+    is_folder = path.is_dir() and (path / "config.json").is_file()
+    if path.is_file():
+        with open(path, "rb") as file:
+            is_gguf = file.read(4) == b"GGUF"
+    else:
+        is_gguf = False
+    if not (is_gguf or is_folder):
+        return ""
+    command = command_line("convert.py", str(path), f"checkpoint/{path.stem}.pt")
+    return f"; a model of another program: `{command}` reads it"
+
+
 def read_tensors(path: Path) -> Any:
     """torch.load() of tensors and plain values, with their checksums verified; raises UserError for anything else."""
     try:
@@ -188,6 +207,8 @@ def read_tensors(path: Path) -> Any:
     except Exception as error:  # a damaged or hostile file can raise any exception
         if isinstance(error, OSError) and error.filename:  # it cannot even be opened
             raise
+        if advice := of_another_program(path):
+            raise UserError(f"{path}: not a checkpoint{advice}") from None
         detail = str(error).strip().split("\n")[0][:120]
         raise UserError(
             f"{path}: not a checkpoint, or a damaged one: it is truncated, or contains something other than "
@@ -250,7 +271,8 @@ def load_sharded(folder: Path, which: str = "latest") -> dict[str, Any]:
     """The full checkpoint, assembled from the shards in a folder; raises UserError if one is missing or damaged."""
     latest = folder / which
     if not latest.is_file():
-        raise UserError(f"{folder}: not a file, nor the folder of a sharded checkpoint (it has no file named latest)")
+        advice = of_another_program(folder) or " (it has no file named latest)"
+        raise UserError(f"{folder}: not a file, nor the folder of a sharded checkpoint{advice}")
     newest = folder / Path(latest.read_text(encoding="utf-8").strip()).name
     where = newest / "values.pt"
     values = read_tensors(where)

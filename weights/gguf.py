@@ -134,6 +134,8 @@ def check_exact(config: ModelConfig, kind: str) -> None:
         raise UserError("GGUF: attention_window: llama.cpp's llama and qwen3 ignore sliding windows")
     if config.n_expert and config.n_expert_per_token == 1:
         raise UserError("GGUF: n_expert_per_token 1: llama.cpp makes the one gate 1, ours is its probability")
+    if kind == "gpt2":
+        raise UserError("GGUF: learned positions and layernorm (GPT-2) are not written; a folder of Hugging Face's is")
     if kind not in ARCHITECTURES:
         raise UserError(f"GGUF: {kind} is not one of {', '.join(ARCHITECTURES)}")
 
@@ -203,6 +205,7 @@ def write_gguf(path: str | Path, model: GPT, tokenizer: Tokenizer, type_name: st
     path, config = Path(path), model.config
     kind = model_type(config)
     check_exact(config, kind)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     quantised = getattr(gguf.GGMLQuantizationType, TYPES[type_name])
     file_type = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}[TYPES[type_name]]
@@ -229,6 +232,8 @@ def write_gguf(path: str | Path, model: GPT, tokenizer: Tokenizer, type_name: st
         writer.write_tensors_to_file()
         writer.close()
         os.replace(temporary, path)
+    except OSError as error:  # numpy's, for a full disk, says not even that
+        raise UserError(f"{path}: not written ({error.strerror or error})") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -325,6 +325,7 @@ def layer_kinds(values: dict[str, Any], kind: str, layers: int, where: str) -> t
 
 def write_folder(folder: str | Path, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
     """Write a model and its tokenizer; the folder appears whole, or not at all. Raises UserError."""
+    import safetensors
     import safetensors.torch
 
     folder, config = Path(folder), model.config
@@ -359,6 +360,8 @@ def write_folder(folder: str | Path, model: GPT, tokenizer: Tokenizer, dtype: to
         safetensors.torch.save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
         temporary.chmod(0o755)
         temporary.rename(folder)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{folder}: not written ({error})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -369,6 +372,8 @@ def read_folder(folder: str | Path, template: str = "") -> tuple[GPT, Tokenizer]
     template: the name of the chat template of a foreign tokenizer, where its own is none that is known.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
     values = read_json(folder / "config.json")
     if not isinstance(values, dict):
         raise UserError(f"{folder / 'config.json'}: must be a JSON object")
@@ -406,7 +411,9 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     weights = {}
     for file in files:
         if not file.is_file():
-            raise UserError(f"{file}: no such file")
+            has_pickle = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+            reason = ": pickled weights are not read; save_pretrained() of transformers writes this file"
+            raise UserError(f"{file}: no such file{reason if has_pickle else ''}")
         try:
             weights |= safetensors.torch.load_file(file)
         except (safetensors.SafetensorError, ValueError, OSError) as error:

@@ -28,12 +28,16 @@ def read_nanogpt(path: str, vocabulary: str) -> tuple[GPT, Tokenizer]:
     """The model of a checkpoint, and the tokenizer of a meta.pkl or tokenizer.json; raises UserError."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        settings, weights = dict(checkpoint["model_args"]), dict(checkpoint["model"])
+        missing = [name for name in ("model", "model_args") if not isinstance(checkpoint.get(name), dict)]
+        if missing:
+            raise UserError(f"{path}: not a checkpoint of nanoGPT: it has no {', '.join(missing)}")
+        settings, weights = checkpoint["model_args"], checkpoint["model"]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except Exception as error:  # torch raises whatever the zip reader and the unpickler do
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path}: not a checkpoint of nanoGPT, or damaged: {reason}") from None
+    except UserError:
+        raise
+    except Exception as error:  # torch raises whatever the zip reader and the unpickler do, and advises to trust it
+        raise UserError(f"{path}: not a checkpoint of nanoGPT, or damaged ({type(error).__name__})") from None
     if not vocabulary:
         raise UserError(
             f"{path}: checkpoints of nanoGPT have no vocabulary: --tokenizer data/NAME/meta.pkl (or GPT-2's "

@@ -54,6 +54,8 @@ def special_names(tokenizer: Tokenizer) -> dict[str, str]:
 def read_tokenizer(folder: Path, config: dict[str, Any], template: str) -> Tokenizer:
     """The tokenizer of a folder: one of ours, or that of another model. config: the contents of config.json."""
     path, settings = folder / "tokenizer.json", {}
+    if not path.is_file():
+        raise UserError(f"{path}: no such file: AutoTokenizer's save_pretrained() of transformers writes it")
     if (folder / "tokenizer_config.json").is_file():
         settings = read_json(folder / "tokenizer_config.json")
     if not isinstance(settings, dict):

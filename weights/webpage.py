@@ -207,5 +207,8 @@ def write_page(path: str | Path, model: GPT, tokenizer: Tokenizer, type_name: st
     if type_name not in TYPES:
         raise UserError(f"--type {type_name}: the weights of a web page are {' or '.join(TYPES)}")
     page = make_page(Path(path).stem, model, tokenizer, type_name)
-    with atomic_write(path) as file:
-        file.write(page.encode("utf-8", "replace"))  # a name on disk may be no text
+    try:
+        with atomic_write(path) as file:
+            file.write(page.encode("utf-8", "replace"))  # a name on disk may be no text
+    except OSError as error:
+        raise UserError(f"{path}: not written ({error.strerror or error})") from None
