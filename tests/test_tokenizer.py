@@ -141,6 +141,11 @@ def test_bpe_equals_the_library_itself(bpe, tmp_path):
     assert bpe.vocab_size <= 400
 
 
+def test_bpe_learns_nothing_across_special_tokens():
+    tokenizer = BPETokenizer.train(["ab<|eos|>cd"] * 100, vocab_size=300)
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("abcd")] == ["ab", "cd"]
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.text(alphabet="ab'st \n\r\t\x1c\x85\u00a0\u30003。", max_size=40), st.integers(1, 5))
 def test_a_text_split_at_lines_is_encoded_like_the_unsplit_text(bpe, text, size):
