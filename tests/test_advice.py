@@ -14,8 +14,10 @@ from processes import newest_log
 from base.configuration import UserError, fields_of, nearest
 from model import ModelConfig
 from problems.config import ProblemConfig
+from training.advice import limits_reached, without_flag
 from training.config import TrainConfig
 from training.distributed import launcher_command
+from training.setup import State
 from weights.checkpointing import load_checkpoint, training_command
 
 FIELDS = {**fields_of(TrainConfig), **fields_of(ModelConfig), **fields_of(ProblemConfig)}
@@ -128,6 +130,19 @@ def test_a_checkpoint_that_is_missing_names_a_command_only_where_one_makes_it(wo
     (work / "config" / "renamed.json").write_text('{"stage": "another", "max_steps": 3}')
     found = training_command(Path("checkpoint", name))
     assert found == (f"; `python {command}` trains it" if command else "")
+
+
+def test_limits_that_are_reached_exactly_are_named_with_values_that_go_on():
+    config = TrainConfig(max_steps=10, patience=3, target_val_loss=1.5)
+    state = State(step=10, evals_without_gain=3, best_val_loss=1.5)
+    assert limits_reached(config, state) == {"max_steps": 20, "patience": 6, "target_val_loss": "null"}
+    assert limits_reached(config, State(step=9, evals_without_gain=2, best_val_loss=1.51)) == {}
+    assert limits_reached(TrainConfig(), state) == {}
+
+
+def test_a_flag_is_taken_out_with_its_value():
+    argv = ["-t", "sft", "--max_steps", "5", "--max_steps=5", "--max_steps_more", "6", "-x", "--max_steps"]
+    assert without_flag(argv, "--max_steps") == ["-t", "sft", "--max_steps_more", "6", "-x"]
 
 
 @pytest.mark.parametrize("script", ["inference.py", "train.py"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import TINY, make_text
 
+from convert import format_of
 from model import GPT, ModelConfig
 from text.tokenizer import EOS, SPECIAL_TOKENS, BPETokenizer, CharTokenizer
 from weights import gguf, huggingface
@@ -28,6 +29,7 @@ SHAPES = {
     "linear": {"rope_scaling": "linear", "rope_factor": 4.0},
     "ntk": {"rope_scaling": "ntk", "rope_factor": 4.0},
     "yarn": {"rope_scaling": "yarn", "rope_factor": 4.0},
+    "another epsilon and base": {"norm_eps": 0.25, "rope_theta": 512.0},
 }
 REFUSED = {
     "relu2": ({"mlp": "relu2"}, "mlp relu2"),
@@ -245,6 +247,8 @@ def test_gguf_files_come_back_unchanged(tmp_path, tokenizers, shape, kind):
     weights = back.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
     before, after = model.config.to_dict(), back.config.to_dict()
+    for name in ("norm_eps", "rope_theta"):  # float32 in the file
+        assert after[name] == pytest.approx(before[name], rel=1e-6)
     assert {name for name in before if before[name] != after[name]} <= {"expert_balance", "norm_eps", "rope_theta"}
 
 
@@ -287,6 +291,24 @@ def test_a_trained_model_goes_round_and_answers_the_same(call, prepared):
     assert call(*command, "back.pt").out == call(*command, "checkpoint/pretrain.pt").out
     # and it can be trained further
     assert call("train.py", "-t", "sft", "--from_checkpoint", "back.pt", *tune, "--overlong", "cut").status == 0
+
+
+def test_a_converted_model_starts_runs_and_resumes_none(call, prepared):
+    """It has no optimizer states, so no run may take it for a save of its own, whatever its file is called."""
+    tune = ["--max_steps", "1", "--warmup_iters", "1", "--batch_size", "4"]
+    assert call("train.py", "-t", "pretrain", *TINY, *tune).status == 0
+    assert call("convert.py", "checkpoint/pretrain.pt", "folder/").status == 0
+    assert call("convert.py", "folder/", "pretrain.pt").status == 0
+    result = call("train.py", "-t", "pretrain", *tune, "--from_checkpoint", "pretrain.pt")
+    assert result.status == 0 and "starts from the weights of pretrain.pt" in result.out, result.err
+
+
+def test_formats_are_told_by_names_and_shards_by_what_is_in_them(work):
+    assert [format_of(path) for path in ("a.pt", "A.GGUF", "a/", "a", "a.b")] == [".pt", ".gguf", "", "", ""]
+    Path("run_last").mkdir()
+    assert format_of("run_last") == ""
+    Path("run_last/latest").touch()  # a checkpoint of ours, in shards
+    assert format_of("run_last") == ".pt"
 
 
 def test_an_adapter_is_merged_on_the_way(call, prepared):
