@@ -329,6 +329,12 @@ def test_pairs_are_overlong_by_either_answer(tmp_path):
     assert [len(side[0]) for side in dataset.get(0, 0)[:2]] == [9, 9]
 
 
+@pytest.mark.parametrize("format", [1, 3])
+def test_token_files_of_another_format_are_refused(tmp_path, format):
+    with pytest.raises(UserError, match=f"format {format} is not supported"):
+        token_file(tmp_path / "file", [[0, 1]], format=format)
+
+
 def test_token_ids_in_a_batch_are_inside_the_vocabulary():
     sample = (np.array([1, 2, 5]), None)  # the largest one is a target only
     assert collate([[sample]], 8, 6, 1).targets.tolist() == [[2, 5]]

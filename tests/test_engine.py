@@ -203,6 +203,12 @@ def test_a_config_of_ones_own_is_found_before_the_projects(work):
     assert asked_by("-t", "sft").training.learning_rate == 0.125  # with a byte-order mark, as Windows has it
 
 
+def test_a_field_that_is_given_twice_is_refused(work):
+    Path("c.json").write_text('{"batch_size": 1, "max_steps": 2, "batch_size": 3}')
+    with pytest.raises(UserError, match=r'c\.json: "batch_size" is given twice'):
+        asked_by("-t", "c.json")
+
+
 def test_dropout_is_the_models_unless_the_run_says_otherwise(prepared, call):
     dropouts = {}
     for stage, options in {

@@ -138,6 +138,8 @@ def test_it_is_the_loss_of_every_position():
             seen = torch.tensor(ids[start : start + position + 1])[None]
             losses.append(-model(seen)[0][0, -1].log_softmax(-1)[ids[start + position + 1]].item())
         assert found[position] == pytest.approx(np.mean(losses), rel=1e-4)
+    more = evaluate.loss_by_position(model, ids, 9)  # than the text holds
+    assert more.tolist() == pytest.approx(found.tolist(), rel=1e-4)
 
 
 def test_the_table_says_perplexity_and_ends_with_the_whole(call, work):

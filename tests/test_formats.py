@@ -530,7 +530,28 @@ def test_what_a_window_would_hold_is_said(call, work):
     assert result.status == 0 and ("longer than" not in result.out) == (share == 100)
 
 
+@pytest.mark.parametrize(
+    ("n", "block_size", "says"), [(17, 16, None), (18, 16, "; 32 holds 100%"), (33, 16, "; 32 holds 100%")]
+)
+def test_a_sample_fits_up_to_block_size_plus_1(call, work, n, block_size, says):
+    """The last token is a target only."""
+    rows = [{"question": f"{i:02}", "answer": "x" * (n - 5)} for i in range(20)]  # with three special tokens
+    write_jsonl(work / "s.jsonl", rows)
+    out = call("data.py", "s.jsonl", "--block_size", str(block_size)).out
+    assert (says or "in the loss") in out and ("longer than" in out) == (says is not None)
+
+
 # ------------------------------------------------------------------------------------------------------ tokenizers
+
+
+def test_the_tokenizer_before_is_kept_each_time(call, work):
+    before = None
+    for letters in ("abc", "abd", "abe"):
+        (work / "x.txt").write_text(f"{letters} " * 50)
+        assert call("data.py", "x.txt", "--block_size", "8").status == 0
+        if before is not None:
+            assert Path("dataset/tokenizer.json.bak").read_bytes() == before
+        before = Path("dataset/tokenizer.json").read_bytes()
 
 
 def test_later_stages_keep_the_tokenizer_that_there_is(call, prepared):

@@ -305,6 +305,11 @@ def test_cached_logits_equal_uncached_ones(use_rope, n_kv_head):
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_windows_are_repeated_over_the_layers():
+    assert ModelConfig(n_layer=5, attention_window=[4, 0]).windows == [4, 0, 4, 0, 4]
+    assert ModelConfig(n_layer=2).windows == [0, 0]
+
+
 @pytest.mark.parametrize("pattern", [[4], [4, 0], [1], [0, 7, 3]])
 def test_a_windowed_cache_holds_no_more_than_its_window(pattern):
     model, idx = make(n_layer=3, attention_window=pattern), tokens(2, 16)

@@ -291,12 +291,27 @@ def test_an_answer_without_its_end_is_wrong():
         assert (right[3] == expected).all() and len(right[3]) == len(held_out) and oracle.training
 
 
+def test_an_answer_is_right_whatever_is_said_on_the_way():
+    """The auxiliary targets inside of an expression are all missed."""
+    sampler = make_sampler("boolean", length="2", leaf_probability=0.0)
+    held_out = HeldOut(sampler, "test", range(2, 3), 8, batch_size=8, seed=1)
+    ((_, (batch, answer_mask)),) = held_out.examples()
+    assert (batch.loss_mask.sum(1) > answer_mask.sum(1)).all()
+
+    class Oracle(torch.nn.Module):
+        def forward(self, idx):
+            return torch.nn.functional.one_hot(torch.where(answer_mask, batch.targets, 19), 20).float(), None
+
+    assert exact_match(Oracle(), held_out, Engine(TrainConfig(device="cpu")))[2].all()
+
+
 def test_batches_are_a_function_of_the_position():
     batches, again = make_batches("add"), make_batches("add")
     again.at(0)
     for first, second in zip(batches.at(160), again.at(160), strict=True):
         assert torch.equal(first.idx, second.idx) and torch.equal(first.targets, second.targets)
     assert not torch.equal(batches.at(0)[0].idx, batches.at(0)[1].idx)
+    assert not torch.equal(batches.at(0)[0].idx, batches.at(batches.samples_per_step)[0].idx)
 
 
 def test_encoding_shifts_causal_answers_and_leaves_full_ones_in_place():

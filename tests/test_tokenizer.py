@@ -141,6 +141,11 @@ def test_bpe_equals_the_library_itself(bpe, tmp_path):
     assert bpe.vocab_size <= 400
 
 
+def test_a_stream_that_ends_inside_of_a_character_gives_what_there_is(bpe):
+    ids = bpe.encode("the 🙂").tolist()[:-1]
+    assert bpe.decode(ids).endswith("\ufffd") and "".join(bpe.stream(ids)) == bpe.decode(ids)
+
+
 def test_bpe_learns_nothing_across_special_tokens():
     tokenizer = BPETokenizer.train(["ab<|eos|>cd"] * 100, vocab_size=300)
     assert [tokenizer.decode([i]) for i in tokenizer.encode("abcd")] == ["ab", "cd"]
