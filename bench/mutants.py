@@ -122,7 +122,7 @@ def try_tests(folder: Path, tests: str, seconds: float) -> tuple[str, str]:
         return "survived", ""
     if process.exitcode in (pytest.ExitCode.NO_TESTS_COLLECTED, pytest.ExitCode.USAGE_ERROR):
         raise ValueError(f"no test is meant by {tests}: {said[-500:]}")
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", said, re.MULTILINE)
     return "killed", failed[1] if failed else f"exit status {process.exitcode}"
 
 
@@ -151,12 +151,15 @@ def main() -> None:
         lines = Path(args.out).read_text(encoding="utf-8").splitlines()
         results = {record["name"]: record for record in map(json.loads, lines)}
 
-    def keep(mutant: Mutant, tests: str, verdict: str, by: str) -> None:
-        results[mutant.name] = {"name": mutant.name, "tests": tests, "verdict": verdict, "by": by}
-        print(f"{verdict:<9} {mutant.name}{' by ' + by if by else ''}", flush=True)
+    def keep(name: str, tests: str, verdict: str, by: str = "") -> None:
+        results[name] = {"name": name, "tests": tests, "verdict": verdict, "by": by}
         if args.out:
             with open(args.out, "a", encoding="utf-8") as file:
-                file.write(json.dumps(results[mutant.name], ensure_ascii=False) + "\n")
+                file.write(json.dumps(results[name], ensure_ascii=False) + "\n")
+
+    def tell(mutant: Mutant, tests: str, verdict: str, by: str) -> None:
+        keep(mutant.name, tests, verdict, by)
+        print(f"{verdict:<9} {mutant.name}{' by ' + by if by else ''}", flush=True)
 
     for module in PRELOADED:
         with contextlib.suppress(ImportError):
@@ -165,17 +168,20 @@ def main() -> None:
         folder = Path(name)
         copy_project(folder)
         waiting = [m for m in mutants if m.name not in results and not m.equivalent]
-        for tests in unmutated(waiting):
+        unchecked = [m for m in waiting if f"no mutant: {m.tests}" not in results]
+        for tests in unmutated(unchecked):
             verdict, by = try_tests(folder, tests, 3600)
             if verdict != "survived":
                 sys.exit(f"the tests fail without any mutant: {tests}: {by}")
+        for tests in {mutant.tests for mutant in unchecked}:
+            keep(f"no mutant: {tests}", tests, "passed")
         for mutant in waiting:
-            keep(mutant, mutant.tests, *try_mutant(folder, mutant, mutant.tests, args.seconds))
+            tell(mutant, mutant.tests, *try_mutant(folder, mutant, mutant.tests, args.seconds))
         if args.whole:
             alive = [m for m in mutants if results.get(m.name, {}).get("verdict") == "survived"]
             for mutant in alive:
                 began = time.perf_counter()
-                keep(mutant, "", *try_mutant(folder, mutant, ". --ignore test_mutants.py", 3600))
+                tell(mutant, "", *try_mutant(folder, mutant, ". --ignore test_mutants.py", 3600))
                 print(f"          {time.perf_counter() - began:.0f} s", flush=True)
 
     tried = [results[m.name]["verdict"] for m in mutants if m.name in results]

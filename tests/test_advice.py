@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from processes import newest_log
 from base.configuration import UserError, fields_of, nearest
 from model import ModelConfig
 from problems.config import ProblemConfig
-from training.advice import limits_reached, without_flag
+from training.advice import going_on, limits_reached, without_flag
 from training.config import TrainConfig
 from training.distributed import launcher_command
 from training.setup import State
@@ -143,6 +144,14 @@ def test_limits_that_are_reached_exactly_are_named_with_values_that_go_on():
 def test_a_flag_is_taken_out_with_its_value():
     argv = ["-t", "sft", "--max_steps", "5", "--max_steps=5", "--max_steps_more", "6", "-x", "--max_steps"]
     assert without_flag(argv, "--max_steps") == ["-t", "sft", "--max_steps_more", "6", "-x"]
+
+
+def test_the_command_to_go_on_has_every_flag_once(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    config, engine = TrainConfig(max_steps=10), SimpleNamespace(launcher="python")
+    run = SimpleNamespace(config=config, state=State(step=10), engine=engine, last_path=Path("checkpoint/a_last.pt"))
+    command = going_on(run, ["-t", "a", "--max_steps", "10", "--from_checkpoint=old.pt"])
+    assert command == "python train.py -t a --max_steps 20 --from_checkpoint checkpoint/a_last.pt"
 
 
 @pytest.mark.parametrize("script", ["inference.py", "train.py"])

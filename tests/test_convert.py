@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import TINY, make_text
 
@@ -140,7 +141,22 @@ def damage_config(folder: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}), encoding="utf-8")
 
 
+def add_weight(folder: Path) -> None:
+    weights = huggingface.read_weights(folder)
+    safetensors.torch.save_file(
+        {**weights, "model.layers.0.extra.weight": torch.zeros(2)}, folder / "model.safetensors"
+    )
+
+
+def take_a_character(folder: Path) -> None:
+    values = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    values["model"]["vocab"].popitem()
+    (folder / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+
+
 DAMAGE = {
+    "a weight too many": (add_weight, "no place for: model.layers.0.extra.weight"),
+    "a character too few": (take_a_character, "tokens, the model"),
     "another architecture": (lambda f: damage_config(f, model_type="gpt_neox"), "model_type"),
     "another head size": (lambda f: damage_config(f, head_dim=128), "head_dim 128"),
     "another activation": (lambda f: damage_config(f, hidden_act="gelu"), "hidden_act gelu"),
@@ -265,6 +281,21 @@ def test_smaller_numbers_stay_close(tmp_path, tokenizers, type_name, error):
     assert (tmp_path / "m.gguf").stat().st_size < 0.7 * (tmp_path / "f.gguf").stat().st_size
 
 
+def test_gguf_files_say_what_their_numbers_and_special_tokens_are(tmp_path, tokenizers):
+    """By the names in the package of llama.cpp itself."""
+    theirs = pytest.importorskip("gguf")
+    types = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+    for name, expected in types.items():
+        gguf.write_gguf(tmp_path / "m.gguf", make_model(tokenizers["char"]), tokenizers["char"], name)
+        fields = theirs.GGUFReader(tmp_path / "m.gguf").fields
+        values = {name: field.contents() for name, field in fields.items()}
+        assert values["general.file_type"] == theirs.LlamaFileType[expected]
+    tokens = values["tokenizer.ggml.tokens"]
+    named = {name: tokens[values[f"tokenizer.ggml.{name}_token_id"]] for name in ("bos", "eos", "unknown", "padding")}
+    assert named == {"bos": "<|bos|>", "eos": "<|eos|>", "unknown": "<|unknown|>", "padding": "<|Padding|>"}
+    assert values["tokenizer.ggml.add_bos_token"] is False
+
+
 @pytest.mark.parametrize("where", [0, 5, 40, 300, 2000, -3000, -100])
 def test_damaged_gguf_files_are_refused(tmp_path, tokenizers, call, where):
     pytest.importorskip("gguf")
@@ -337,6 +368,7 @@ def test_an_adapter_is_merged_on_the_way(call, prepared):
         (["m.pt", "x.onnx"], ["x.onnx", "X.gguf llama.cpp's"]),
         (["m.pt", "x/", "--type", "q8_0"], ["q8_0 is for GGUF"]),
         (["m.pt", "x.pt", "--type", "float16"], ["our checkpoints are float32"]),
+        (["m.pt", "x.pt", "--type", "q8_0"], ["our checkpoints are float32"]),
         (["m.pt", "x/", "--type", "int4"], ["invalid choice", "q8_0"]),
         (["folder/", "x.pt", "--lora", "a.pt"], ["--lora", "a checkpoint of ours"]),
         (["m.pt"], ["TARGET"]),

@@ -198,6 +198,7 @@ def test_bad_lines_are_skipped_with_their_numbers_up_to_a_limit(call, work):
     for number, word in ((4, '"answer" is missing'), (8, "not valid JSON"), (12, '"answer" is not text')):
         assert f"line {number}: " in result.err and word in result.err
     assert result.err.count("skipped") == 3
+    assert call("data.py", "s.jsonl", "--block_size", "64", "--max_bad_lines", "3").status == 0
     result = call("data.py", "s.jsonl", "--block_size", "64", "--max_bad_lines", "2", "--output", "other")
     assert result.status != 0 and "more than 2 bad lines" in result.err
     assert not list((work / "other").glob("*")) if (work / "other").exists() else True

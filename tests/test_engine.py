@@ -140,6 +140,7 @@ def test_a_resumed_engine_goes_on_with_moments_scale_and_random_numbers():
     engine = make_engine(dtype="float16")
     learn(engine)
     engine.scaler.load_state_dict({**engine.scaler.state_dict(), "scale": 8.0})
+    torch.rand(7)  # as dropout would have drawn
     state = copy.deepcopy(engine.state_dict())
     draws = torch.rand(5)
     other = make_engine(dtype="float16")
@@ -246,6 +247,11 @@ def test_samples_are_packed_where_the_config_says_so(prepared):
     plain, packed = (built(*sft, "--pack_samples", value).batches.at(0)[0] for value in ("false", "true"))
     assert plain.count == packed.count and len(plain.idx) == 16 > 2 * len(packed.idx)
     assert plain.documents is None and packed.documents.max() > 1
+
+
+def test_eval_iters_are_hundreds_of_samples_and_0_is_all(prepared):
+    n = {k: len(built(*PRETRAIN, "--block_size", "2", "--eval_iters", k).validation.samples) for k in ("0", "1", "2")}
+    assert (n["1"], n["2"]) == (100, 200) and n["0"] > 250
 
 
 def test_full_attention_is_refused_for_text(prepared, call):

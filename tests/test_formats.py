@@ -21,6 +21,7 @@ from base.configuration import UserError
 from text.corpus import split_documents
 from text.formats import Source, decode_blocks, split_lines
 from text.records import EmptyRecord, parse_conversation, parse_preference, rename_fields
+from text.splitting import choose_validation
 from text.token_files import TokenFile
 from text.tokenizer import load_tokenizer
 
@@ -124,6 +125,7 @@ QUESTION_FORMS = {
     "SFT.CSV.GZ": (lambda: gzip.compress(as_csv(QUESTIONS)), []),
     "sft.json.bz2": (lambda: bz2.compress(json.dumps(QUESTIONS).encode()), []),
     "sft.tsv.xz": (lambda: lzma.compress(as_csv(QUESTIONS, "\t")), []),
+    "twice.gz": (lambda: gzip.compress(gzip.compress(as_jsonl(QUESTIONS))), []),
     "sft.jsonl.zst": (lambda: as_zstandard(as_jsonl(QUESTIONS)), []),
     "sft.zip": (lambda: as_zip({"a/b.jsonl": as_jsonl(QUESTIONS)}), []),
     "parquet.zip": (lambda: as_zip({"b.parquet": as_parquet(QUESTIONS)}), []),
@@ -846,6 +848,12 @@ def test_both_sides_get_something_or_a_message(call, work, rows, options, words)
     assert result.status == (1 if words else 0) and (words or "") in result.err and "Traceback" not in result.err
     if not words:
         assert all(len(side) == 1 for side in sides("sft"))
+
+
+def test_the_validation_part_is_as_near_to_its_share_as_whole_groups_come():
+    for fraction in np.linspace(0.05, 0.5, 46):
+        taken = choose_validation(np.full(40, 10.0), fraction, must=False).sum()
+        assert abs(taken - 40 * fraction) <= 0.5 + 1e-9
 
 
 def test_of_few_samples_one_is_for_validation(call, work):

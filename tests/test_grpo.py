@@ -52,8 +52,9 @@ def test_policy_loss_is_the_formula():
 
 
 def test_advantages_are_those_of_the_group():
-    found = group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0, 0.5, 0.5, 0.5, 0.5]), 4)
-    assert found.tolist() == pytest.approx([1, -1, -1, 1, 0, 0, 0, 0], abs=1e-4)
+    rewards = [1.0, 0.0, 0.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.9, 0.7, 0.7, 0.9]
+    found = group_advantages(torch.tensor(rewards), 4)
+    assert found.tolist() == pytest.approx([1, -1, -1, 1, 0, 0, 0, 0, 1, -1, -1, 1], abs=1e-4)
 
 
 def test_rewards_are_for_what_is_right():

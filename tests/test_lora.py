@@ -102,6 +102,14 @@ def test_an_adapter_drops_its_inputs_in_training_alone():
         assert (dropped != 1000).all() and ((dropped - 1000).abs() < 130).all()  # five standard deviations
 
 
+@pytest.mark.parametrize("options", [{}, EXPERTS])
+def test_the_adapter_alone_can_be_trained(options):
+    model = GPT(ModelConfig(vocab_size=20, block_size=16, n_layer=2, n_head=2, n_embd=16, **options))
+    lora.attach(model, SETTINGS)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {name for name, _ in model.named_parameters() if name.endswith((".A", ".B"))} != set()
+
+
 def test_only_the_adapter_is_trained_and_saved(base, call):
     result = trained(call, "--max_steps", "10", *ON_BASE)
     assert "trainable (LoRA)" in result.out

@@ -130,6 +130,19 @@ def test_the_chosen_answers_default_weight_is_the_documented_one(kind, weight):
     assert values[0] == values[1]
 
 
+@pytest.mark.parametrize("kind", ["dpo", "simpo"])
+def test_a_batch_that_only_keeps_processes_in_step_is_no_pair(kind):
+    idx, targets = torch.randint(1, 20, (2, 4, 8), generator=torch.Generator().manual_seed(0))
+    batch = losses.Batch(idx, targets, torch.ones(4, 8), 2, reference=torch.tensor([3.0, -5.0]))
+    dummy = batch._replace(loss_mask=torch.zeros(4, 8), count=0)
+    found = []
+    for batches in ([batch], [batch, dummy]):
+        loss = PreferenceLoss(TrainConfig(loss=kind), lambda *values: list(values))
+        summed = [loss(small_model(20), each, "none").sum().item() for each in batches]
+        found.append(loss.metrics())
+    assert found[0] == found[1] and summed[1] == 0
+
+
 def test_a_frozen_model_neither_drops_nor_learns_and_reads_the_same_tokens(work):
     save_model(work / "m.pt")
     contents = torch.load("m.pt", weights_only=True)
@@ -206,6 +219,8 @@ def test_every_pair_is_evaluated_once(pairs):
 
 def test_distillation_is_the_formula():
     student, teacher = small_model(20, 0), small_model(20, 1)
+    for model in (student, teacher):  # far from uniform: near it the divergence is the same in both directions
+        model.token_embedding.weight.data.mul_(40)
     idx, targets = torch.randint(0, 20, (2, 2, 8))
     mask = torch.tensor([[1.0] * 8, [0.0] * 5 + [1.0] * 3])
     batch = losses.Batch(idx, targets, mask, 11)

@@ -348,7 +348,8 @@ def test_a_later_signal_ends_at_once_but_an_echo_does_not():
 
 def test_the_time_limit_ends_the_run_with_an_evaluation(call, prepared):
     began = time.time()
-    result = call("train.py", "-t", config(prepared, max_steps=100000), "--max_minutes", "0.03")
+    path = config(prepared, max_steps=100000, eval_interval=100000)
+    result = call("train.py", "-t", path, "--max_minutes", "0.03")
     assert result.status == 0 and time.time() - began < 60
     step = load_checkpoint("checkpoint/pretrain_last.pt")["step"]
     assert 0 < step < 100000
@@ -440,7 +441,7 @@ def test_preflight_and_samples_are_printed(call, prepared):
     for word in ("parameters", "epoch", "device: cpu", "attention", "GB", "unigram", "lzma", "sample: "):
         assert word in result.out
     uniform = math.log(TokenFile("dataset/pretrain_val.bin").header["vocab_size"])
-    assert f"uniform {uniform:.3f}" in result.out
+    assert f"uniform {uniform:.3f} ({uniform / math.log(2):.2f} bits/character)" in result.out  # a token is one
 
 
 def test_tensorboard_gets_the_curves(call, prepared):
@@ -464,6 +465,8 @@ def test_schedules_warm_up_and_come_down(name):
     assert values[110] == pytest.approx(end) and values[199] == pytest.approx(end)
     middle = {"cosine": 0.55, "linear": 0.55, "wsd": 1.0, "constant": 1.0}[name]
     assert values[60] == pytest.approx(middle)
+    late = {"cosine": 0.1 + 0.45 * (1 + math.cos(0.9 * math.pi)), "linear": 0.19, "wsd": 0.55, "constant": 1.0}[name]
+    assert values[100] == pytest.approx(late)  # of wsd, in the middle of its last fifth
 
 
 def test_newton_schulz_brings_singular_values_near_one():
