@@ -125,7 +125,8 @@ def test_the_nearest_name(name, names, expected):
         *((name, None) for name in ("pretrain", "pretrain.pt.bak", "nope.pt", "broken.pt", "renamed.pt")),
     ],
 )
-def test_a_checkpoint_that_is_missing_names_a_command_only_where_one_makes_it(work, call, name, command):
+def test_a_checkpoint_that_is_missing_names_a_command_only_where_one_makes_it(work, monkeypatch, name, command):
+    monkeypatch.setattr(sys, "argv", ["train.py"])  # else that of pytest, which lies elsewhere
     (work / "config").mkdir()
     (work / "config" / "broken.json").write_text("{")
     (work / "config" / "renamed.json").write_text('{"stage": "another", "max_steps": 3}')
