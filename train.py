@@ -214,6 +214,7 @@ def evaluate_and_save(run: Run, log: RunLog) -> None:
         line += "".join(f", {n} {v:.2%}" if "accuracy" in n else f", {n} {v:.3f}" for n, v in measured.items())
     if improved and not save_or_warn(run, run.best_path, log):
         improved, state.best_val_loss = False, before  # so that the next good one is saved
+        record["best_val_loss"] = before
     log.write(record)
     log.message(line + (f" -> {run.best_path}" if improved else f" (best {state.best_val_loss:.4f})"))
     if config.sample_tokens:

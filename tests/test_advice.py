@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from processes import newest_log
 from base.configuration import UserError, fields_of, nearest
 from model import ModelConfig
 from problems.config import ProblemConfig
+from training.advice import going_on, limits_reached, without_flag
 from training.config import TrainConfig
 from training.distributed import launcher_command
+from training.setup import State
 from weights.checkpointing import load_checkpoint, training_command
 
 FIELDS = {**fields_of(TrainConfig), **fields_of(ModelConfig), **fields_of(ProblemConfig)}
@@ -122,12 +125,34 @@ def test_the_nearest_name(name, names, expected):
         *((name, None) for name in ("pretrain", "pretrain.pt.bak", "nope.pt", "broken.pt", "renamed.pt")),
     ],
 )
-def test_a_checkpoint_that_is_missing_names_a_command_only_where_one_makes_it(work, call, name, command):
+def test_a_checkpoint_that_is_missing_names_a_command_only_where_one_makes_it(work, monkeypatch, name, command):
+    monkeypatch.setattr(sys, "argv", ["train.py"])  # else that of pytest, which lies elsewhere
     (work / "config").mkdir()
     (work / "config" / "broken.json").write_text("{")
     (work / "config" / "renamed.json").write_text('{"stage": "another", "max_steps": 3}')
     found = training_command(Path("checkpoint", name))
     assert found == (f"; `python {command}` trains it" if command else "")
+
+
+def test_limits_that_are_reached_exactly_are_named_with_values_that_go_on():
+    config = TrainConfig(max_steps=10, patience=3, target_val_loss=1.5)
+    state = State(step=10, evals_without_gain=3, best_val_loss=1.5)
+    assert limits_reached(config, state) == {"max_steps": 20, "patience": 6, "target_val_loss": "null"}
+    assert limits_reached(config, State(step=9, evals_without_gain=2, best_val_loss=1.51)) == {}
+    assert limits_reached(TrainConfig(), state) == {}
+
+
+def test_a_flag_is_taken_out_with_its_value():
+    argv = ["-t", "sft", "--max_steps", "5", "--max_steps=5", "--max_steps_more", "6", "-x", "--max_steps"]
+    assert without_flag(argv, "--max_steps") == ["-t", "sft", "--max_steps_more", "6", "-x"]
+
+
+def test_the_command_to_go_on_has_every_flag_once(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    config, engine = TrainConfig(max_steps=10), SimpleNamespace(launcher="python")
+    run = SimpleNamespace(config=config, state=State(step=10), engine=engine, last_path=Path("checkpoint/a_last.pt"))
+    command = going_on(run, ["-t", "a", "--max_steps", "10", "--from_checkpoint=old.pt"])
+    assert command == "python train.py -t a --max_steps 20 --from_checkpoint checkpoint/a_last.pt"
 
 
 @pytest.mark.parametrize("script", ["inference.py", "train.py"])

@@ -382,6 +382,13 @@ def test_bad_commands_of_the_other_scripts(call, trained, script, argv, words):
     assert snapshot(trained) == before
 
 
+@pytest.mark.parametrize("argv", [["data.py"], ["plot_loss.py"], ["inference.py", "-p", "a", "-m"], ["train.py", "-t"]])
+def test_an_error_that_quotes_a_name_sends_no_commands_to_the_terminal(call, work, argv):
+    result = call(*argv, "no\x1b[31m\x9b\u202efile")
+    assert result.status == 1 and "no" in result.err and "file" in result.err
+    assert all(map(is_harmless, result.err)), result.err
+
+
 def test_mistakes_end_real_processes_with_one_line(tmp_path):
     for command in (
         ["data.py"],

@@ -79,6 +79,19 @@ def test_near_duplicates_are_those_that_comparing_all_pairs_finds(threshold):
     assert n_similar >= 50 and n_found >= 0.985 * n_similar
 
 
+def is_kept(text: str, **options) -> bool:
+    return Cleaner(CleaningConfig(**options)).accept(text)
+
+
+def test_limits_are_what_is_allowed_at_most_and_at_least():
+    assert is_kept("abcd", min_characters=4) and not is_kept("abc", min_characters=4)
+    assert is_kept("abcd", max_characters=4) and not is_kept("abcde", max_characters=4)
+    in_pieces = Cleaner(CleaningConfig(max_characters=4))
+    assert in_pieces.accept_length("ab", 4) and not in_pieces.accept_length("ab", 5)
+    assert is_kept("a" * 8 + "##", max_symbols=0.2) and not is_kept("a" * 7 + "###", max_symbols=0.2)
+    assert is_kept("क्षि, é", max_symbols=0.0)  # vowel signs and accents belong to their letters
+
+
 def test_dropped_texts_are_reported_and_not_in_the_files(work, call):
     pytest.importorskip("datasketch")
     rng = random.Random(1)
@@ -131,6 +144,13 @@ def test_numbers_and_addresses_are_not_cut_at_their_points():
     for longest in range(52, 60):
         pieces = list(split_at_sentences(text, longest))
         assert pieces == ["Pi is 3.14159 or so, see www.example.com for more. "] * 3 + ["圆周率是3.14。"]
+
+
+def test_pieces_are_as_long_as_they_may_be_and_keep_special_tokens_whole():
+    assert list(split_at_sentences("Aaaaa. Bbbbbb. " * 3, 15)) == ["Aaaaa. Bbbbbb. "] * 3
+    for n in range(16):
+        pieces = list(split_at_sentences("a" * n + "<|unknown|>" + "b" * 20, 16))
+        assert sum("<|unknown|>" in piece for piece in pieces) == 1 and max(map(len, pieces)) <= 16
 
 
 @settings(max_examples=200, deadline=None)

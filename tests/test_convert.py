@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT, TINY, make_text
 
+from convert import format_of
 from model import GPT, ModelConfig
 from text.tokenizer import EOS, SPECIAL_TOKENS, BPETokenizer, CharTokenizer
 from weights import gguf, huggingface, tokenizer_json
@@ -31,6 +33,7 @@ SHAPES = {
     "linear": {"rope_scaling": "linear", "rope_factor": 4.0},
     "ntk": {"rope_scaling": "ntk", "rope_factor": 4.0},
     "yarn": {"rope_scaling": "yarn", "rope_factor": 4.0},
+    "another epsilon and base": {"norm_eps": 0.25, "rope_theta": 512.0},
 }
 REFUSED = {
     "relu2": ({"mlp": "relu2"}, "mlp relu2"),
@@ -141,7 +144,22 @@ def damage_config(folder: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}), encoding="utf-8")
 
 
+def add_weight(folder: Path) -> None:
+    weights = huggingface.read_weights(folder)
+    safetensors.torch.save_file(
+        {**weights, "model.layers.0.extra.weight": torch.zeros(2)}, folder / "model.safetensors"
+    )
+
+
+def take_a_character(folder: Path) -> None:
+    values = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    values["model"]["vocab"].popitem()
+    (folder / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+
+
 DAMAGE = {
+    "a weight too many": (add_weight, "no place for: model.layers.0.extra.weight"),
+    "a character too few": (take_a_character, "tokens, the model"),
     "another architecture": (lambda f: damage_config(f, model_type="gpt_neox"), "model_type"),
     "another head size": (lambda f: damage_config(f, head_dim=128), "has the shape"),
     "another activation": (lambda f: damage_config(f, hidden_act="gelu"), "hidden_act gelu"),
@@ -248,6 +266,8 @@ def test_gguf_files_come_back_unchanged(tmp_path, tokenizers, shape, kind):
     weights = back.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
     before, after = model.config.to_dict(), back.config.to_dict()
+    for name in ("norm_eps", "rope_theta"):  # float32 in the file
+        assert after[name] == pytest.approx(before[name], rel=1e-6)
     assert {name for name in before if before[name] != after[name]} <= {"expert_balance", "norm_eps", "rope_theta"}
 
 
@@ -262,6 +282,21 @@ def test_smaller_numbers_stay_close(tmp_path, tokenizers, type_name, error):
         assert (back.state_dict()[name] - weight).abs().max() <= (0 if exact else error * weight.abs().max())
     gguf.write_gguf(tmp_path / "f.gguf", model, tokenizers["char"], "float32")
     assert (tmp_path / "m.gguf").stat().st_size < 0.7 * (tmp_path / "f.gguf").stat().st_size
+
+
+def test_gguf_files_say_what_their_numbers_and_special_tokens_are(tmp_path, tokenizers):
+    """By the names in the package of llama.cpp itself."""
+    theirs = pytest.importorskip("gguf")
+    types = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+    for name, expected in types.items():
+        gguf.write_gguf(tmp_path / "m.gguf", make_model(tokenizers["char"]), tokenizers["char"], name)
+        fields = theirs.GGUFReader(tmp_path / "m.gguf").fields
+        values = {name: field.contents() for name, field in fields.items()}
+        assert values["general.file_type"] == theirs.LlamaFileType[expected]
+    tokens = values["tokenizer.ggml.tokens"]
+    named = {name: tokens[values[f"tokenizer.ggml.{name}_token_id"]] for name in ("bos", "eos", "unknown", "padding")}
+    assert named == {"bos": "<|bos|>", "eos": "<|eos|>", "unknown": "<|unknown|>", "padding": "<|Padding|>"}
+    assert values["tokenizer.ggml.add_bos_token"] is False
 
 
 @pytest.mark.parametrize("where", [0, 5, 40, 300, 2000, -3000, -100])
@@ -292,6 +327,24 @@ def test_a_trained_model_goes_round_and_answers_the_same(call, prepared):
     assert call("train.py", "-t", "sft", "--from_checkpoint", "back.pt", *tune, "--overlong", "cut").status == 0
 
 
+def test_a_converted_model_starts_runs_and_resumes_none(call, prepared):
+    """It has no optimizer states, so no run may take it for a save of its own, whatever its file is called."""
+    tune = ["--max_steps", "1", "--warmup_iters", "1", "--batch_size", "4"]
+    assert call("train.py", "-t", "pretrain", *TINY, *tune).status == 0
+    assert call("convert.py", "checkpoint/pretrain.pt", "folder/").status == 0
+    assert call("convert.py", "folder/", "pretrain.pt").status == 0
+    result = call("train.py", "-t", "pretrain", *tune, "--from_checkpoint", "pretrain.pt")
+    assert result.status == 0 and "starts from the weights of pretrain.pt" in result.out, result.err
+
+
+def test_formats_are_told_by_names_and_shards_by_what_is_in_them(work):
+    assert [format_of(path) for path in ("a.pt", "A.GGUF", "a/", "a", "a.b")] == [".pt", ".gguf", "", "", ""]
+    Path("run_last").mkdir()
+    assert format_of("run_last") == ""
+    Path("run_last/latest").touch()  # a checkpoint of ours, in shards
+    assert format_of("run_last") == ".pt"
+
+
 def test_an_adapter_is_merged_on_the_way(call, prepared):
     tune = ["--max_steps", "3", "--warmup_iters", "1", "--batch_size", "4", "--learning_rate", "1e-1"]
     assert call("train.py", "-t", "pretrain", *TINY, *tune, "--min_lr", "1e-3").status == 0
@@ -318,6 +371,7 @@ def test_an_adapter_is_merged_on_the_way(call, prepared):
         (["m.pt", "x.onnx"], ["x.onnx", "X.gguf llama.cpp's"]),
         (["m.pt", "x/", "--type", "q8_0"], ["q8_0 is for GGUF"]),
         (["m.pt", "x.pt", "--type", "float16"], ["our checkpoints are float32"]),
+        (["m.pt", "x.pt", "--type", "q8_0"], ["our checkpoints are float32"]),
         (["m.pt", "x/", "--type", "int4"], ["invalid choice", "q8_0"]),
         (["folder/", "x.pt", "--lora", "a.pt"], ["--lora", "a checkpoint of ours"]),
         (["m.pt"], ["TARGET"]),

@@ -1,10 +1,14 @@
 import itertools
 import json
+import math
 import subprocess
 import sys
 import threading
+import time
+import zlib
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +20,18 @@ from hypothesis import strategies as st
 from base.configuration import UserError
 from base.prefetching import prefetch
 from model import GPT, ModelConfig
-from text.batches import TrainBatches, ValidationBatches, collate, document_ids, pack, prefetch_steps
+from text.baselines import compression_baselines, token_baselines
+from text.batches import (
+    Pairs,
+    Samples,
+    TrainBatches,
+    ValidationBatches,
+    Windows,
+    collate,
+    document_ids,
+    pack,
+    prefetch_steps,
+)
 from text.token_files import TokenFile, TokenFileWriter
 from text.tokenizer import BOS, EOS, PADDING, RESPONSE, UNKNOWN, CharTokenizer
 from text.tokenizer_files import load_tokenizer
@@ -147,6 +162,22 @@ def test_large_vocabularies_get_wider_tokens(call, work):
     assert file.tokens.max() == file.header["vocab_size"] - 1
 
 
+def test_a_training_part_of_one_window_is_enough(call, work):
+    (work / "a.txt").write_text("ab" * 50, encoding="utf-8")
+    assert call("data.py", "a.txt", "--block_size", "89").status == 0  # 90 of the 100 tokens are for training
+    refused = call("data.py", "a.txt", "--block_size", "90")
+    assert refused.status == 1 and "90 training tokens are fewer than one window of 90 + 1" in refused.err
+
+
+def test_baselines_are_those_computed_by_hand():
+    found = token_baselines(np.array([3, 0, 1]), np.array([0, 2, 2]))  # how often each of three tokens occurs
+    assert found["uniform"] == pytest.approx(math.log(3))
+    assert found["unigram"] == pytest.approx(-(2 * math.log(1 / 7) + 2 * math.log(2 / 7)) / 4)  # one is added to each
+    found = compression_baselines("世界 " * 1000)
+    assert found["zlib_bits_per_character"] == 8 * len(zlib.compress(("世界 " * 1000).encode(), 9)) / 3000
+    assert 0 < found["lzma_bits_per_character"] < 1
+
+
 def test_a_reused_tokenizer_reports_unknown_characters(call, prepared):
     (prepared / "other.txt").write_text("the cat Ω sat Ω on the mat\n" * 20, encoding="utf-8")
     result = call("data.py", "other.txt", "--tokenizer", "dataset/tokenizer.json", "--output", "o", "--block_size", "8")
@@ -171,6 +202,7 @@ def test_bad_lines_are_skipped_with_their_numbers_up_to_a_limit(call, work):
     for number, word in ((4, '"answer" is missing'), (8, "not valid JSON"), (12, '"answer" is not text')):
         assert f"line {number}: " in result.err and word in result.err
     assert result.err.count("skipped") == 3
+    assert call("data.py", "s.jsonl", "--block_size", "64", "--max_bad_lines", "3").status == 0
     result = call("data.py", "s.jsonl", "--block_size", "64", "--max_bad_lines", "2", "--output", "other")
     assert result.status != 0 and "more than 2 bad lines" in result.err
     assert not list((work / "other").glob("*")) if (work / "other").exists() else True
@@ -221,6 +253,17 @@ def test_epochs_differ_and_seeds_differ(prepared):
     assert torch.equal(batches.at(0)[0].idx, reader(prepared).at(0)[0].idx)
 
 
+def test_every_epoch_has_its_own_order_and_its_own_offset(prepared):
+    batches = reader(prepared)
+    assert not np.array_equal(batches.order(0), batches.order(1))
+    file = SimpleNamespace(tokens=np.arange(40), path="file")
+    offsets = [int(Windows(file, 8, seed=1).get(0, epoch)[0][0]) for epoch in range(200)]
+    assert set(offsets) == set(range(8))  # every place to begin at, and no other
+    assert len(Windows(SimpleNamespace(tokens=np.arange(9), path="file"), 8, seed=1)) == 1
+    with pytest.raises(UserError, match="fewer than one window"):
+        Windows(SimpleNamespace(tokens=np.arange(8), path="file"), 8, seed=1)
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_the_global_batch_is_the_same_on_any_number_of_processes(prepared, stage, world_size):
@@ -263,6 +306,54 @@ def test_overlong_samples_are_dropped_or_cut(call, work, overlong):
     assert all(batch.idx.size(1) <= 16 for batch in batches.at(0))
 
 
+def token_file(path, samples, **metadata) -> TokenFile:
+    """A file of samples, each given as its loss mask: its tokens are 10, 11, ..."""
+    with open(path, "wb+") as file:
+        writer = TokenFileWriter(file, 50, has_samples=True)
+        for mask in samples:
+            writer.add(np.arange(10, 10 + len(mask)), 0, np.array(mask, dtype=np.uint8))
+        writer.finish(metadata)
+    return TokenFile(path)
+
+
+def test_overlong_begins_above_block_size_plus_1(tmp_path):
+    just_fits, too_long, answered_late = [0] * 4 + [1] * 5, [0] * 4 + [1] * 6, [0] * 9 + [1] * 3
+    file = token_file(tmp_path / "file", [just_fits, too_long, answered_late])
+    dropped, cut = Samples(file, 8, "drop"), Samples(file, 8, "cut")
+    assert (len(dropped), dropped.n_overlong) == (1, 2) and len(dropped.get(0, 0)[0]) == 9
+    assert (len(cut), cut.n_overlong) == (2, 2)  # nothing of the last one's answer would be left
+    tokens, mask = cut.get(1, 0)
+    assert tokens.tolist() == list(range(10, 19)) and mask.tolist() == too_long[:9]
+
+
+def test_pairs_are_overlong_by_either_answer(tmp_path):
+    short, just_fits, long = [0, 1, 1], [0] * 4 + [1] * 5, [0] * 4 + [1] * 6
+    pairs = [short, long, long, short, just_fits, just_fits, short, short]
+    dataset = Pairs(token_file(tmp_path / "file", pairs, has_pairs=True), 8)
+    assert dataset.kept.tolist() == [2, 3] and dataset.n_overlong == 2
+    assert [len(side[0]) for side in dataset.get(0, 0)[:2]] == [9, 9]
+
+
+@pytest.mark.parametrize("format", [1, 3])
+def test_token_files_of_another_format_are_refused(tmp_path, format):
+    with pytest.raises(UserError, match=f"format {format} is not supported"):
+        token_file(tmp_path / "file", [[0, 1]], format=format)
+
+
+def test_token_ids_in_a_batch_are_inside_the_vocabulary():
+    sample = (np.array([1, 2, 5]), None)  # the largest one is a target only
+    assert collate([[sample]], 8, 6, 1).targets.tolist() == [[2, 5]]
+    with pytest.raises(UserError, match="token id 5 in the data is outside the vocabulary of 5"):
+        collate([[sample]], 8, 5, 1)
+
+
+def test_datasets_of_a_curriculum_are_shuffled_apart(prepared):
+    file = TokenFile("dataset/pretrain_train.bin")
+    options = {"block_size": 16, "vocab_size": 500, "batch_size": 4, "accumulation_steps": 1, "seed": 1}
+    first, second = np.split(TrainBatches([file, file], **options).order(0)[:, 1], 2)
+    assert sorted(first) == sorted(second) and not np.array_equal(first, second)
+
+
 def test_a_curriculum_passes_over_its_datasets_in_order(call, prepared):
     (prepared / "b.txt").write_text(make_text(4000, seed=5), encoding="utf-8")
     call("data.py", "b.txt", "--tokenizer", "dataset/tokenizer.json", "--output", "b", "--block_size", "16")
@@ -292,6 +383,10 @@ def test_partial_validation_is_the_same_part_every_time(prepared):
     first, second = list(batches), list(batches)
     assert len(first) == 3
     assert all(torch.equal(a.idx, b.idx) for a, b in zip(first, second, strict=True))
+    other_seed = list(ValidationBatches([file], **{**options, "seed": 2}))
+    assert all(torch.equal(a.idx, b.idx) for a, b in zip(first, other_seed, strict=True))
+    beginning = torch.cat([batch.idx for batch in ValidationBatches([file], **{**options, "n_samples": 0})])[:12]
+    assert not torch.equal(torch.cat([batch.idx for batch in first]), beginning)
 
 
 def test_prefetching_gives_the_same_batches_and_passes_errors_on(prepared):
@@ -313,6 +408,26 @@ def test_prefetch_yields_every_item_and_closing_it_ends_the_thread():
     assert next(endless) == 0 and threading.active_count() == before + 1
     endless.close()
     assert threading.active_count() == before
+
+
+def test_prefetch_makes_no_more_ahead_than_it_is_told():
+    made = []
+    ahead = prefetch((made.append(i) or i for i in itertools.count()), depth=3)
+    next(ahead)
+    time.sleep(0.2)
+    assert 1 < len(made) <= 5  # the one that was taken, three that wait, and one more in hand
+    ahead.close()
+
+
+def test_on_policy_batches_are_made_when_they_are_asked_for():
+    """They are drawn from the model as it is at that step."""
+    asked = []
+    batches = SimpleNamespace(at=lambda position: asked.append(position) or [], samples_per_step=8, is_on_policy=True)
+    steps = prefetch_steps(batches, 16)
+    for _ in range(2):
+        next(steps)
+        time.sleep(0.05)
+    assert asked == [16, 24]
 
 
 def test_target_counts_equal_a_dictionary_count(tmp_path):

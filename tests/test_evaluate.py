@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -137,6 +138,8 @@ def test_it_is_the_loss_of_every_position():
             seen = torch.tensor(ids[start : start + position + 1])[None]
             losses.append(-model(seen)[0][0, -1].log_softmax(-1)[ids[start + position + 1]].item())
         assert found[position] == pytest.approx(np.mean(losses), rel=1e-4)
+    more = evaluate.loss_by_position(model, ids, 9)  # than the text holds
+    assert more.tolist() == pytest.approx(found.tolist(), rel=1e-4)
 
 
 def test_the_table_says_perplexity_and_ends_with_the_whole(call, work):
@@ -219,7 +222,8 @@ def test_a_model_reads_beyond_its_window(prepared, call):
     assert call("train.py", "-t", "pretrain", *TINY, *FAST, *DATA, "--max_steps", "3").status == 0
     result = call("evaluate.py", "new.txt", "--factor", "2.5", "--scaling", "yarn", "linear", "--windows", "5")
     assert result.status == 0, result.err
-    assert "yarn" in result.out and "(beyond)" in result.out and "36-40" in result.out
+    assert "yarn" in result.out and "| 36-40 (beyond) |" in result.out
+    assert "| 21-25 (beyond) |" in result.out and re.search(r"\| 16-20 +\|", result.out)  # 16 is in the window
     assert (prepared / "perplexity.png").stat().st_size > 10_000
     assert call("train.py", "-t", "sft_lora", *FAST, "--max_steps", "2", "--learning_rate", "0.1").status == 0
     adapted = call("evaluate.py", "new.txt", "--lora", "checkpoint/sft_lora_last.pt")

@@ -73,6 +73,41 @@ def test_the_balancing_loss_is_the_formula_over_the_tokens_that_count():
     assert routing.losses[0].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_a_models_balancing_loss_is_the_mean_over_its_layers():
+    """A router without a preference: every expert has the same probability, so that each layer's loss is 1."""
+    model = make(n_layer=3, router_loss_weight=0.5)
+    for layer in mixture_layers(model):
+        torch.nn.init.zeros_(layer.router.weight)
+    idx = torch.randint(1, 40, (2, 16))
+    model(idx, idx)
+    assert model.router_loss.item() == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("with_logits", [True, False])
+def test_a_sum_has_the_balancing_loss_once_for_each_of_its_targets(with_logits):
+    idx, mask = torch.randint(1, 40, (3, 16)), (torch.arange(16) > 4).float().expand(3, 16)
+    values = {}
+    for weight in (0.0, 2.0):
+        model = make(router_loss_weight=weight)
+        values[weight] = [model(idx, idx, mask, kind, None, with_logits)[1].item() for kind in ("sum", "mean")]
+    added = model.router_loss.item()  # of each target, and of their mean
+    assert added > 1
+    assert [b - a for a, b in zip(*values.values(), strict=True)] == pytest.approx([3 * 11 * added, added], rel=1e-3)
+
+
+def test_biases_choose_the_experts_but_do_not_weigh_them():
+    layer = MixtureOfExperts(make(expert_balance="bias").config, None)
+    torch.nn.init.normal_(layer.up), torch.nn.init.normal_(layer.down)
+    layer.choice_bias.copy_(torch.tensor([0.0, 5.0, 0.0, 5.0]))  # so that it is 1 and 3 for every token
+    x = torch.randn(1, 6, 16)
+    gates = layer.router(x).softmax(-1)[..., [1, 3]]
+    expected = torch.zeros(1, 6, 16)
+    for gate, i in zip((gates / gates.sum(-1, keepdim=True)).unbind(-1), (1, 3), strict=True):
+        a, b = (x @ layer.up[i].mT).chunk(2, -1)
+        expected += gate[..., None] * ((torch.nn.functional.silu(a) * b) @ layer.down[i].mT)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_experts_drop_as_a_dense_mlp_does():
     x = torch.ones(1, 1000, 16)
     layer = MixtureOfExperts(make(dropout=0.3).config, None)

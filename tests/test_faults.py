@@ -12,10 +12,11 @@ import torch
 from conftest import DATA, FAST, TINY, Result, make_text, read_log
 from processes import break_loss, end_of, fork, newest_log, train_on
 
+import train
 from base.configuration import UserError
 from model import GPT, ModelConfig
 from training import losses, preflight
-from weights.checkpointing import load_checkpoint, load_checkpoint_or_previous, load_model
+from weights.checkpointing import SaveError, load_checkpoint, load_checkpoint_or_previous, load_model
 
 KILLS = 50
 ARGUMENTS = ["-t", "pretrain", *TINY, *FAST, *DATA, "--gradient_accumulation_steps", "1", "--optimizer", "adamw"]
@@ -95,6 +96,24 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_training_going(prepared, 
     job.join(60)
     assert job.exitcode == 1 and read_log(newest_log(prepared), "train")[-1]["step"] < 9
     assert last.read_bytes() == before
+
+
+def test_a_best_that_could_not_be_saved_is_no_best(prepared, call, monkeypatch):
+    """The disk is full at the first evaluation; the second, no better one has room, and is saved."""
+    save, failures = train.save, iter([True])
+
+    def full(run, path, log):
+        if path == run.best_path and next(failures, False):
+            raise SaveError(f"{path}: not written")
+        save(run, path, log)
+
+    monkeypatch.setattr(train, "save", full)
+    options = ["--max_steps", "4", "--eval_interval", "2", "--learning_rate", "1e-30", "--min_lr", "0"]
+    result = trained(call, *options, "--optimizer", "sgd")
+    assert "training goes on to the next save" in result.out
+    records = read_log(newest_log(prepared), "val")
+    assert records[0]["best_val_loss"] is None and records[1]["best_val_loss"] == records[1]["val_loss"]
+    assert load_checkpoint("checkpoint/run.pt")["step"] == 4
 
 
 def test_a_log_that_cannot_be_written_does_not_end_the_run(prepared, call):

@@ -19,7 +19,9 @@ from conftest import make_text, write_jsonl
 
 from base.configuration import UserError
 from text.corpus import split_documents
+from text.formats import Source, decode_blocks, split_lines
 from text.records import EmptyRecord, parse_conversation, parse_preference, rename_fields
+from text.splitting import choose_validation
 from text.token_files import TokenFile
 from text.tokenizer_files import load_tokenizer
 
@@ -114,6 +116,7 @@ QUESTION_FORMS = {
         lambda: as_jsonl([{"dialog": messages(row, "who", "says")} for row in QUESTIONS]),
         ["--fields", "messages=dialog", "role=who", "content=says"],
     ),
+    "nulls.jsonl": (lambda: as_jsonl([{**row, "chosen": None, "rejected": None} for row in QUESTIONS]), []),
     "gbk.jsonl": (lambda: as_jsonl(QUESTIONS).decode().encode("gbk"), ["--encoding", "gbk"]),
     "gbk.csv": (lambda: as_csv(QUESTIONS).decode().encode("gbk"), ["--encoding", "GBK"]),
     "utf16.json": (lambda: json.dumps(QUESTIONS, ensure_ascii=False).encode("utf-16"), ["--encoding", "utf-16"]),
@@ -122,6 +125,7 @@ QUESTION_FORMS = {
     "SFT.CSV.GZ": (lambda: gzip.compress(as_csv(QUESTIONS)), []),
     "sft.json.bz2": (lambda: bz2.compress(json.dumps(QUESTIONS).encode()), []),
     "sft.tsv.xz": (lambda: lzma.compress(as_csv(QUESTIONS, "\t")), []),
+    "twice.gz": (lambda: gzip.compress(gzip.compress(as_jsonl(QUESTIONS))), []),
     "sft.jsonl.zst": (lambda: as_zstandard(as_jsonl(QUESTIONS)), []),
     "sft.zip": (lambda: as_zip({"a/b.jsonl": as_jsonl(QUESTIONS)}), []),
     "parquet.zip": (lambda: as_zip({"b.parquet": as_parquet(QUESTIONS)}), []),
@@ -392,6 +396,8 @@ REFUSED = {
     "strings.json": (b'["a", "b"]', ["named .json"]),
     "cut.json": (json.dumps(QUESTIONS).encode()[:-700], ["cut.json: line 1: ", "not valid JSON"]),
     "open.json": (json.dumps(QUESTIONS).encode()[:-1], ["the file ends inside its JSON array"]),
+    "QA.JSONL.GZ": (gzip.compress(b"not json\n" * 5), ["named .jsonl", "not json"]),
+    "later.json": (b'[{"question": "a",\n "answer": "b"},\n {"question":\n oops}]', ["line 4: not valid JSON"]),
     "bad.json": (b'[{"question": "a", "answer": "b"},\n {"question": oops}]', ["line 2: not valid JSON"]),
     "logs.jsonl": (b'{"level": 1, "time": 2}\n' * 9, ["fields level, time", '"question" and "answer"', "--fields"]),
     "nested.json": (b'{"data": [{"question": "a", "answer": "b"}]}', ["fields data", '"data" holds such records']),
@@ -526,7 +532,28 @@ def test_what_a_window_would_hold_is_said(call, work):
     assert result.status == 0 and ("longer than" not in result.out) == (share == 100)
 
 
+@pytest.mark.parametrize(
+    ("n", "block_size", "says"), [(17, 16, None), (18, 16, "; 32 holds 100%"), (33, 16, "; 32 holds 100%")]
+)
+def test_a_sample_fits_up_to_block_size_plus_1(call, work, n, block_size, says):
+    """The last token is a target only."""
+    rows = [{"question": f"{i:02}", "answer": "x" * (n - 5)} for i in range(20)]  # with three special tokens
+    write_jsonl(work / "s.jsonl", rows)
+    out = call("data.py", "s.jsonl", "--block_size", str(block_size)).out
+    assert (says or "in the loss") in out and ("longer than" in out) == (says is not None)
+
+
 # ------------------------------------------------------------------------------------------------------ tokenizers
+
+
+def test_the_tokenizer_before_is_kept_each_time(call, work):
+    before = None
+    for letters in ("abc", "abd", "abe"):
+        (work / "x.txt").write_text(f"{letters} " * 50)
+        assert call("data.py", "x.txt", "--block_size", "8").status == 0
+        if before is not None:
+            assert Path("dataset/tokenizer.json.bak").read_bytes() == before
+        before = Path("dataset/tokenizer.json").read_bytes()
 
 
 def test_later_stages_keep_the_tokenizer_that_there_is(call, prepared):
@@ -767,10 +794,31 @@ def test_utf8_is_noticed_late(call, work):
     assert load_tokenizer("dataset/tokenizer.json").decode(ids) == text
 
 
-def test_one_bad_line_behind_a_long_first_one_is_skipped(call, work):
-    rows = [{"text": "long " * 300_000}, *({"text": text} for text in TEXTS)]
-    (work / "a.jsonl").write_bytes(as_jsonl(rows) + b"{broken\n")
+def test_line_ends_are_read_across_a_change_of_encoding():
+    """The file is taken for ASCII until its first other character; a carriage return may have come just before."""
+    for blocks, text in (([b"a\r", "\né".encode()], "a\né"), ([b"a\r", "é".encode()], "a\né")):
+        assert "".join(decode_blocks(Source(Path("x"), encoding="latin-1"), blocks, is_certain=False)) == text
+
+
+def test_lines_end_at_line_breaks_and_at_no_other_separator():
+    text = "a\u2028b\x85c\x0cd\ne\n\nf"
+    assert split_lines(text) == ["a\u2028b\x85c\x0cd\n", "e\n", "\n", "f"] and split_lines("a\n") == ["a\n"]
+
+
+def test_a_line_that_is_too_long_is_named(call, work, monkeypatch):
+    from text import formats
+
+    monkeypatch.setattr(formats, "LONGEST_RECORD", 1000)
+    (work / "a.jsonl").write_bytes(as_jsonl([*QUESTIONS[:3], {"question": "a", "answer": "b" * 1000}, QUESTIONS[4]]))
     result = call("data.py", "a.jsonl", "--block_size", "16")
+    assert result.status == 1 and "a.jsonl: line 4: more than 1,000 characters in one record" in result.err
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson"])
+def test_one_bad_line_behind_a_long_first_one_is_skipped(call, work, name):
+    rows = [{"text": "long " * 300_000}, *({"text": text} for text in TEXTS)]
+    (work / name).write_bytes(as_jsonl(rows) + b"{broken\n")
+    result = call("data.py", name, "--block_size", "16")
     assert result.status == 0 and "line 42: column 2: not valid JSON" in result.err
 
 
@@ -800,6 +848,18 @@ def test_both_sides_get_something_or_a_message(call, work, rows, options, words)
     assert result.status == (1 if words else 0) and (words or "") in result.err and "Traceback" not in result.err
     if not words:
         assert all(len(side) == 1 for side in sides("sft"))
+
+
+def test_the_validation_part_is_as_near_to_its_share_as_whole_groups_come():
+    for fraction in np.linspace(0.05, 0.5, 46):
+        taken = choose_validation(np.full(40, 10.0), fraction, must=False).sum()
+        assert abs(taken - 40 * fraction) <= 0.5 + 1e-9
+
+
+def test_of_few_samples_one_is_for_validation(call, work):
+    write_jsonl(work / "x.jsonl", QUESTIONS[:3])
+    assert call("data.py", "x.jsonl", "--block_size", "64").status == 0
+    assert [len(side) for side in sides("sft")] == [2, 1]
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(call, work, monkeypatch):

@@ -48,6 +48,23 @@ def test_a_field_accepts_a_value_or_its_error_names_the_field(cls: type[Config],
     assert refused >= len(STRANGE) / 2  # a field that accepts everything validates nothing
 
 
+def test_bounds_are_as_they_are_documented():
+    """minimum <= value <= maximum, above < value; neither true nor half of an integer is a number."""
+    for cls, name in FIELDS:
+        field = fields_of(cls)[name]
+        if field.plain_type not in (int, float):
+            continue
+        for rule in ("minimum", "maximum"):
+            if (bound := field.metadata[rule]) is not None:
+                assert field.check(bound) == bound
+        if (above := field.metadata["above"]) is not None:
+            with pytest.raises(UserError, match=f"{name} must be above"):
+                field.check(above)
+        for value in (True, False, *([1.5] if field.plain_type is int else [])):
+            with pytest.raises(UserError, match=f"{name} must be "):
+                field.check(value)
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),

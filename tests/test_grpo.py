@@ -9,6 +9,7 @@ from conftest import ROOT, read_log
 from processes import newest_log
 
 from problems.config import SHAPE
+from text.tokenizer import EOS
 from training import grpo
 from training.engine import Engine
 from training.grpo import PolicyLoss, group_advantages, policy_loss, reward
@@ -51,8 +52,9 @@ def test_policy_loss_is_the_formula():
 
 
 def test_advantages_are_those_of_the_group():
-    found = group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0, 0.5, 0.5, 0.5, 0.5]), 4)
-    assert found.tolist() == pytest.approx([1, -1, -1, 1, 0, 0, 0, 0], abs=1e-4)
+    rewards = [1.0, 0.0, 0.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.9, 0.7, 0.7, 0.9]
+    found = group_advantages(torch.tensor(rewards), 4)
+    assert found.tolist() == pytest.approx([1, -1, -1, 1, 0, 0, 0, 0, 1, -1, -1, 1], abs=1e-4)
 
 
 def test_rewards_are_for_what_is_right():
@@ -97,6 +99,43 @@ def test_prompts_of_every_length_get_their_turn():
     found = np.bincount(lengths, minlength=30) / 300
     assert (expected > 0).sum() > 2
     assert np.abs(found - expected).max() < 0.1  # three standard errors
+
+
+def test_prompts_are_of_all_lengths_that_are_trained():
+    made = rollouts("sort", length="2-4")
+    assert {made.prompts(np.random.default_rng(i))[0].shape[1] for i in range(40)} == {2, 3, 4}
+
+
+@pytest.mark.parametrize("name", ["add", "parity"])
+def test_what_is_learnt_of_a_completion_ends_with_its_first_eos(name):
+    (batch,) = rollouts(name, length="3").at(0)
+    n_ended = 0
+    for targets, mask in zip(batch.targets, batch.loss_mask, strict=True):
+        learnt = targets[mask == 1].tolist()
+        places = mask.nonzero().flatten().tolist()
+        assert places == list(range(places[0], places[-1] + 1)) and EOS not in learnt[:-1]
+        n_ended += learnt[-1] == EOS
+        assert learnt[-1] == EOS or places[-1] == len(mask) - 1  # it came to the length of the answer
+    assert n_ended > 3
+
+
+def test_the_loss_of_a_completion_is_the_mean_of_its_tokens():
+    """A batch of completions of different lengths: each counts alike."""
+    made = rollouts("add", length="3")
+    (batch,) = made.at(0)
+    torch.manual_seed(1)
+    batch = batch._replace(old=batch.old + 0.1 * torch.randn_like(batch.old) * batch.loss_mask)
+    new = grpo.log_probabilities(made.model, batch)
+    losses = policy_loss(new, batch.old, batch.reference, batch.advantage, 0.2, 0.1)
+    expected = sum(row[mask == 1].mean() for row, mask in zip(losses, batch.loss_mask, strict=True))
+    assert len(set(batch.loss_mask.sum(1).tolist())) > 1
+    assert PolicyLoss(0.2, 0.1)(made.model, batch, "sum").item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_reward_is_that_since_the_last_evaluation():
+    made = rollouts("sort")
+    made.rewards = [0.25, 0.75]
+    assert made.metrics() == {"reward": 0.5} and made.metrics() == {"reward": 0.0}
 
 
 def test_values_on_the_way_are_not_rewarded():

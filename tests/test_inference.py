@@ -87,6 +87,40 @@ def test_max_length_counts_the_prompt(checkpoint):
         assert len(drawn) == length - 3 and text == generator.tokenizer.decode(drawn)
 
 
+def test_an_answer_ends_before_its_eos(chat, monkeypatch):
+    drawn = iter([8, 3, 9])  # a character, <|eos|>, and what must not be read
+    monkeypatch.setattr(GPT, "generate", lambda *_, **__: (torch.tensor([token]) for token in drawn))
+    counted = []
+    assert "".join(chat.answer("a", GenerationConfig(), drawn=counted)) == chat.tokenizer.decode([8])
+    assert counted == [8, 3] and next(drawn) == 9
+
+
+def test_every_sampling_setting_reaches_the_model(chat, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(GPT, "generate", lambda *_, **settings: asked.update(settings) or iter(()))
+    settings = {"temperature": 0.3, "top_k": 4, "top_p": 0.7, "min_p": 0.2, "repetition_penalty": 1.5, "seed": 0}
+    assert list(chat.answer("a", GenerationConfig(**settings))) == []
+    assert asked == {**settings, "stop_tokens": (3,)}
+
+
+def test_answers_are_without_dropout(checkpoint, work):
+    """Also after an adapter was taken in and out."""
+    contents = load_checkpoint(checkpoint)
+    contents["model_config"]["dropout"] = 0.9
+    save_checkpoint("dropping.pt", contents)
+    generator = load_text_generator("dropping.pt", "cpu", True)
+    expected = answer(load_text_generator(str(checkpoint), "cpu", True), "ab")
+    assert answer(generator, "ab") == expected
+    generator.use_adapter("")
+    assert answer(generator, "ab") == expected
+
+
+def test_merging_overwrites_nothing(call, checkpoint):
+    before = checkpoint.read_bytes()
+    result = call("inference.py", "-m", checkpoint, "--lora", checkpoint, "--merge", checkpoint)
+    assert result.status == 1 and "exists already" in result.err and checkpoint.read_bytes() == before
+
+
 def test_the_profile_counts_the_tokens_that_were_drawn(call, checkpoint):
     """Not those of the text: special tokens have many characters in it, and <|eos|> has none."""
     args = ("-m", checkpoint, "-p", "abc", "--seed", "1")

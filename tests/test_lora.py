@@ -81,6 +81,35 @@ def test_it_begins_as_the_base_and_merges_into_an_ordinary_model(options):
     assert list(model.state_dict()) == names and all(p.requires_grad for p in model.parameters())
 
 
+def test_a_starts_with_outputs_of_the_inputs_size():
+    """Entries of variance 1 / n_in: A x is as large as the entries of x, whatever the width."""
+    torch.manual_seed(0)
+    for n_in in (16, 400):
+        layer = lora.LoRALinear(torch.nn.Linear(n_in, 8), 100, 1.0, 0.0)
+        assert (torch.randn(200, n_in) @ layer.A.mT).std().item() == pytest.approx(1.0, rel=0.05)
+
+
+def test_an_adapter_drops_its_inputs_in_training_alone():
+    """Of inputs that are all 1, through A and B of ones: the count of those that are left, scaled up."""
+    linear = lora.LoRALinear(torch.nn.Linear(1000, 1, bias=False), 1, 1.0, 0.4)
+    experts = lora.LoRAExperts(torch.zeros(2, 1, 1000), 1, 1.0, 0.4)
+    torch.nn.init.zeros_(linear.base.weight)
+    for layer, more in ((linear, ()), (experts, (torch.tensor([1, 2]),))):
+        torch.nn.init.ones_(layer.A), torch.nn.init.ones_(layer.B)
+        x = torch.ones(3, 1000)
+        assert (layer.eval()(x, *more) == 1000).all()
+        dropped = layer.train()(x, *more)
+        assert (dropped != 1000).all() and ((dropped - 1000).abs() < 130).all()  # five standard deviations
+
+
+@pytest.mark.parametrize("options", [{}, EXPERTS])
+def test_the_adapter_alone_can_be_trained(options):
+    model = GPT(ModelConfig(vocab_size=20, block_size=16, n_layer=2, n_head=2, n_embd=16, **options))
+    lora.attach(model, SETTINGS)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {name for name, _ in model.named_parameters() if name.endswith((".A", ".B"))} != set()
+
+
 def test_only_the_adapter_is_trained_and_saved(base, call):
     result = trained(call, "--max_steps", "10", *ON_BASE)
     assert "trainable (LoRA)" in result.out
@@ -192,6 +221,23 @@ def test_what_does_not_belong_together_is_refused(base, call):
     assert call("train.py", *args).status == 0
     result = call("inference.py", "-m", "checkpoint/other.pt", "--lora", adapter, "-p", "a")
     assert result.status == 1 and "trained on another base model (checkpoint/base.pt)" in result.err
+
+
+def test_a_rank_is_at_most_the_width():
+    config = ModelConfig(vocab_size=20, block_size=16, n_layer=1, n_head=2, n_embd=16)
+    lora.attach(GPT(config), {**SETTINGS, "rank": 16})
+    with pytest.raises(UserError, match="between 1 and n_embd"):
+        lora.attach(GPT(config), {**SETTINGS, "rank": 17})
+
+
+def test_a_merged_model_is_a_run_of_its_own(base, call):
+    """It has no optimizer states: under its adapter's name it would be resumed without them."""
+    trained(call, "--max_steps", "2", *ON_BASE)
+    merge = ["-m", "checkpoint/base.pt", "--lora", "checkpoint/sft_lora.pt", "--merge", "merged.pt"]
+    assert call("inference.py", *merge).status == 0
+    settings = load_checkpoint("merged.pt")["train_config"]
+    assert settings["stage"] not in ("sft", "base") and not settings["use_lora"]
+    assert call("train.py", "-t", "sft", *SFT, *FAST, "--max_steps", "1", "--from_checkpoint", "merged.pt").status == 0
 
 
 def test_a_hostile_adapter_is_refused(base, call):

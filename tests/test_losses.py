@@ -8,11 +8,14 @@ import pytest
 import torch
 from conftest import FAST, TINY, make_text, read_log, write_jsonl
 from processes import newest_log, train_on
+from test_inference import CHARACTERS, save_model
 
+from base.configuration import UserError
 from model import GPT, ModelConfig
 from serving.text_generator import GenerationConfig, load_text_generator
 from text.batches import TrainBatches, ValidationBatches
 from text.token_files import TokenFile
+from text.tokenizer import CharTokenizer
 from training import losses
 from training.config import TrainConfig
 from training.engine import Engine
@@ -69,6 +72,13 @@ def by_hand(model: GPT, tokens: list[int], mask: list[int]) -> float:
     return sum(math.log(probabilities[t - 1, tokens[t]].item()) for t in range(1, len(tokens)) if mask[t])
 
 
+def margin_by_hand(kind: str, w: list[float], l: list[float], lengths: tuple[int, int]) -> float:  # noqa: E741
+    """log p of the chosen minus that of the rejected answer; relative to the reference, or per token without one."""
+    if kind in ("dpo", "ipo"):
+        return (w[0] - w[1]) - (l[0] - l[1])
+    return w[0] / lengths[0] - l[0] / lengths[1]
+
+
 def loss_by_hand(kind: str, w: list[float], l: list[float], lengths: tuple[int, int]) -> float:  # noqa: E741
     """Of log p of the chosen and the rejected answer, by the model and by the reference; beta 0.3, gamma 0.7."""
     ratio = (w[0] - w[1]) - (l[0] - l[1])  # as in TRL: policy minus reference, chosen minus rejected
@@ -91,17 +101,68 @@ def test_preference_loss_is_the_formula(pairs, kind):
     model, reference = (small_model(file.header["vocab_size"], seed) for seed in (0, 1))
     losses.compute_reference_margins(reference, batches.datasets[0], 7, Engine(TrainConfig(device="cpu")))
     (batch,) = batches.at(0)
-    total = 0.0
+    total, margins = 0.0, []
     for chosen, rejected, _ in (batches.sample(i) for i in range(5)):
         w, l = ([by_hand(m, t.tolist(), k.tolist()) for m in (model, reference)] for t, k in (chosen, rejected))  # noqa: E741
-        total += loss_by_hand(kind, w, l, (chosen[1].sum(), rejected[1].sum()))
+        lengths = chosen[1].sum(), rejected[1].sum()
+        total += loss_by_hand(kind, w, l, lengths)
+        margins.append(margin_by_hand(kind, w, l, lengths))
     config = TrainConfig(loss=kind, dpo_beta=0.3, dpo_chosen_weight=0.5, simpo_gamma=0.7)
     loss = PreferenceLoss(config, lambda *values: list(values))
     rows = [batches.sample(i).chosen for i in range(5)]
     likely = sum(by_hand(model, tokens.tolist(), mask.tolist()) / mask.sum() for tokens, mask in rows)
     assert loss(model, batch, "sum").item() == pytest.approx(total - 0.5 * likely, rel=1e-4)
     assert loss(model, batch, "none").sum().item() == pytest.approx(total, rel=1e-4) and batch.count == 5
-    assert loss.metrics()["preference_accuracy"] in [i / 5 for i in range(6)]
+    found = loss.metrics()
+    assert found["preference_accuracy"] == sum(margin > 0 for margin in margins) / 5
+    assert found["reward_margin"] == pytest.approx(0.3 * sum(margins) / 5, rel=1e-3)  # beta times the margin
+    assert loss.metrics() == {"preference_accuracy": 0, "reward_margin": 0}  # of none since then
+
+
+@pytest.mark.parametrize(("kind", "weight"), [("dpo", 0.2), ("ipo", 0.2), ("simpo", 0.2), ("orpo", 1.0)])
+def test_the_chosen_answers_default_weight_is_the_documented_one(kind, weight):
+    idx, targets = torch.randint(1, 20, (2, 4, 8), generator=torch.Generator().manual_seed(0))
+    batch = losses.Batch(idx, targets, torch.ones(4, 8), 2, reference=torch.zeros(2))
+    values = []
+    for given in (None, weight):
+        config = TrainConfig(loss=kind, dpo_chosen_weight=given)
+        values.append(PreferenceLoss(config, lambda *values: list(values))(small_model(20), batch, "sum").item())
+    assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("kind", ["dpo", "simpo"])
+def test_a_batch_that_only_keeps_processes_in_step_is_no_pair(kind):
+    idx, targets = torch.randint(1, 20, (2, 4, 8), generator=torch.Generator().manual_seed(0))
+    batch = losses.Batch(idx, targets, torch.ones(4, 8), 2, reference=torch.tensor([3.0, -5.0]))
+    dummy = batch._replace(loss_mask=torch.zeros(4, 8), count=0)
+    found = []
+    for batches in ([batch], [batch, dummy]):
+        loss = PreferenceLoss(TrainConfig(loss=kind), lambda *values: list(values))
+        summed = [loss(small_model(20), each, "none").sum().item() for each in batches]
+        found.append(loss.metrics())
+    assert found[0] == found[1] and summed[1] == 0
+
+
+def test_a_frozen_model_neither_drops_nor_learns_and_reads_the_same_tokens(work):
+    save_model(work / "m.pt")
+    contents = torch.load("m.pt", weights_only=True)
+    torch.save({**contents, "model_config": {**contents["model_config"], "dropout": 0.5}}, "m.pt")
+    tokenizer = CharTokenizer(CHARACTERS)
+    model = losses.load_frozen_model("teacher", "m.pt", tokenizer, torch.device("cpu"))
+    idx = torch.randint(0, tokenizer.vocab_size, (2, 32))
+    logits = model(idx)[0]
+    assert torch.equal(model(idx)[0], logits) and not logits.requires_grad
+    other = CharTokenizer(CHARACTERS[::-1])  # as many, in another order
+    with pytest.raises(UserError, match="trained with a different tokenizer"):
+        losses.load_frozen_model("teacher", "m.pt", other, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_teachers_positions_restart_as_the_students_do(monkeypatch, value):
+    monkeypatch.setattr(losses, "load_frozen_model", lambda *_: small_model(20))
+    settings = TrainConfig(loss="distill", teacher="m.pt", restart_positions=value)
+    engine = Engine(TrainConfig(device="cpu"))
+    assert losses.make_loss(settings, engine, None, []).teacher.restart_positions == value
 
 
 @pytest.mark.parametrize(("kind", "beta"), [("dpo", "0.3"), ("simpo", "2"), ("orpo", "0.5")])
@@ -129,6 +190,14 @@ def test_a_preference_run_goes_on_from_the_same_reference(pairs, call):
     assert whole["train_config"]["reference"] == parts["train_config"]["reference"] == "checkpoint/sft.pt"
 
 
+def test_losses_of_another_beta_are_not_compared(pairs, call):
+    args = ["-t", "dpo", *FAST_PAIRS, "--eval_interval", "1"]
+    assert call("train.py", *args, "--max_steps", "1").status == 0
+    resume = ["--from_checkpoint", "checkpoint/dpo_last.pt", "--max_steps", "2"]
+    result = call("train.py", *args, *resume, "--dpo_beta", "0.7")
+    assert result.status == 0 and "measured otherwise (dpo_beta 0.1 -> 0.7)" in result.out
+
+
 def test_preferences_on_two_processes_are_those_of_one(pairs, call):
     args = ["-t", "dpo", *FAST_PAIRS, "--gradient_accumulation_steps", "2", "--max_steps", "4", "--eval_interval", "2"]
     assert call("train.py", *args).status == 0
@@ -150,6 +219,8 @@ def test_every_pair_is_evaluated_once(pairs):
 
 def test_distillation_is_the_formula():
     student, teacher = small_model(20, 0), small_model(20, 1)
+    for model in (student, teacher):  # far from uniform: near it the divergence is the same in both directions
+        model.token_embedding.weight.data.mul_(40)
     idx, targets = torch.randint(0, 20, (2, 2, 8))
     mask = torch.tensor([[1.0] * 8, [0.0] * 5 + [1.0] * 3])
     batch = losses.Batch(idx, targets, mask, 11)

@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import pytest
 import torch
@@ -41,6 +42,8 @@ def test_rms_norm_and_its_gradients_are_those_of_torch(shape):
     (dx,) = torch.autograd.grad(y, half, dy.bfloat16())
     assert y.dtype == dx.dtype == torch.bfloat16
     assert torch.allclose(y.double(), expected, rtol=0.02, atol=0.02)
+    large = torch.full((7,), 1000.0, dtype=torch.float16)  # its square is beyond float16
+    torch.testing.assert_close(rms_norm(large, torch.ones(7), 1e-3), torch.ones(7, dtype=torch.float16))
 
 
 def tokens(*shape: int, vocab_size: int = 50) -> torch.Tensor:
@@ -225,6 +228,27 @@ def test_every_combination_trains(mlp, use_rope, n_kv_head, bias):
     assert losses[-1] < 0.6 * losses[0]
 
 
+@pytest.mark.parametrize("mlp", ["swiglu", "gelu", "relu2"])
+def test_every_kind_of_mlp_is_its_formula(mlp):
+    layer = make(mlp=mlp, n_hidden=24, bias=True).blocks[0].mlp
+    x = torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    parts = (x @ layer.up.weight.double().mT + layer.up.bias.double()).split(24, dim=-1)
+    if mlp == "swiglu":
+        hidden = parts[0] / (1 + (-parts[0]).exp()) * parts[1]
+    elif mlp == "gelu":
+        hidden = parts[0] * (1 + torch.erf(parts[0] / math.sqrt(2))) / 2  # x times the normal distribution up to x
+    else:
+        hidden = parts[0].clamp(min=0) ** 2
+    expected = hidden @ layer.down.weight.double().mT + layer.down.bias.double()
+    torch.testing.assert_close(layer(x.float()).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_hidden_width_gives_equal_parameter_counts_rounded_up():
+    assert ModelConfig(n_embd=100, n_head=2).n_hidden == 288  # 8/3 of 100, up to a multiple of 32
+    assert ModelConfig(n_embd=100, n_head=2, mlp="gelu").n_hidden == 416
+    assert ModelConfig(n_embd=96).n_hidden == 256
+
+
 @pytest.mark.parametrize("kernel", ["math", "flash"])
 def test_attention_kernels_agree(kernel):
     model, idx = make(), tokens(2, 16)
@@ -236,12 +260,13 @@ def test_attention_kernels_agree(kernel):
 
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 @pytest.mark.parametrize("loss_mask", [None, torch.arange(2 * 9).view(2, 9) % 3 > 0])
-def test_a_loss_without_logits_is_the_same_loss(monkeypatch, tie_embeddings, loss_mask):
-    """The logits of 4 tokens at a time, and 2 at the end, or all at once: the same loss, the same gradients."""
+@pytest.mark.parametrize("chunk", [4, 17])
+def test_a_loss_without_logits_is_the_same_loss(monkeypatch, tie_embeddings, loss_mask, chunk):
+    """The logits of a few tokens at a time, and 2 or 1 at the end, or all at once: the same loss and gradients."""
     model = make(tie_embeddings=tie_embeddings).double()
     idx, targets = tokens(2, 9), tokens(2, 9).flip(0)
     loss_mask = None if loss_mask is None else loss_mask.float()
-    monkeypatch.setattr("layers.head.logits_per_chunk", lambda device: 4 * 50 + 7)
+    monkeypatch.setattr("layers.head.logits_per_chunk", lambda device: chunk * 50 + 7)
     gradients = []
     for with_logits in (True, False):
         model.zero_grad()
@@ -294,6 +319,11 @@ def test_cached_logits_equal_uncached_ones(use_rope, n_kv_head):
         cache = KVCache(model.config, 2, idx.device, torch.float32)
         parts = [model.lm_head(model.hidden(part, cache)) for part in idx.split([5, 1, 1, 6, 1, 2], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_windows_are_repeated_over_the_layers():
+    assert ModelConfig(n_layer=5, attention_window=[4, 0]).windows == [4, 0, 4, 0, 4]
+    assert ModelConfig(n_layer=2).windows == [0, 0]
 
 
 @pytest.mark.parametrize("pattern", [[4], [4, 0], [1], [0, 7, 3]])
@@ -390,7 +420,8 @@ def test_generation_with_cache_equals_without_past_the_window(length):
         with pytest.warns(UserWarning):
             uncached = torch.stack(list(model.generate(idx, **options, use_cache=False)))
     else:
-        cached = torch.stack(list(model.generate(idx, **options)))
+        with warnings.catch_warnings(action="error"):  # nothing is left out of the prompt
+            cached = torch.stack(list(model.generate(idx, **options)))
         uncached = torch.stack(list(model.generate(idx, **options, use_cache=False)))
     assert cached.shape == (50, 2)
     assert torch.equal(cached, uncached)
@@ -403,10 +434,24 @@ def test_greedy_generation_is_the_argmax_of_the_whole_window():
         idx = torch.cat((idx, token[:, None]), dim=1)
 
 
+@pytest.mark.parametrize("length", [5, 40])
+def test_of_a_full_window_the_newest_three_quarters_are_read_on(length):
+    """Against a loop that feeds the model by hand."""
+    model, idx = make(), tokens(1, length)
+    window, expected = idx[:, -16:], []
+    for _ in range(40):
+        expected.append(model(window)[0][0, -1].argmax().item())
+        window = torch.cat((window, torch.tensor([[expected[-1]]])), dim=1)
+        window = window[:, -12:] if window.size(1) > 16 else window
+    with warnings.catch_warnings(action="ignore"):
+        assert [token.item() for token in model.generate(idx, 40, temperature=0)] == expected
+
+
 def test_same_seed_same_text_other_seed_other_text():
     model, idx = make(), tokens(1, 4)
     draw = lambda seed: [t.item() for t in model.generate(idx, 30, seed=seed)]  # noqa: E731
     assert draw(1) == draw(1) != draw(2)
+    assert draw(0) == draw(0)
 
 
 def test_stopped_rows_stay_stopped_and_end_generation():
@@ -458,6 +503,12 @@ def test_filters_equal_their_definitions(top_k, top_p, min_p):
         assert allowed == slow_filter(row.tolist(), top_k, top_p if top_p != 1.0 else None, min_p)
 
 
+def test_top_p_keeps_no_more_than_sums_to_p_exactly():
+    """Four equally likely tokens, whose sums are exact in binary: half of them have half of the probability."""
+    for p, n in ((0.25, 1), (0.5, 2), (0.75, 3), (0.51, 3)):
+        assert filter_logits(torch.zeros(1, 4), top_p=p).isfinite().sum() == n
+
+
 def test_repetition_penalty_lowers_what_was_seen():
     logits = torch.tensor([[2.0, -2.0, 1.0]])
     assert penalise_repetition(logits, torch.tensor([[0, 1, 1]]), 2.0).tolist() == [[1.0, -4.0, 1.0]]
@@ -476,11 +527,16 @@ def test_parameter_count_and_flops_are_those_counted_by_hand():
     assert counter.get_total_flops() == pytest.approx(full.flops_per_token() * 32, rel=0.01)
 
 
-def test_residual_projections_start_smaller():
+@pytest.mark.parametrize("options", [{"bias": True}, {"n_expert": 2}])
+def test_residual_projections_start_smaller_and_biases_at_zero(options):
     torch.manual_seed(0)
-    model = GPT(ModelConfig(vocab_size=50, n_layer=8, n_embd=128))
-    assert model.blocks[0].attention.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert model.blocks[0].mlp.down.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    model = GPT(ModelConfig(vocab_size=50, n_layer=8, n_embd=128, **options))
+    block = model.blocks[0]
+    down = block.mlp.down if "n_expert" in options else block.mlp.down.weight
+    assert block.attention.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for weight in (block.attention.out.weight, down):
+        assert weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert all((p == 0).all() for name, p in model.named_parameters() if name.endswith("bias"))
 
 
 @pytest.mark.parametrize("token", [-1, 50, 10**6])
@@ -525,6 +581,33 @@ def test_dropout_is_off_when_evaluating_and_on_when_training():
     assert torch.equal(model(idx)[0], model(idx)[0])
     model.train()
     assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize("place", ["embedding", "attention weights", "attention output", "mlp"])
+def test_every_dropout_drops_its_share(place, monkeypatch):
+    """In training, each place alone: zeros in the share of the rate, the rest scaled up."""
+    model = make(dropout=0.3, n_embd=64, n_head=1, n_layer=1, qk_norm=False).train()
+    block, x = model.blocks[0], torch.ones(8, 16, 64)
+    if place == "embedding":
+        seen = []
+        block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        model(tokens(8, 16))
+        (y,), undropped = seen, model.token_embedding(tokens(8, 16))
+    elif place == "attention weights":  # inside of torch's function, which is told the rate
+        rates = []
+        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **args: rates.append(args) or v)
+        block.attention(x, None)
+        block.attention.eval()(x, None)
+        assert [args["dropout_p"] for args in rates] == [0.3, 0.0]
+        return
+    elif place == "attention output":
+        model.config.dropout = 0.0  # of the weights
+        y, undropped = block.attention(x, None), block.attention.eval()(x, None)
+    else:
+        y, undropped = block.mlp(x), block.mlp.eval()(x)
+    kept = y != 0
+    assert kept.float().mean().item() == pytest.approx(0.7, abs=0.02)
+    torch.testing.assert_close(y[kept], undropped[kept] / 0.7)
 
 
 def test_learned_positions_tell_places_apart():

@@ -4,6 +4,7 @@ import pytest
 from conftest import start_script
 
 import plot_loss
+from base.configuration import UserError
 
 
 def write_log(path, steps, resumed=0, stage="pretrain"):
@@ -18,13 +19,17 @@ def write_log(path, steps, resumed=0, stage="pretrain"):
 
 
 @pytest.mark.parametrize("flags", [[], ["--log_x", "--log_y"]])
-def test_a_picture_is_drawn(call, work, flags):
+def test_a_picture_is_drawn(call, work, flags, monkeypatch):
+    scales = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_xscale", lambda axis, kind: scales.append("x"))
+    monkeypatch.setattr("matplotlib.axes.Axes.set_yscale", lambda axis, kind: scales.append("y"))
     write_log(work / "train_1.log", range(1, 51))
     assert call("plot_loss.py", "-n", "train_1.log", *flags).status == 0
     import matplotlib.image
 
     picture = matplotlib.image.imread(work / "train_1.png")
     assert picture.shape[0] > 500 and picture.std() > 0.01
+    assert sorted(scales) == (["x"] * 4 + ["y"] if flags else [])  # on all four panels; on that of the losses
 
 
 def test_a_resumed_log_takes_over_from_its_first_step(work):
@@ -35,6 +40,53 @@ def test_a_resumed_log_takes_over_from_its_first_step(work):
     assert list(runs) == ["a", "c"]
     assert [record["step"] for record in runs["a"]["train"]] == list(range(1, 61))
     assert [record["step"] for record in runs["a"]["val"]] == [10, 20, 30, 40, 50, 60]
+
+
+def test_a_resumed_log_goes_on_from_that_of_its_own_stage(work):
+    write_log(work / "a.log", range(1, 41), stage="pretrain")
+    write_log(work / "b.log", range(31, 61), resumed=30, stage="sft")
+    runs = plot_loss.join_runs([str(work / name) for name in ("a.log", "b.log")])
+    assert list(runs) == ["a", "b"] and len(runs["a"]["train"]) == 40
+    write_log(work / "c.log", range(51, 61), resumed=50, stage="pretrain")  # after a log that is not given
+    assert list(plot_loss.join_runs([str(work / name) for name in ("a.log", "c.log")])) == ["a", "c"]
+
+
+def test_a_log_in_two_parts_is_read_from_the_older_one_on(work):
+    write_log(work / "a.log.1", range(1, 21))
+    write_log(work / "a.log", range(21, 41))
+    assert [record["step"] for record in plot_loss.read_log("a.log")["train"]] == list(range(1, 41))
+    (work / "a.log.1").write_text("no log\n")
+    with pytest.raises(UserError, match=r"a\.log\.1: line 1 is not a log record"):
+        plot_loss.read_log("a.log")
+
+
+class Axis:
+    """Notes what is drawn on it."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda *args, **options: self.calls.append((name, args, options))
+
+    def __getitem__(self, name):
+        return [(args, options) for called, args, options in self.calls if called == name]
+
+
+def test_the_best_validation_loss_is_marked_wherever_it_is():
+    axis = Axis()
+    losses = {10: 3.0, 20: 2.0, 30: 2.5}
+    run = {"train": [{"step": 1, "loss": 3.0}], "val": [{"step": s, "val_loss": v} for s, v in losses.items()]}
+    plot_loss.draw_losses(axis, run, "a", "C0")
+    assert axis["plot"][-1][0] == (20, 2.0) and axis["annotate"][0][0][0] == "best 2.0000 at 20"
+
+
+def test_expert_loads_are_drawn_relative_to_the_mean():
+    axis = Axis()
+    records = [{"step": step, "expert_load": [[0.5, 0.25, 0.125, 0.125]]} for step in (1, 2)]
+    plot_loss.draw_expert_load(axis, records, "C0")
+    steps, relative = axis["plot"][0][0]
+    assert steps == [1, 2] and relative.tolist() == [[2.0, 1.0, 0.5, 0.5]] * 2
 
 
 def test_smoothing_is_a_centred_mean():

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, is_harmless, read_log, run_script
 
 import problem
+from base.configuration import UserError
 from problems import instances as drawing
 from problems import tasks
 from problems.config import parse_length
@@ -20,7 +21,7 @@ from text.tokenizer import EOS
 from training.config import TrainConfig
 from training.engine import Engine
 from training.setup import problem_config
-from training.sources import problem_tokenizer
+from training.sources import ToyProblem, problem_tokenizer
 from weights.checkpointing import load_checkpoint
 
 QUICK = ["--device", "cpu", "--n_embd", "32", "--batch_size", "64", "--eval_interval", "50", "--warmup_iters", "5"]
@@ -212,12 +213,105 @@ def test_hashes_do_not_depend_on_what_stands_behind_the_text():
     assert len(set(drawing.hash_rows(codes).tolist())) == 2
 
 
+def test_the_rest_of_the_training_part_goes_to_validation_and_test_one_to_four():
+    sampler = make_sampler("sort", train_fraction=0.8)
+    hashes = np.arange(10_000, dtype=np.uint64) * np.uint64(2**64 // 10_000) + np.uint64(2**63 // 10_000)  # evenly
+    assert np.bincount(sampler.split_of(hashes)).tolist() == [8000, 400, 1600]
+
+
+def test_what_short_lengths_lack_the_longer_ones_make_up_for():
+    """Of one digit there are ten instances, of two a hundred: those of three digits are the more."""
+    held_out = HeldOut(make_sampler("sort"), "test", range(1, 4), 60, batch_size=8, seed=1)
+    sizes = [len(instances.prompt) for instances in held_out.by_length.values()]
+    assert sum(sizes) == len(held_out) == 60 and sizes[0] < 20 and sizes[2] > 20
+
+
+def test_numbers_of_every_length_are_added_and_none_begins_with_0():
+    pairs = draw_texts("add", 3000, length="4", pad=False)
+    numbers = [number for prompt, _ in pairs for number in prompt.removesuffix("=").split("+")]
+    shares = np.bincount([len(number) for number in numbers]) / len(numbers)
+    assert shares[1:] == pytest.approx([0.25] * 4, abs=0.03)
+    assert not any(number.startswith("0") and len(number) > 1 for number in numbers)
+
+
+@pytest.mark.parametrize("modulus", [2, 3, 13, 4, 9, 91])
+def test_division_takes_a_prime_modulus(modulus):
+    if modulus in (2, 3, 13):
+        assert draw_texts("modular", 5, operation="/", modulus=modulus, train_fraction=0.9)
+        return
+    with pytest.raises(UserError, match="needs a prime modulus"):
+        draw_texts("modular", 5, operation="/", modulus=modulus)
+
+
+def test_only_a_whole_score_is_shown_as_100_percent():
+    assert str(problem.Score(99_999, 100_000)) == "99.99% (99999/100000)"
+    assert str(problem.Score(5, 5)) == "100.00% (5/5)"
+
+
+def test_the_accuracy_is_over_all_lengths():
+    asked = problem_config("sort", {"length": "1-2", "device": "cpu"})
+    source = ToyProblem(asked.training, asked.settings, None)
+    source.engine = Engine(asked.training)
+    source.exact_match = lambda: {1: np.array([True, True, True]), 2: np.array([False])}
+    assert source.metrics() == {"accuracy": 0.75}
+
+
+def test_train_length_and_test_length_are_more_specific_than_length():
+    settings = make_sampler("sort", length="5", train_length="2-3", test_length="4").config
+    assert (settings.train_length, settings.test_length, settings.longest) == ("2-3", "4", 4)
+    assert make_sampler("sort", length="5", train_length="2").config.test_length == "5"
+    assert parse_length("2-3") == range(2, 4) and parse_length("7") == range(7, 8)
+
+
+def test_auxiliary_targets_are_learnt_beside_the_answer_and_only_where_they_are_wanted():
+    """Of (* 1 0) = 0 the value of the bracket is a target, too."""
+    sampler = make_sampler("boolean", length="1", leaf_probability=0.0)
+    batch, answer_mask = sampler.encode(sampler.draw(np.random.default_rng(0), 8, 1, "train"))
+    assert (batch.loss_mask.sum(1) == 3).all() and (answer_mask.sum(1) == 2).all() and batch.count == 24
+    sampler = make_sampler("boolean", length="1", leaf_probability=0.0, supervise=False)
+    batch, answer_mask = sampler.encode(sampler.draw(np.random.default_rng(0), 8, 1, "train"))
+    assert torch.equal(batch.loss_mask.bool(), answer_mask) and batch.count == 16
+
+
+def test_an_answer_without_its_end_is_wrong():
+    """The characters are right, but the model would not stop: greedy decoding would go on."""
+    sampler = make_sampler("q", length="3")
+    held_out = HeldOut(sampler, "test", range(3, 4), 8, batch_size=4, seed=1)
+    for flaw, expected in ((-1, True), (EOS, False), (0, True)):
+
+        class Oracle(torch.nn.Module):
+            def forward(self, idx):
+                """Gives the target of every position, but <|eos|> or padding is spoilt."""
+                target = next(batch.targets for batch in held_out if torch.equal(batch.idx, idx))
+                target = torch.where(target == flaw, 9, target)  # noqa: B023
+                return torch.nn.functional.one_hot(target, 20).float(), None
+
+        oracle = Oracle()
+        right = exact_match(oracle, held_out, Engine(TrainConfig(device="cpu")))
+        assert (right[3] == expected).all() and len(right[3]) == len(held_out) and oracle.training
+
+
+def test_an_answer_is_right_whatever_is_said_on_the_way():
+    """The auxiliary targets inside of an expression are all missed."""
+    sampler = make_sampler("boolean", length="2", leaf_probability=0.0)
+    held_out = HeldOut(sampler, "test", range(2, 3), 8, batch_size=8, seed=1)
+    ((_, (batch, answer_mask)),) = held_out.examples()
+    assert (batch.loss_mask.sum(1) > answer_mask.sum(1)).all()
+
+    class Oracle(torch.nn.Module):
+        def forward(self, idx):
+            return torch.nn.functional.one_hot(torch.where(answer_mask, batch.targets, 19), 20).float(), None
+
+    assert exact_match(Oracle(), held_out, Engine(TrainConfig(device="cpu")))[2].all()
+
+
 def test_batches_are_a_function_of_the_position():
     batches, again = make_batches("add"), make_batches("add")
     again.at(0)
     for first, second in zip(batches.at(160), again.at(160), strict=True):
         assert torch.equal(first.idx, second.idx) and torch.equal(first.targets, second.targets)
     assert not torch.equal(batches.at(0)[0].idx, batches.at(0)[1].idx)
+    assert not torch.equal(batches.at(0)[0].idx, batches.at(batches.samples_per_step)[0].idx)
 
 
 def test_encoding_shifts_causal_answers_and_leaves_full_ones_in_place():
@@ -312,6 +406,10 @@ def test_what_is_typed_cannot_take_over_the_terminal(sorted_model, work):
             "a model of the problem sort, not of palindrome",
         ),
         (["sort", "--length", "3", "--train_fraction", "0.5", "--from_checkpoint"], "--train_fraction 0.9"),
+        (
+            ["sort", "--train_fraction", "0.5", "--checkpoint", "checkpoint/problem_sort.pt"],
+            "it would mix training and test instances",
+        ),
         (["add", "--from_checkpoint"], "a model of the problem sort: its alphabet is not that of add"),
         (
             ["sort", "--loss", "grpo", "--from_checkpoint"],

@@ -1,4 +1,5 @@
 import json
+import random
 
 import numpy as np
 import pytest
@@ -139,6 +140,38 @@ def test_bpe_equals_the_library_itself(bpe, tmp_path):
         assert bpe.encode(text).tolist() == reference.encode(text, add_special_tokens=False).ids
     assert len(bpe.encode("the cat sat on the mat ")) < 12
     assert bpe.vocab_size <= 400
+
+
+def test_a_stream_that_ends_inside_of_a_character_gives_what_there_is(bpe):
+    ids = bpe.encode("the 🙂").tolist()[:-1]
+    assert bpe.decode(ids).endswith("\ufffd") and "".join(bpe.stream(ids)) == bpe.decode(ids)
+
+
+SPACES = " \n\t\r"
+
+
+@pytest.fixture(scope="module")
+def bpe_of_spaces() -> BPETokenizer:
+    """It has learnt tokens of several white-space characters."""
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(SPACES + "\n\nab", k=30)) for _ in range(300)]
+    return BPETokenizer.train(texts, vocab_size=600)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet=SPACES + "ab.", max_size=30), st.integers(1, 5))
+def test_a_text_is_not_cut_where_white_space_may_be_one_token(bpe_of_spaces, text, size):
+    ids = [i for piece in split_at_lines(text, size) for i in bpe_of_spaces.encode(piece)]
+    assert ids == bpe_of_spaces.encode(text).tolist()
+
+
+def test_the_tokenizer_of_spaces_has_what_its_test_needs(bpe_of_spaces):
+    assert all(len(bpe_of_spaces.encode(text)) == 1 for text in ("\n\n", "\n ", " \n"))
+
+
+def test_bpe_learns_nothing_across_special_tokens():
+    tokenizer = BPETokenizer.train(["ab<|eos|>cd"] * 100, vocab_size=300)
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("abcd")] == ["ab", "cd"]
 
 
 @settings(max_examples=300, deadline=None)

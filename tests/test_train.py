@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+import re
 import signal
 import time
 from itertools import pairwise
@@ -12,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from conftest import FAST, ROOT, TINY, Result, make_samples, read_log, run_script, start_script, write_jsonl
 
+from base.configuration import UserError
 from model import GPT, ModelConfig
 from text.batches import TrainBatches
 from text.token_files import TokenFile
+from text.tokenizer_files import load_tokenizer
 from training.config import TrainConfig
 from training.engine import Engine, place_steps
 from training.losses import next_token
@@ -129,6 +132,47 @@ def test_logged_losses_are_those_of_the_whole_step(call, prepared):
     assert logged == pytest.approx(np.mean([model(b.idx, b.targets)[1].item() for b in micro]), rel=1e-5)
 
 
+def test_the_logged_rate_is_that_of_the_step(call, prepared):
+    """By hand: two steps of warm-up, then a straight line from the peak down to min_lr at the last step and one."""
+    path = config(prepared, max_steps=12, lr_schedule="linear")
+    call("train.py", "-t", path)
+    expected = [1e-2 / 3, 2e-2 / 3, *(1e-3 + 9e-3 * (1 - i / 10) for i in range(10))]
+    assert [record["lr"] for record in read_log(only_log(prepared), "train")] == pytest.approx(expected)
+
+
+def test_min_lr_is_a_rate_and_the_decay_ends_with_max_steps():
+    settings = TrainConfig(learning_rate=0.02, min_lr=0.001, warmup_iters=10, max_steps=110)
+    assert 0.02 * settings.lr_scale(60) == pytest.approx((0.02 + 0.001) / 2)
+    assert 0.02 * settings.lr_scale(110) == 0.02 * settings.lr_scale(500) == pytest.approx(0.001)
+    assert TrainConfig(learning_rate=0.02, min_lr=0.02).lr_scale(10**6) == 1
+    with pytest.raises(UserError, match="must not be above learning_rate"):
+        TrainConfig(learning_rate=0.02, min_lr=0.021)
+
+
+def test_logged_tokens_are_all_that_the_model_read(call, prepared):
+    """With the questions and the padding, over all micro-batches; and the use of the device's speed follows from it."""
+    result = call("train.py", "-t", config(prepared, stage="sft", max_steps=4))
+    records = read_log(only_log(prepared), "train")
+    file = TokenFile("dataset/sft_train.bin")
+    options = {"block_size": 16, "vocab_size": 500, "batch_size": 4, "accumulation_steps": 2, "seed": 1337}
+    batches = TrainBatches([file], **options)
+    read = [sum(batch.idx.numel() for batch in batches.at(8 * step)) for step in range(4)]
+    assert [record["tokens"] for record in records] == np.cumsum(read).tolist()
+    peak = float(re.search(r"matmul ([\d,]+) GFLOP/s", result.out)[1].replace(",", ""))
+    for record, n_tokens in zip(records, read, strict=True):
+        assert record["tokens_per_s"] == pytest.approx(1000 * n_tokens / record["ms_per_step"])
+        assert record["mfu"] == pytest.approx(record["gflops"] / peak, rel=0.1)  # (the peak is shown rounded)
+
+
+@pytest.mark.parametrize("options", [["--eval_interval", "100"], ["--sample_tokens", "9", "--sample_prompt", "the"]])
+def test_evaluations_and_samples_do_not_disturb_the_training(call, prepared, options):
+    """With dropout: it is off in between and on again after, and draws the same random numbers."""
+    path = config(prepared, dropout=0.3, eval_interval=2, eval_iters=1)
+    for folder, more in (("one", []), ("other", options)):
+        assert call("train.py", "-t", path, "--save_checkpoint_to", folder, *more).status == 0
+    assert same_weights("one/pretrain_last.pt", "other/pretrain_last.pt")
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
 def test_validation_loss_and_its_error_equal_a_direct_computation(call, prepared, stage):
     path = config(prepared, stage=stage, eval_iters=0)
@@ -155,8 +199,14 @@ def test_validation_loss_and_its_error_equal_a_direct_computation(call, prepared
     assert record["val_loss"] == pytest.approx(mean, rel=1e-5)
     assert record["val_loss_se"] == pytest.approx(math.sqrt(((s - mean * c) ** 2).sum()) / c.sum(), rel=1e-3)
     assert record["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
-    if stage == "pretrain":  # one token is one character
-        assert record["bits_per_character"] == pytest.approx(mean / math.log(2), rel=1e-5)
+    text = load_tokenizer("dataset/tokenizer.json").decode(file.tokens)
+    n_targets, n_characters = len(file.tokens), len(text)  # one token is one character
+    if stage == "sft":  # an answer has <|eos|> beside its characters; only they are in the loss
+        answers = re.findall(r"<\|ResponseMark\|>(.*?)<\|eos\|>", text)
+        n_characters = sum(map(len, answers))
+        n_targets = n_characters + len(answers)
+    expected = mean * n_targets / n_characters / math.log(2)
+    assert record["bits_per_character"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_training_learns_and_fine_tuning_starts_from_it(call, prepared):
@@ -299,7 +349,8 @@ def test_a_later_signal_ends_at_once_but_an_echo_does_not():
 
 def test_the_time_limit_ends_the_run_with_an_evaluation(call, prepared):
     began = time.time()
-    result = call("train.py", "-t", config(prepared, max_steps=100000), "--max_minutes", "0.03")
+    path = config(prepared, max_steps=100000, eval_interval=100000)
+    result = call("train.py", "-t", path, "--max_minutes", "0.03")
     assert result.status == 0 and time.time() - began < 60
     step = load_checkpoint("checkpoint/pretrain_last.pt")["step"]
     assert 0 < step < 100000
@@ -391,7 +442,7 @@ def test_preflight_and_samples_are_printed(call, prepared):
     for word in ("parameters", "epoch", "device: cpu", "attention", "GB", "unigram", "lzma", "sample: "):
         assert word in result.out
     uniform = math.log(TokenFile("dataset/pretrain_val.bin").header["vocab_size"])
-    assert f"uniform {uniform:.3f}" in result.out
+    assert f"uniform {uniform:.3f} ({uniform / math.log(2):.2f} bits/character)" in result.out  # a token is one
 
 
 def test_tensorboard_gets_the_curves(call, prepared):
@@ -410,11 +461,13 @@ def test_tensorboard_gets_the_curves(call, prepared):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_warm_up_and_come_down(name):
     values = [schedule(name, step, 10, 110, 0.1) for step in range(200)]
-    assert all(a < b for a, b in pairwise(values[:10])) and values[10] == pytest.approx(1.0)
+    assert values[:11] == pytest.approx([(step + 1) / 11 for step in range(11)])  # neither 0 nor twice the peak
     end = 1.0 if name == "constant" else 0.1
     assert values[110] == pytest.approx(end) and values[199] == pytest.approx(end)
     middle = {"cosine": 0.55, "linear": 0.55, "wsd": 1.0, "constant": 1.0}[name]
     assert values[60] == pytest.approx(middle)
+    late = {"cosine": 0.1 + 0.45 * (1 + math.cos(0.9 * math.pi)), "linear": 0.19, "wsd": 0.55, "constant": 1.0}[name]
+    assert values[100] == pytest.approx(late)  # of wsd, in the middle of its last fifth
 
 
 def test_newton_schulz_brings_singular_values_near_one():
@@ -474,6 +527,15 @@ def test_muon_treats_joined_matrices_as_if_they_were_apart(shape):
         parts = dict(model.blocks.named_parameters())[name].split(rows, -2)
         moved = [m for part in parts for m in part.reshape(-1, *part.shape[-2:])]
         assert all(torch.allclose(m, p, atol=1e-6) for m, p in zip(moved, ps, strict=True)), name
+
+
+def test_muon_is_for_maps_between_hidden_states():
+    """Not for embeddings, the output layer and routers, whose rows are looked up or chosen among."""
+    model = GPT(ModelConfig(vocab_size=50, n_embd=16, n_head=2, n_layer=1, n_expert=3, tie_embeddings=False))
+    optimizer = make_optimizer(model, TrainConfig(optimizer="muon"), torch.device("cpu"))
+    by_muon = {id(p) for p in optimizer.optimizers[0].param_groups[0]["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in by_muon}
+    assert names == {f"blocks.0.{n}" for n in ("attention.qkv.weight", "attention.out.weight", "mlp.up", "mlp.down")}
 
 
 def test_weight_decay_is_on_matrices_only():

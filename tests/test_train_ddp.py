@@ -17,7 +17,8 @@ from base.files import hold_lock
 from text.batches import ValidationBatches
 from text.token_files import TokenFile
 from train_ddp import DDPEngine
-from training.distributed import check_accumulation, is_communication_error
+from training.config import TrainConfig
+from training.distributed import DistributedEngine, check_accumulation, is_communication_error
 from training.losses import next_token
 from training.setup import build_run
 from weights.checkpointing import load_checkpoint
@@ -149,6 +150,18 @@ def test_the_nearest_accumulations_that_work_are_named(steps, world_size, says):
     with pytest.raises(UserError, match=says):
         check_accumulation(steps, world_size)
     check_accumulation(8, world_size)
+
+
+def test_every_process_drops_other_entries():
+    """After it has drawn the same initial weights as the others."""
+    draws = set()
+    for rank in range(3):
+        engine = DistributedEngine.__new__(DistributedEngine)
+        engine.rank, engine.config = rank, TrainConfig()
+        torch.manual_seed(engine.config.random_seed)
+        engine.seed_dropout()
+        draws.add(tuple(torch.rand(5).tolist()))
+    assert len(draws) == 3
 
 
 def test_communication_errors_are_told_from_other_errors():
