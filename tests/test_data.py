@@ -309,7 +309,7 @@ def test_overlong_samples_are_dropped_or_cut(call, work, overlong):
 def token_file(path, samples, **metadata) -> TokenFile:
     """A file of samples, each given as its loss mask: its tokens are 10, 11, ..."""
     with open(path, "wb+") as file:
-        writer = TokenFileWriter(file, 50, has_samples=True)
+        writer = TokenFileWriter(file, CharTokenizer("".join(map(chr, range(97, 141)))), has_samples=True)
         for mask in samples:
             writer.add(np.arange(10, 10 + len(mask)), 0, np.array(mask, dtype=np.uint8))
         writer.finish(metadata)

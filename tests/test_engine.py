@@ -5,7 +5,6 @@ import json
 import math
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from base.configuration import UserError
 from base.devices import find_device
 from model import GPT, ModelConfig
 from text.batches import Batch
-from training import preflight
 from training.config import TrainConfig
 from training.engine import Engine
 from training.losses import next_token
@@ -260,23 +258,6 @@ def test_full_attention_is_refused_for_text(prepared, call):
 
 
 # ------------------------------------------------------------------------------------------------------ what is told
-
-
-def test_the_memory_estimate_counts_what_is_stored():
-    shape = {"vocab_size": 5000, "block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 16}
-    estimates = {}
-    for name, options in {"adamw": {}, "muon": {"optimizer": "muon"}, "all logits": {"loss": "distill"}}.items():
-        config = TrainConfig(device="cpu", **options)
-        run = SimpleNamespace(model=GPT(ModelConfig(**shape)), config=config, engine=Engine(config))
-        estimates[name] = [preflight.memory_estimate(run, batch_size) for batch_size in (0, 1000)]
-    n = run.model.parameter_count()
-    assert estimates["adamw"][0] == 4 * n * 4  # weights, gradients, two moments, of 4 bytes each
-    assert estimates["adamw"][0] - estimates["muon"][0] == 4 * n  # which has one moment
-    tokens = 1000 * 8
-    assert estimates["all logits"][1] > tokens * 5000 * 12  # the logits twice, and their gradient
-    run.model.requires_grad_(False).norm.requires_grad_(True)  # as with an adapter
-    run.config = TrainConfig(device="cpu")
-    assert preflight.memory_estimate(run, 0) == 4 * (n + 3 * 16)
 
 
 def test_a_log_is_never_overwritten(work, monkeypatch):
