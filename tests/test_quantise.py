@@ -40,7 +40,8 @@ def test_a_layer_of_integers_is_its_product_in_float64(n_rows, bias):
     layer, x = Int8Linear(linear), torch.randn(n_rows, 96)
     integers = layer.integers.double() * layer.scale.double()[:, None]
     assert (integers - linear.weight.double()).abs().max() <= linear.weight.abs().max() / 127 / 2 + 1e-6
-    assert layer.integers.abs().max() == 127
+    largest = layer.integers.abs().amax(1)
+    assert largest[3] == 0 and (largest == 127).sum() == 39  # every row has a scale of its own
     exact = x.double() @ integers.T + (linear.bias.double() if bias else 0)
     error = (layer(x) - exact).abs().max()
     assert error < 2**-7 * exact.abs().max()  # x and the sums of few rows are bfloat16: 8 bits
