@@ -140,7 +140,7 @@ def test_bad_data_commands(call, work, argv, words):
         (["--batchsize", "4"], ["--batchsize", 'did you mean "--batch_size"']),
         (["--batch_size"], ["--batch_size", "expected one argument"]),
         (["--n_embd", "30", "--n_head", "4"], ["n_embd (30) must be divisible by n_head (4)"]),
-        (["--n_embd", "6"], ["even head size"]),
+        (["--n_embd", "6"], ["even head_dim"]),
         (["--n_head", "4", "--n_kv_head", "3"], ["n_kv_head"]),
         (["--is_causal", "false"], ["full attention"]),
         (["--vocab_size", "17"], ["vocab_size is 17", "tokenizer"]),

@@ -303,7 +303,7 @@ def test_loss_is_the_mean_over_the_masked_in_targets():
     model, idx, targets = make(), tokens(2, 5), tokens(2, 5).flip(0)
     mask = torch.tensor([[0, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).float()
     probabilities = model(idx)[0].double().softmax(-1)
-    losses = [-math.log(probabilities[b, t, targets[b, t]]) for b, t in ((0, 1), (0, 2), (1, 0))]
+    losses = [-math.log(probabilities[b, t, targets[b, t]].item()) for b, t in ((0, 1), (0, 2), (1, 0))]
     assert model(idx, targets, mask)[1].item() == pytest.approx(sum(losses) / 3, rel=1e-5)
     assert model(idx, targets, mask, "sum")[1].item() == pytest.approx(sum(losses), rel=1e-5)
     assert (model(idx, targets, mask, "none")[1] == 0).sum() == 7
