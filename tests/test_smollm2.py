@@ -163,7 +163,7 @@ def test_its_answers_are_those_of_llama_cpp(smollm2, tmp_path):
 
 
 def test_it_takes_up_a_style_and_keeps_it_in_llama_cpp(path, tmp_path, monkeypatch):
-    """200 answers of a sailor, 40 steps of LoRA with the preset: the held-out loss falls, and llama.cpp answers so."""
+    """200 answers of a sailor, 24 steps of LoRA with the preset: the held-out loss falls, and llama.cpp answers so."""
     rng = random.Random(0)
     things = ["apple", "river", "bicycle", "teacher", "mountain", "candle", "window", "garden", "engine", "letter"]
     things += ["pencil", "ocean", "market", "bridge", "lantern", "violin", "cactus", "kettle", "pillow", "ladder"]
@@ -191,9 +191,9 @@ def test_it_takes_up_a_style_and_keeps_it_in_llama_cpp(path, tmp_path, monkeypat
 
     run("convert.py", str(path), "checkpoint/smollm2.pt")
     run("data.py", "style.jsonl", "--tokenizer", "checkpoint/smollm2.pt")
-    out = run("train.py", "-t", "finetune", "--max_steps", "40", "--eval_interval", "20", "--device", "cpu")
+    out = run("train.py", "-t", "finetune", "--max_steps", "24", "--eval_interval", "4", "--device", "cpu")
     losses = [float(loss) for loss in re.findall(r"val loss (\d+\.\d+)", out)]
-    assert losses[-1] < losses[0] and losses[-1] < 0.5, out
+    assert losses[-1] < losses[0] / 3 and losses[-1] < 0.5, out
     run("convert.py", "checkpoint/smollm2.pt", "sailor.gguf", "--lora", "checkpoint/sft_lora.pt")
     post = start_server(Path("sailor.gguf"))
     for question in ("What is a kite?", "Tell me about a horse.", "Who needs an umbrella?"):  # never trained
