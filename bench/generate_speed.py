@@ -2,12 +2,15 @@
 
     python bench/generate_speed.py              10M parameters; on a GPU also 124M
     python bench/generate_speed.py --tokens 50 124M
+    python bench/generate_speed.py --weights float32 bfloat16 int8      weights in fewer bytes
 
 Autoregressive decoding of one sequence is bound by memory bandwidth: every token reads all weights once, so the limit
 in tokens per second is bandwidth / bytes of weights. The bandwidth is measured with a matrix-vector product.
 """
 
 import argparse
+import copy
+import itertools
 import time
 
 import torch
@@ -16,6 +19,7 @@ from measuring import device_name, memory_bandwidth, show, synchronise
 from base.configuration import UserError, run_main
 from base.devices import find_device, find_dtype
 from model import GPT, ModelConfig
+from weights.quantise import KINDS, with_weights
 
 SHAPES = {  # n_layer, n_head, n_embd, block_size, vocab_size
     "10M": (6, 6, 384, 256, 65),
@@ -43,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", metavar="MODEL", help=f"{', '.join(SHAPES)} [those that fit the device]")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to generate per sequence")
+    parser.add_argument("--weights", nargs="+", choices=KINDS, help="round them [as they are]")
     args = parser.parse_args()
     if unknown := set(args.shapes) - SHAPES.keys():
         raise UserError(f"no model named {', '.join(unknown)}: there are {', '.join(SHAPES)}")
@@ -54,17 +59,19 @@ def main() -> None:
     for name in args.shapes or ["10M", *(["124M"] if device.type == "cuda" else [])]:
         n_layer, n_head, n_embd, block_size, vocab_size = SHAPES[name]
         shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": block_size}
-        model = GPT(ModelConfig(**shape, vocab_size=vocab_size)).to(device, dtype).eval()
-        limit = bandwidth / (model.parameter_count() * dtype.itemsize)
-        for batch_size in (1, 32):
+        exact = GPT(ModelConfig(**shape, vocab_size=vocab_size)).to(device, dtype).eval()
+        limit = bandwidth / (exact.parameter_count() * dtype.itemsize)
+        for kind, batch_size in itertools.product(args.weights or [""], (1, 32)):
+            model = with_weights(copy.deepcopy(exact), kind)[0] if kind else exact
+            what = f"{name}, {kind}" if kind else name
             for use_cache in (True, False):
                 n_tokens = args.tokens if use_cache or batch_size == 1 else min(args.tokens, 30)
                 tokens = speed(model, batch_size, min(n_tokens, block_size - 1), use_cache)
                 share = f"{tokens / limit:.0%}" if batch_size == 1 else ""
                 rows.append(
-                    (f"{name}, {batch_size}", "yes" if use_cache else "no", f"{tokens:,.0f}", f"{limit:,.0f}", share)
+                    (f"{what}, {batch_size}", "yes" if use_cache else "no", f"{tokens:,.0f}", f"{limit:,.0f}", share)
                 )
-                key = f"{name}, {batch_size}, {'cache' if use_cache else 'no cache'}"
+                key = f"{what}, {batch_size}, {'cache' if use_cache else 'no cache'}"
                 results[key] = {"tokens_per_s": tokens, "of_limit": tokens / limit}
     show(f"decoding on {device_name(device)}, {bandwidth / 1e9:.1f} GB/s memory bandwidth", rows, results)
 
