@@ -11,6 +11,7 @@ What a file is shows in its name: X.pt is ours, X.gguf llama.cpp's, X.html a pag
 format cannot say exactly is refused, with the reason.
 """
 
+import json
 import math
 import shlex
 from pathlib import Path
@@ -63,8 +64,8 @@ def write_huggingface(path: str, model: GPT, tokenizer: Tokenizer, type_name: st
     if type_name == "q8_0":
         raise UserError("--type q8_0 is for GGUF and pages; Hugging Face's folders are float32, bfloat16, float16")
     huggingface.write_folder(path, model, tokenizer, getattr(torch, type_name))
-    prompt = "[{'role': 'user', 'content': 'Hello'}]"
-    code = f"from transformers import pipeline; print(pipeline('text-generation', {str(Path(path))!r})({prompt}))"
+    arguments, prompt = json.dumps(str(Path(path)), ensure_ascii=False), '[{"role": "user", "content": "Hello"}]'
+    code = f'from transformers import pipeline; print(pipeline("text-generation", {arguments})({prompt}))'
     return f"python -c {shlex.quote(code)}"
 
 
