@@ -262,13 +262,12 @@ def open_tokenizer(name: str) -> Tokenizer:
     is_checkpoint = path.is_dir()
     if path.is_file():
         with open(path, "rb") as file:
-            is_checkpoint = file.read(4) == b"PK\3\4"  # torch.save() writes a zip archive
-    from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, of_another_program
-
-    if advice := of_another_program(path):
-        raise UserError(f"--tokenizer {name}: it is a tokenizer file or a checkpoint{advice}")
+            # torch.save() writes a zip archive; of a model of llama.cpp's, load_checkpoint() says what to do with it
+            is_checkpoint = file.read(4) in (b"PK\3\4", b"GGUF")
     if not is_checkpoint:
         return load_tokenizer(name)
+    from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer
+
     return load_checkpoint_tokenizer(load_checkpoint(name), name)
 
 

@@ -14,9 +14,10 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, TINY, make_text
+from other_programs import chat, make_model, start_llama_cpp
 
 from convert import format_of
-from model import GPT, ModelConfig
+from model import GPT
 from text.tokenizer import EOS, SPECIAL_TOKENS, BPETokenizer, CharTokenizer
 from weights import gguf, huggingface, tokenizer_json
 
@@ -47,17 +48,6 @@ REFUSED = {
 }
 
 
-def make_model(tokenizer, seed: int = 0, **shape) -> GPT:
-    """A model with weights of some size, so that a mistake shows."""
-    torch.manual_seed(seed)
-    config = {"block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 64, **shape}
-    model = GPT(ModelConfig(vocab_size=tokenizer.vocab_size, **config)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.15 * torch.randn_like(parameter) + (parameter.dim() == 1))
-    return model
-
-
 @pytest.fixture(scope="module")
 def tokenizers():
     characters = CharTokenizer.train([TEXT, "abcdefghijklmnopqrstuvwxyz <|>."])
@@ -86,7 +76,7 @@ def write(folder: Path, model: GPT, tokenizer) -> Path:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_transformers_computes_the_same_logits(tmp_path, tokenizers, shape):
     transformers = pytest.importorskip("transformers")
-    model = make_model(tokenizers["char"], **SHAPES[shape])
+    model = make_model(tokenizers["char"].vocab_size, **SHAPES[shape])
     folder = write(tmp_path / "m", model, tokenizers["char"])
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -108,7 +98,7 @@ def test_transformers_computes_the_same_logits(tmp_path, tokenizers, shape):
 def test_transformers_tokenises_the_same(tmp_path, tokenizers, kind):
     transformers = pytest.importorskip("transformers")
     ours = tokenizers[kind]
-    folder = write(tmp_path / "m", make_model(ours), ours)
+    folder = write(tmp_path / "m", make_model(ours.vocab_size), ours)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     for text in [TEXT, *random_texts(200)]:
         ids = theirs(text, add_special_tokens=False)["input_ids"]
@@ -131,7 +121,7 @@ def test_transformers_tokenises_the_same(tmp_path, tokenizers, kind):
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_format_cannot_say_is_refused_by_name(tmp_path, tokenizers, name):
     shape, words = REFUSED[name]
-    model = make_model(tokenizers["char"], **shape)
+    model = make_model(tokenizers["char"].vocab_size, **shape)
     for path, write_model in ((tmp_path / "m", huggingface.write_folder), (tmp_path / "m.gguf", gguf.write_gguf)):
         kind = torch.float32 if path.suffix == "" else "float32"
         with pytest.raises(ValueError, match=words):
@@ -180,7 +170,7 @@ DAMAGE = {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_bad_folders_are_refused_by_name(tmp_path, call, tokenizers, name):
     damage, words = DAMAGE[name]
-    folder = write(tmp_path / "m", make_model(tokenizers["char"]), tokenizers["char"])
+    folder = write(tmp_path / "m", make_model(tokenizers["char"].vocab_size), tokenizers["char"])
     damage(folder)
     result = call("convert.py", str(folder), str(tmp_path / "x.pt"))
     assert result.status == 1 and words in result.err and "Traceback" not in result.err
@@ -190,23 +180,10 @@ def test_bad_folders_are_refused_by_name(tmp_path, call, tokenizers, name):
 # ------------------------------------------------------------------------------------------------------ GGUF
 
 
-@pytest.fixture(scope="module")
-def llama_cpp():
-    """Greedy answers of a real llama.cpp: (file, questions) -> texts."""
-    xllamacpp = pytest.importorskip("xllamacpp")
-
-    def answer(path: Path, questions: list[str], max_tokens: int = 12) -> list[str]:
-        params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.verbosity = str(path), 64, -1
-        server = xllamacpp.Server(params)
-        asked = ([{"role": "user", "content": question}] for question in questions)
-        replies = [
-            server.handle_chat_completions({"messages": messages, "temperature": 0, "max_tokens": max_tokens})
-            for messages in asked
-        ]
-        return [reply["choices"][0]["message"]["content"] for reply in replies]
-
-    return answer
+def llama_cpp(path: Path, questions: list[str]) -> list[str]:
+    """Greedy answers of a real llama.cpp."""
+    post = start_llama_cpp(path, 64)
+    return [chat(post, question, 12) for question in questions]
 
 
 def our_answers(model: GPT, tokenizer, questions: list[str], max_tokens: int = 12) -> list[tuple[str, float]]:
@@ -230,9 +207,9 @@ def our_answers(model: GPT, tokenizer, questions: list[str], max_tokens: int = 1
 
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s not in ("one expert", "windows", "mistral")])
-def test_llama_cpp_answers_the_same(tmp_path, tokenizers, llama_cpp, shape):
+def test_llama_cpp_answers_the_same(tmp_path, tokenizers, shape):
     tokenizer = tokenizers["char"]
-    model = make_model(tokenizer, **SHAPES[shape])
+    model = make_model(tokenizer.vocab_size, **SHAPES[shape])
     gguf.write_gguf(tmp_path / "m.gguf", model, tokenizer, "float32")
     questions = [f"Hello {letter}{'你好' * (i % 3)}" for i, letter in enumerate("abcdefghij")]
     ours = our_answers(model, tokenizer, questions)
@@ -243,9 +220,9 @@ def test_llama_cpp_answers_the_same(tmp_path, tokenizers, llama_cpp, shape):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "ascii"])
-def test_llama_cpp_reads_other_vocabularies(tmp_path, tokenizers, llama_cpp, kind):
+def test_llama_cpp_reads_other_vocabularies(tmp_path, tokenizers, kind):
     tokenizer = tokenizers[kind]
-    model = make_model(tokenizer, seed=3)
+    model = make_model(tokenizer.vocab_size, seed=3)
     gguf.write_gguf(tmp_path / "m.gguf", model, tokenizer, "float32")
     questions = ["abc a", "bad cab", "each kid", "hide?", "a big dig"]
     ours = our_answers(model, tokenizer, questions)
@@ -259,7 +236,7 @@ def test_llama_cpp_reads_other_vocabularies(tmp_path, tokenizers, llama_cpp, kin
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s not in ("one expert", "windows", "mistral", "ntk")])
 def test_gguf_files_come_back_unchanged(tmp_path, tokenizers, shape, kind):
     pytest.importorskip("gguf")
-    model = make_model(tokenizers[kind], **SHAPES[shape])
+    model = make_model(tokenizers[kind].vocab_size, **SHAPES[shape])
     gguf.write_gguf(tmp_path / "m.gguf", model, tokenizers[kind], "float32")
     back, tokenizer = gguf.read_gguf(tmp_path / "m.gguf")
     assert tokenizer.fingerprint() == tokenizers[kind].fingerprint()
@@ -274,7 +251,7 @@ def test_gguf_files_come_back_unchanged(tmp_path, tokenizers, shape, kind):
 @pytest.mark.parametrize(("type_name", "error"), [("float16", 1e-3), ("bfloat16", 1e-2), ("q8_0", 1e-2)])
 def test_smaller_numbers_stay_close(tmp_path, tokenizers, type_name, error):
     pytest.importorskip("gguf")
-    model = make_model(tokenizers["char"])
+    model = make_model(tokenizers["char"].vocab_size)
     gguf.write_gguf(tmp_path / "m.gguf", model, tokenizers["char"], type_name)
     back, _ = gguf.read_gguf(tmp_path / "m.gguf")
     for name, weight in model.state_dict().items():
@@ -289,7 +266,7 @@ def test_gguf_files_say_what_their_numbers_and_special_tokens_are(tmp_path, toke
     theirs = pytest.importorskip("gguf")
     types = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
     for name, expected in types.items():
-        gguf.write_gguf(tmp_path / "m.gguf", make_model(tokenizers["char"]), tokenizers["char"], name)
+        gguf.write_gguf(tmp_path / "m.gguf", make_model(tokenizers["char"].vocab_size), tokenizers["char"], name)
         fields = theirs.GGUFReader(tmp_path / "m.gguf").fields
         values = {name: field.contents() for name, field in fields.items()}
         assert values["general.file_type"] == theirs.LlamaFileType[expected]
@@ -302,7 +279,7 @@ def test_gguf_files_say_what_their_numbers_and_special_tokens_are(tmp_path, toke
 @pytest.mark.parametrize("where", [0, 5, 40, 300, 2000, -3000, -100])
 def test_damaged_gguf_files_are_refused(tmp_path, tokenizers, call, where):
     pytest.importorskip("gguf")
-    gguf.write_gguf(tmp_path / "m.gguf", make_model(tokenizers["char"]), tokenizers["char"], "float32")
+    gguf.write_gguf(tmp_path / "m.gguf", make_model(tokenizers["char"].vocab_size), tokenizers["char"], "float32")
     contents = (tmp_path / "m.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(contents[:where] if where else b"")
     result = call("convert.py", str(tmp_path / "cut.gguf"), str(tmp_path / "x.pt"))
@@ -380,7 +357,7 @@ def test_an_adapter_is_merged_on_the_way(call, prepared):
 def test_mistakes_are_one_line(call, work, tokenizers, argv, words):
     from convert import write_checkpoint
 
-    write_checkpoint("m.pt", make_model(tokenizers["char"]), tokenizers["char"], "float32")
+    write_checkpoint("m.pt", make_model(tokenizers["char"].vocab_size), tokenizers["char"], "float32")
     Path("there.gguf").write_bytes(b"")
     Path("folder").mkdir()
     result = call("convert.py", *argv)
@@ -392,7 +369,7 @@ def test_mistakes_are_one_line(call, work, tokenizers, argv, words):
 
 def test_no_pickle_is_read(tmp_path, tokenizers):
     """Folders of strangers may hold a pytorch_model.bin, which could run code: it is not looked at."""
-    folder = write(tmp_path / "m", make_model(tokenizers["char"]), tokenizers["char"])
+    folder = write(tmp_path / "m", make_model(tokenizers["char"].vocab_size), tokenizers["char"])
     weights = huggingface.read_weights(folder)
     torch.save(weights, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -410,7 +387,7 @@ def test_the_byte_alphabet_is_that_of_gpt2():
 
 def test_models_of_other_programs_given_as_checkpoints_lead_to_convert(call, work, tokenizers):
     pytest.importorskip("gguf")
-    model = make_model(tokenizers["char"])
+    model = make_model(tokenizers["char"].vocab_size)
     gguf.write_gguf("m.gguf", model, tokenizers["char"], "float32")
     write(Path("folder"), model, tokenizers["char"])
     torch.save({"model_args": {}, "model": {}}, "ckpt.pt")
@@ -433,7 +410,7 @@ def test_a_full_disk_is_one_line(work, tokenizers, target):
     """In a process of its own that may write files of 20 KB at most."""
     from convert import write_checkpoint
 
-    write_checkpoint("m.pt", make_model(tokenizers["char"]), tokenizers["char"], "float32")
+    write_checkpoint("m.pt", make_model(tokenizers["char"].vocab_size), tokenizers["char"], "float32")
     command = f"ulimit -f 20; {shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'convert.py'))} m.pt {target}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr and target in done.stderr

@@ -3,12 +3,12 @@
 import json
 import random
 import shutil
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from other_programs import start_llama_cpp
 
 from text import template
 from text.foreign import PRE_TOKENIZERS, ForeignTokenizer
@@ -186,19 +186,9 @@ def test_foreign_tokenizers_give_the_ids_of_transformers(folders, kind):
 
 @pytest.mark.parametrize("kind", ["smollm", "llama3", "qwen2", "qwen3"])
 def test_llama_cpp_reads_what_came_from_elsewhere(folders, tmp_path, kind):
-    xllamacpp = pytest.importorskip("xllamacpp")
     model, tokenizer = huggingface.read_folder(folders / kind)
     gguf.write_gguf(tmp_path / "m.gguf", model, tokenizer, "float32")
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.verbosity = str(tmp_path / "m.gguf"), 128, -1
-    server = xllamacpp.Server(params)
-
-    def post(path: str, **values) -> dict:
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{server.listening_address}{path}", json.dumps(values).encode(), headers)
-        with urllib.request.urlopen(request) as reply:
-            return json.load(reply)
-
+    post = start_llama_cpp(tmp_path / "m.gguf", 128)
     for text in [TEXT, *random_texts(60)]:
         ids = post("/tokenize", content=text, add_special=False, parse_special=True)["tokens"]
         assert ids == tokenizer.encode(text, special=True).tolist(), text

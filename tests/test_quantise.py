@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import TINY, make_text
+from other_programs import make_model
 
-from model import GPT, ModelConfig
 from weights.quantise import FEW_ROWS, Int8Linear, to_bfloat16, to_int8, with_weights
 
 SHAPES = {
@@ -18,16 +18,6 @@ SHAPES = {
     "layernorm, learned positions": {"norm": "layernorm", "use_rope": False, "mlp": "gelu"},
     "windows": {"attention_window": [8, 0]},
 }
-
-
-def make_model(**shape) -> GPT:
-    torch.manual_seed(0)
-    config = {"block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 64, "vocab_size": 50, **shape}
-    model = GPT(ModelConfig(**config)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.15 * torch.randn_like(parameter) + (parameter.dim() == 1))
-    return model
 
 
 @pytest.mark.parametrize("n_rows", [1, 3, FEW_ROWS, FEW_ROWS + 1, 100])
@@ -51,7 +41,7 @@ def test_a_layer_of_integers_is_its_product_in_float64(n_rows, bias):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_rounded_models_say_nearly_the_same(shape, kind):
-    model = make_model(**SHAPES[shape])
+    model = make_model(50, **SHAPES[shape])
     rounded, found = with_weights(copy.deepcopy(model), kind)
     idx = torch.randint(50, (4, 40))
     with torch.no_grad():
@@ -69,17 +59,17 @@ def test_rounded_models_say_nearly_the_same(shape, kind):
 
 
 def test_what_is_not_rounded():
-    model = make_model(n_expert=4)
+    model = make_model(50, n_expert=4)
     weights = to_int8(model)
     assert isinstance(weights.lm_head, Int8Linear) and isinstance(weights.blocks[0].attention.qkv, Int8Linear)
     assert isinstance(weights.blocks[0].mlp.router, nn.Linear)
     assert weights.token_embedding.weight.dtype == torch.float32
-    rounded = to_bfloat16(make_model())
+    rounded = to_bfloat16(make_model(50))
     assert rounded.rope_cos.dtype == torch.float32 and rounded.blocks[0].attention.qkv.weight.dtype == torch.bfloat16
 
 
 def test_auto_takes_one_of_them_and_leaves_the_exact_weights_alone():
-    model = make_model()
+    model = make_model(50)
     before = copy.deepcopy(model.state_dict())
     chosen, kind = with_weights(model, "auto")
     assert kind in ("float32", "bfloat16", "int8") and (chosen is model) == (kind == "float32")

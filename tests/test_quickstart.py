@@ -9,6 +9,8 @@ import sys
 
 import pytest
 from conftest import ROOT
+from other_programs import chat as in_llama_cpp
+from other_programs import start_llama_cpp
 from test_world import UNKNOWN, everyday_questions, fact_of, is_fact, plain, told_facts, turns_of
 
 from serving.text_generator import GenerationConfig, load_text_generator
@@ -165,14 +167,5 @@ def test_transformers_gives_the_same_answers(folder, fifty):
 
 @pytest.mark.parametrize(("type_name", "n_equal"), [("float32", 49), ("q8_0", 48)])
 def test_llama_cpp_gives_the_same_answers(folder, fifty, type_name, n_equal):
-    xllamacpp = pytest.importorskip("xllamacpp")
-    path = convert(folder, f"{type_name}.gguf", "--type", type_name)
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.verbosity = str(path), 128, -1
-    server = xllamacpp.Server(params)
-    equal = []
-    for question, answer in fifty:
-        messages = [{"role": "user", "content": question}]
-        reply = server.handle_chat_completions({"messages": messages, "temperature": 0, "max_tokens": 60})
-        equal.append(reply["choices"][0]["message"]["content"] == answer)
-    assert sum(equal) >= n_equal
+    post = start_llama_cpp(convert(folder, f"{type_name}.gguf", "--type", type_name), 128)
+    assert sum(in_llama_cpp(post, question, 60) == answer for question, answer in fifty) >= n_equal

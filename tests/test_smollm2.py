@@ -10,12 +10,12 @@ import random
 import re
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from other_programs import chat, start_llama_cpp
 
 from weights import gguf, huggingface
 
@@ -92,27 +92,11 @@ def smollm2(path):
     return model.eval(), tokenizer
 
 
-def start_server(path: Path):
-    """A real llama.cpp with a file: post(path, **values) -> its answer."""
-    xllamacpp = pytest.importorskip("xllamacpp")
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.verbosity = str(path), 1024, -1
-    server = xllamacpp.Server(params)
-
-    def post(name: str, **values) -> dict:
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{server.listening_address}{name}", json.dumps(values).encode(), headers)
-        with urllib.request.urlopen(request) as reply:
-            return json.load(reply)
-
-    return post
-
-
 def test_its_template_and_its_tokens(path, smollm2):
     _, tokenizer = smollm2
     assert tokenizer.template.name == "chatml" and "SmolLM" in tokenizer.template.default_system
     assert tokenizer.special_tokens["<|im_end|>"] in tokenizer.stop_tokens
-    post = start_server(path)
+    post = start_llama_cpp(path, 1024)
     rng = random.Random(0)
     texts = ["".join(rng.choice(("", " ")) + p for p in rng.choices(PIECES, k=rng.randint(1, 9))) for _ in range(200)]
     for text in texts:
@@ -145,7 +129,7 @@ def test_its_answers_are_those_of_llama_cpp(smollm2, tmp_path):
     """
     model, tokenizer = smollm2
     gguf.write_gguf(tmp_path / "m.gguf", model, tokenizer, "float32")
-    post, n_compared = start_server(tmp_path / "m.gguf"), 0
+    post, n_compared = start_llama_cpp(tmp_path / "m.gguf", 1024), 0
     for question in QUESTIONS:
         prompt = tokenizer.encode_chat([{"role": "user", "content": question}])[0].tolist()
         settings = {"temperature": 0, "n_predict": 64, "return_tokens": True}
@@ -195,8 +179,7 @@ def test_it_takes_up_a_style_and_keeps_it_in_llama_cpp(path, tmp_path, monkeypat
     losses = [float(loss) for loss in re.findall(r"val loss (\d+\.\d+)", out)]
     assert losses[-1] < losses[0] / 3 and losses[-1] < 0.5, out
     run("convert.py", "checkpoint/smollm2.pt", "sailor.gguf", "--lora", "checkpoint/sft_lora.pt")
-    post = start_server(Path("sailor.gguf"))
+    post = start_llama_cpp(Path("sailor.gguf"), 1024)
     for question in ("What is a kite?", "Tell me about a horse.", "Who needs an umbrella?"):  # never trained
-        reply = post("/v1/chat/completions", messages=[{"role": "user", "content": question}], temperature=0)
-        text = reply["choices"][0]["message"]["content"]
+        text = chat(post, question, 64)
         assert text.startswith("Ahoy!") and text.endswith("Fair winds!"), text

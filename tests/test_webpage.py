@@ -9,13 +9,14 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import other_programs
 import pytest
 import torch
 from test_foreign import KINDS, make_tokenizer
 
 from base.configuration import UserError
 from layers.sampling import filter_logits
-from model import GPT, ModelConfig
+from model import GPT
 from serving.text_generator import GenerationConfig, TextGenerator
 from text.foreign import ForeignTokenizer
 from text.tokenizer import EOS, SPECIAL_TOKENS, BPETokenizer, CharTokenizer
@@ -83,23 +84,12 @@ def tokenizers(characters, bpe):
     return functools.cache(making)
 
 
-def make_model(tokenizer, seed: int = 0, **shape) -> GPT:
-    """A model with random weights, large enough that it is sure of what it says."""
-    torch.manual_seed(seed)
-    config = {"block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 64, **shape}
-    model = GPT(ModelConfig(vocab_size=tokenizer.vocab_size, **config)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.2 * torch.randn_like(parameter) + (parameter.dim() == 1))
-        for name, buffer in model.named_buffers():
-            if name.endswith("choice_bias"):
-                buffer.copy_(0.2 * torch.randn_like(buffer))
-    return model
+make_model = functools.partial(other_programs.make_model, std=0.2)  # large, so that it is sure of what it says
 
 
 def make_parrot(tokenizer, question: str, answer: list[int]) -> GPT:
     """A model that gives one answer to a question, by position alone: position p is the unit vector e_p."""
-    model = make_model(tokenizer, use_rope=False, tie_embeddings=False, n_embd=64)
+    model = make_model(tokenizer.vocab_size, use_rope=False, tie_embeddings=False, n_embd=64)
     n_prompt = len(tokenizer.encode_chat([{"role": "user", "content": question}])[0])
     with torch.no_grad():
         for parameter in model.parameters():
@@ -254,7 +244,7 @@ def scripts(browser):
 
 @pytest.mark.parametrize("type_name", webpage.TYPES)
 def test_fifty_greedy_answers_are_those_of_python(open_page, characters, type_name):
-    model = make_model(characters)
+    model = make_model(characters.vocab_size)
     page = open_page(model, characters, type_name).set(temperature="0")
     if type_name == "q8_0":
         model = rounded(model)
@@ -268,7 +258,7 @@ def test_fifty_greedy_answers_are_those_of_python(open_page, characters, type_na
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_kind_of_network_is_computed(open_page, characters, shape):
-    model = make_model(characters, **SHAPES[shape])
+    model = make_model(characters.vocab_size, **SHAPES[shape])
     page = open_page(model, characters, "q8_0" if shape == "odd widths" else "float32").set(temperature="0")
     model = rounded(model) if shape == "odd widths" else model
     for question in questions(3):
@@ -276,7 +266,7 @@ def test_every_kind_of_network_is_computed(open_page, characters, shape):
 
 
 def test_byte_level_bpe_speaks_chinese_and_emoji(open_page, bpe):
-    model = make_model(bpe)
+    model = make_model(bpe.vocab_size)
     page = open_page(model, bpe).set(temperature="0")
     for question in ["Hello 世界 🙂", "水果是什么？", "don't  stop\n\n now", "🙂🙃", *questions(4)]:
         assert page.ask_anew(question) == answer_of(model, bpe, question)[0]
@@ -360,7 +350,7 @@ def test_every_tokenizer_gives_the_ids_of_python(scripts, tokenizers, kind):
 @pytest.mark.parametrize("kind", ["smollm", "llama3"])
 def test_models_of_others_answer_by_their_own_template(open_page, tokenizers, kind):
     tokenizer = tokenizers(kind)
-    model = make_model(tokenizer, n_kv_head=2, block_size=128)
+    model = make_model(tokenizer.vocab_size, n_kv_head=2, block_size=128)
     page = open_page(model, tokenizer).set(temperature="0")
     for question in ["hello world", "你好 🙂"]:
         assert page.ask_anew(question) == answer_of(model, tokenizer, question)[0]
@@ -399,7 +389,7 @@ def test_tokens_are_drawn_from_the_same_distribution(scripts, settings):
 
 
 def test_a_long_conversation_slides_the_window_as_python_does(open_page, characters):
-    model = make_model(characters, seed=1)
+    model = make_model(characters.vocab_size, seed=1)
     page = open_page(model, characters).set(temperature="0", max_length="300", system="be kind")
     history, n_tokens, was_forgotten = [{"role": "system", "content": "be kind"}], 0, False
     for question in itertools.cycle(questions(12, seed=3)):
@@ -414,7 +404,7 @@ def test_a_long_conversation_slides_the_window_as_python_does(open_page, charact
 
 
 def test_texts_are_continued(open_page, characters):
-    model = make_model(characters)
+    model = make_model(characters.vocab_size)
     page = open_page(model, characters).set(mode="text", temperature="0")
     for text in questions(5):
         assert page.ask(text) == answer_of(model, characters, text, instruct=False)[0]
@@ -430,7 +420,7 @@ def test_texts_are_continued(open_page, characters):
 
 
 def test_the_probabilities_shown_are_those_of_the_logits(open_page, characters):
-    model = make_model(characters)
+    model = make_model(characters.vocab_size)
     page = open_page(model, characters).set(temperature="0")
     question = "hello?"
     _, drawn = answer_of(model, characters, question)
@@ -464,7 +454,7 @@ def test_markup_stays_text_wherever_it_stands(open_page, characters):
 
 
 def test_nothing_is_loaded_and_nothing_leaves(open_page, characters, tmp_path):
-    page = open_page(make_model(characters), characters)
+    page = open_page(make_model(characters.vocab_size), characters)
     page.ask("hello?")
     assert len(page.requests) == 2  # the page and its worker
     assert all(url.startswith(("file:", "blob:", "data:")) for url in page.requests)
@@ -483,7 +473,7 @@ def test_text_inside_json_cannot_end_the_script():
 
 @pytest.mark.parametrize("type_name, size", [("q8_0", 34 / 32), ("float32", 4)])
 def test_the_size_is_that_of_the_weights_in_base64(tmp_path, characters, type_name, size):
-    model = make_model(characters, n_embd=128, n_layer=4)
+    model = make_model(characters.vocab_size, n_embd=128, n_layer=4)
     webpage.write_page(tmp_path / "a.html", model, characters, type_name)
     weights = model.parameter_count() * size * 4 / 3
     assert (tmp_path / "a.html").stat().st_size < 1.02 * weights + 80_000
@@ -519,7 +509,7 @@ def test_stop_and_new(open_page, characters):
 
 
 def test_what_cannot_be_answered_is_said(open_page, characters):
-    page = open_page(make_model(characters), characters).set(temperature="0")
+    page = open_page(make_model(characters.vocab_size), characters).set(temperature="0")
     page.ask("¿qué? ¿qué?")
     unknown = characters.unknown_characters("¿qué?")
     assert page.below()[0] == f"Not in the vocabulary, read as <|unknown|>: {' '.join(unknown)}"
@@ -533,7 +523,9 @@ def test_what_cannot_be_answered_is_said(open_page, characters):
 
 
 def test_tokens_can_be_read_by_keyboard_and_by_touch(open_page, characters):
-    page = open_page(make_model(characters), characters, has_touch=True, viewport={"width": 390, "height": 800})
+    page = open_page(
+        make_model(characters.vocab_size), characters, has_touch=True, viewport={"width": 390, "height": 800}
+    )
     page.set(temperature="0").ask("hello?")
     assert page.tab.locator("html").evaluate("e => e.scrollWidth") <= 390
     card = page.tab.locator("#others")
@@ -562,7 +554,7 @@ def test_tokens_can_be_read_by_keyboard_and_by_touch(open_page, characters):
 
 
 def test_english_and_chinese_light_and_dark(open_page, characters):
-    page = open_page(make_model(characters), characters, locale="zh-CN", color_scheme="dark")
+    page = open_page(make_model(characters.vocab_size), characters, locale="zh-CN", color_scheme="dark")
     paper = "e => getComputedStyle(e).backgroundColor"
     html = page.tab.locator("html")
     assert html.get_attribute("lang") == "zh-Hans" and page.tab.locator("#new").text_content() == "新对话"
@@ -595,5 +587,5 @@ def test_convert_writes_a_page_and_does_not_read_it(prepared, call):
 
 def test_full_attention_is_refused(tmp_path, characters):
     with pytest.raises(UserError, match="is_causal false"):
-        webpage.write_page(tmp_path / "a.html", make_model(characters, is_causal=False), characters, "q8_0")
+        webpage.write_page(tmp_path / "a.html", make_model(characters.vocab_size, is_causal=False), characters, "q8_0")
     assert not list(tmp_path.iterdir())

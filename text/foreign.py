@@ -96,7 +96,7 @@ class ForeignTokenizer(BPETokenizer):
         try:
             steps, is_bpe = steps_of(values.get("pre_tokenizer")), values["model"]["type"] == "BPE"
             has_special = any(token["special"] for token in values["added_tokens"])
-            values = {**values, "model": {**values["model"], "dropout": None}}  # for training a BPE's user, not for ids
+            values = {**values, "model": {**values["model"], "dropout": None}}  # BPE dropout would make ids random
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{where}: not a tokenizer.json") from None
         if not is_bpe or not any(step.get("type") == "ByteLevel" for step in steps) or not has_special:

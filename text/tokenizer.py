@@ -73,15 +73,8 @@ class Tokenizer(ABC):
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         """Token ids (T,) of a text. special: convert special tokens in the text to their ids."""
-        if not (special and self.special_mark in text):
-            return self._encode_plain(text)
-        parts = [np.empty(0, self.dtype)]
-        for i, piece in enumerate(self.special_pattern.split(text)):  # alternates: plain text, special token, ...
-            if i % 2:
-                parts.append(np.array([self.special_tokens[piece]], dtype=self.dtype))
-            elif piece:
-                parts.append(self._encode_plain(piece))
-        return np.concatenate(parts)
+        parts = list(self._encode_pieces([(text, special)]))
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
 
     def delimit(self, parts: list[np.ndarray], begins: bool, ends: bool) -> np.ndarray:
         """Token ids (T,) of a document, or of a part of one, with bos and eos where it begins and ends."""
@@ -98,14 +91,14 @@ class Tokenizer(ABC):
         """
         ids, mask = [], []
         for run in self.template.runs(messages):
-            tokens = self._encode_pieces(run.pieces)
-            ids += tokens
-            mask += [run.in_loss] * len(tokens)
+            for part in self._encode_pieces(run.pieces):
+                ids += part.tolist()
+            mask += [run.in_loss] * (len(ids) - len(mask))
         return np.array(ids, dtype=self.dtype), np.array(mask, dtype=np.uint8)
 
-    def _encode_pieces(self, pieces: list[tuple[str, bool]]) -> list[int]:
-        """Token ids of the joint text of pieces (text, whether special tokens in it become their ids)."""
-        ids, plain = [], ""
+    def _encode_pieces(self, pieces: list[tuple[str, bool]]) -> Iterator[np.ndarray]:
+        """Token ids, part by part, of the joint text of pieces (text, whether special tokens in it become ids)."""
+        plain = ""
         for text, special in pieces:
             if special and text in self.special_tokens:  # the usual case, and a fast one
                 parts = ["", text, ""]
@@ -113,12 +106,14 @@ class Tokenizer(ABC):
                 parts = self.special_pattern.split(text) if special and self.special_mark in text else [text]
             for i, part in enumerate(parts):  # alternates: plain text, special token, plain text, ...
                 if i % 2:
-                    ids += self._encode_plain(plain).tolist() if plain else []
-                    ids.append(self.special_tokens[part])
+                    if plain:
+                        yield self._encode_plain(plain)
+                    yield np.array([self.special_tokens[part]], dtype=self.dtype)
                     plain = ""
                 else:
                     plain += part
-        return ids + (self._encode_plain(plain).tolist() if plain else [])
+        if plain:
+            yield self._encode_plain(plain)
 
     def unknown_characters(self, text: str) -> str:
         """The distinct out-of-vocabulary characters of a text, in order of first appearance."""

@@ -178,13 +178,11 @@ def load_checkpoint_or_previous(path: str | Path) -> dict[str, Any]:
 
 def of_another_program(path: Path) -> str:
     """How to make a checkpoint of a model of llama.cpp's or Hugging Face's; "" for anything else."""
-    is_folder = path.is_dir() and (path / "config.json").is_file()
+    is_gguf = False
     if path.is_file():
         with open(path, "rb") as file:
             is_gguf = file.read(4) == b"GGUF"
-    else:
-        is_gguf = False
-    if not (is_gguf or is_folder):
+    if not (is_gguf or (path / "config.json").is_file()):
         return ""
     command = command_line("convert.py", str(path), f"checkpoint/{path.stem}.pt")
     return f"; a model of another program: `{command}` reads it"

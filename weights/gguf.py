@@ -282,43 +282,38 @@ def check_counts(path: str | Path) -> None:
     a value; a text is its length (uint64) and its bytes; an array its type, its length (uint64) and its values.
     """
     sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by type
+    text_type, array_type = 8, 9
     with open(path, "rb") as file:
-        left = os.fstat(file.fileno()).st_size
-
-        def read(n: int) -> int:
-            nonlocal left
-            left -= n
-            if left < 0:
-                raise ValueError("its header counts more than the file holds")
-            return int.from_bytes(file.read(n), "little")
+        end = os.fstat(file.fileno()).st_size
 
         def skip(n: int) -> None:
-            nonlocal left
-            left -= n
-            if left < 0:
+            if file.tell() + n > end:
                 raise ValueError("its header counts more than the file holds")
             file.seek(n, os.SEEK_CUR)
 
-        def skip_value(kind: int) -> None:
-            if kind == 8:
-                skip(read(8))
-            elif kind == 9:
-                kind, n = read(4), read(8)
-                if kind in sizes:
-                    skip(n * sizes[kind])
-                else:
-                    for _ in range(n):
-                        skip_value(kind)
-            else:
-                skip(sizes[kind])
+        def read(n: int) -> int:
+            return int.from_bytes(file.read(n), "little")
 
-        read(8)
+        def skip_values(kind: int, n: int) -> None:
+            if kind in sizes:
+                skip(n * sizes[kind])
+                return
+            for _ in range(n):
+                skip(0)  # beyond the end, reading gives zeros for ever
+                if kind == text_type:
+                    skip(read(8))
+                elif kind == array_type:
+                    skip_values(read(4), read(8))
+                else:
+                    raise ValueError(f"a value of the type {kind}")
+
+        skip(8)
         n_tensors, n_keys = read(8), read(8)
-        if n_tensors > left:
-            raise ValueError("its header counts more than the file holds")
         for _ in range(n_keys):
             skip(read(8))
-            skip_value(read(4))
+            skip_values(read(4), 1)
+        if n_tensors > end:
+            raise ValueError("its header counts more than the file holds")
 
 
 def config_of(values: dict[str, Any], tensors: dict[str, Any], kind: str, where: str) -> ModelConfig:
