@@ -83,7 +83,7 @@ def test_held_out_questions_are_answered(folder, chat):
     held_out = read_jsonl(folder / "dataset" / "held_out.jsonl")
     answers = [chat(sample["question"])[0] for sample in held_out]
     n_right = sum(answer == sample["answer"] for answer, sample in zip(answers, held_out, strict=True))
-    assert n_right >= 0.96 * len(held_out)  # 97 to 98.5% on the machines tried; another one rounds otherwise
+    assert n_right >= 0.97 * len(held_out)
     assert sum(answer in UNKNOWN for answer in answers) <= 0.02 * len(held_out)
 
 
@@ -124,7 +124,7 @@ def test_follow_ups_never_seen_in_training(folder, chat, language, n_turns):
         if plain("".join(questions)) in asked:
             continue
         n, n_right = n + 1, n_right + (chat(*questions) == [answer, *(facts[island, fact] for fact in chosen)])
-    assert n_right >= 0.85 * n
+    assert n_right >= 0.9 * n
 
 
 def test_a_fact_is_answered_after_something_unrelated(folder, chat):
@@ -165,7 +165,7 @@ def test_transformers_gives_the_same_answers(folder, fifty):
         assert tokenizer.decode(ids, skip_special_tokens=True) == answer
 
 
-@pytest.mark.parametrize(("type_name", "n_equal"), [("float32", 49), ("q8_0", 48)])
+@pytest.mark.parametrize(("type_name", "n_equal"), [("float32", 50), ("q8_0", 48)])
 def test_llama_cpp_gives_the_same_answers(folder, fifty, type_name, n_equal):
     post = start_llama_cpp(convert(folder, f"{type_name}.gguf", "--type", type_name), 128)
     assert sum(in_llama_cpp(post, question, 60) == answer for question, answer in fifty) >= n_equal
