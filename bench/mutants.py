@@ -120,7 +120,7 @@ def try_tests(folder: Path, tests: str, seconds: float) -> tuple[str, str]:
         return "killed", f"longer than {seconds:.0f} s"
     if process.exitcode == pytest.ExitCode.OK:
         return "survived", ""
-    if process.exitcode in (pytest.ExitCode.NO_TESTS_COLLECTED, pytest.ExitCode.USAGE_ERROR):
+    if process.exitcode == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise ValueError(f"no test is meant by {tests}: {said[-500:]}")
     failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", said, re.MULTILINE)
     return "killed", failed[1] if failed else f"exit status {process.exitcode}"

@@ -5,6 +5,7 @@ for piece in generator.answer("你好", GenerationConfig(temperature=0.0)):
     print(piece, end="")
 """
 
+import copy
 import itertools
 import warnings
 from collections.abc import Iterator
@@ -210,7 +211,11 @@ def load_text_generator(
     if adapter:
         generator.use_adapter(adapter)
     if weights != "float32":
-        if adapter:
-            lora.merge(model)
-        generator.model, generator.weights = quantise.with_weights(model.eval(), weights)
+        merged = model
+        if adapter:  # in a copy: should float32 be the fastest, the adapter can still be changed
+            merged = copy.deepcopy(model)
+            lora.merge(merged)
+        rounded, kind = quantise.with_weights(merged.eval(), weights)
+        if kind != "float32":
+            generator.model, generator.weights = rounded, kind
     return generator

@@ -17,25 +17,27 @@ SHAPES = {
     "experts": {"n_expert": 4, "n_shared_expert": 1},
     "layernorm, learned positions": {"norm": "layernorm", "use_rope": False, "mlp": "gelu"},
     "windows": {"attention_window": [8, 0]},
+    "odd widths": {"n_embd": 100, "n_head": 2, "n_hidden": 37},
 }
 
 
 @pytest.mark.parametrize("n_rows", [1, 3, FEW_ROWS, FEW_ROWS + 1, 100])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_layer_of_integers_is_its_product_in_float64(n_rows, bias):
+@pytest.mark.parametrize("n_in", [96, 36, 100, 20, 5])  # the kernel reads beyond rows of widths that it does not like
+def test_a_layer_of_integers_is_its_product_in_float64(n_rows, bias, n_in):
     torch.manual_seed(0)
-    linear = nn.Linear(96, 40, bias=bias)
+    linear = nn.Linear(n_in, 40, bias=bias)
     with torch.no_grad():
         linear.weight[3] = 0.0  # a row of zeros has no scale
-    layer, x = Int8Linear(linear), torch.randn(n_rows, 96)
-    integers = layer.integers.double() * layer.scale.double()[:, None]
+    layer, x = Int8Linear(linear), torch.randn(n_rows, n_in)
+    integers = layer.integers.double()[:, :n_in] * layer.scale.double()[:, None]
     assert (integers - linear.weight.double()).abs().max() <= linear.weight.abs().max() / 127 / 2 + 1e-6
     largest = layer.integers.abs().amax(1)
     assert largest[3] == 0 and (largest == 127).sum() == 39  # every row has a scale of its own
     exact = x.double() @ integers.T + (linear.bias.double() if bias else 0)
     error = (layer(x) - exact).abs().max()
     assert error < 2**-7 * exact.abs().max()  # x and the sums of few rows are bfloat16: 8 bits
-    assert layer(x.view(1, n_rows, 96)).shape == (1, n_rows, 40) and layer(x).dtype == torch.float32
+    assert layer(x.view(1, n_rows, n_in)).shape == (1, n_rows, 40) and layer(x).dtype == torch.float32
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -117,3 +119,29 @@ def test_an_adapter_is_merged_before_rounding_and_not_changed_after(call, prepar
     generator = load_text_generator("checkpoint/pretrain.pt", "cpu", False, weights="int8")
     with pytest.raises(ValueError, match="--weights float32"):
         generator.use_adapter("checkpoint/a_lora.pt")
+
+
+@pytest.mark.parametrize("fastest", ["float32", "int8"])
+def test_auto_keeps_an_adapter_that_can_be_changed_if_nothing_is_rounded(call, prepared, monkeypatch, fastest):
+    tune = ["--max_steps", "3", "--warmup_iters", "1", "--batch_size", "4", "--learning_rate", "1e-1"]
+    assert call("train.py", "-t", "pretrain", *TINY, *tune, "--min_lr", "1e-3").status == 0
+    lora = ["--use_lora", "true", "--from_checkpoint", "checkpoint/pretrain.pt", "--overlong", "cut", "--stage", "a"]
+    assert call("train.py", "-t", "sft", *tune, *lora, "--min_lr", "1e-3").status == 0
+    from serving.text_generator import GenerationConfig, load_text_generator
+    from weights import quantise
+
+    is_rounded = lambda model: any(isinstance(module, Int8Linear) for module in model.modules())  # noqa: E731
+    monkeypatch.setattr(quantise, "tokens_per_second", lambda m: 1.0 + (is_rounded(m) == (fastest == "int8")))
+    answer = lambda generator: "".join(generator.answer("the cat", GenerationConfig(temperature=0.0, max_length=16)))  # noqa: E731
+    base = answer(load_text_generator("checkpoint/pretrain.pt", "cpu", False))
+    adapted = answer(load_text_generator("checkpoint/pretrain.pt", "cpu", False, adapter="checkpoint/a_lora.pt"))
+    generator = load_text_generator("checkpoint/pretrain.pt", "cpu", False, (), "checkpoint/a_lora.pt", "auto")
+    assert generator.weights == fastest and base != adapted
+    if fastest == "float32":
+        assert answer(generator) == adapted
+        generator.use_adapter("")
+        assert answer(generator) == base
+
+
+def test_a_window_of_one_token_has_a_speed_too():
+    assert with_weights(make_model(50, block_size=1), "auto")[1] in ("float32", "bfloat16", "int8")

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,8 @@ def tokenizers(characters, bpe):
         if kind.startswith("qwen"):  # as Qwen has: normalisation, and a token that is found though it is not special
             contents["normalizer"] = {"type": "NFC"}
             flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-            contents["added_tokens"].append({"id": len(theirs), "content": "<tool>", **flags})
+            for n, content in enumerate(("<t", "<tool>")):  # the longer one is taken
+                contents["added_tokens"].append({"id": len(theirs) + n, "content": content, **flags})
         names = {name: getattr(theirs, name) for name in ("bos_token", "eos_token", "pad_token")}
         names = {name: token for name, token in names.items() if token}
         n_rows = len(theirs) + 7  # more than tokens
@@ -317,7 +319,7 @@ def odd_texts() -> list[str]:
         "\x1c",
         "\x00",
     ]
-    pieces += ["'ſ", "'S", "<tool>", "<|im_end|>", "<|eot_id|>"]
+    pieces += ["'ſ", "'S", "<tool>", "<t", "<|im_end|>", "<|eot_id|>"]
     texts = ["".join(rng.choices(pieces + spaces + list("!?-_<|>"), k=rng.randint(1, 15))) for _ in range(400)]
     return [*texts, *pieces, *spaces, *SPECIAL_TOKENS, "", "水" * 300, "a" * 300]
 
@@ -417,6 +419,41 @@ def test_texts_are_continued(open_page, characters):
     with pytest.warns(UserWarning, match="reads the newest 64"):
         expected = answer_of(model, characters, long, max_length=200, instruct=False)[0]
     assert page.ask(long) == expected
+
+
+def test_a_long_text_keeps_the_token_that_begins_it(open_page, tokenizers):
+    tokenizer = tokenizers("llama3")
+    model = make_model(tokenizer.vocab_size)
+    page = open_page(model, tokenizer).set(mode="text", temperature="0")
+    for text in ("Hello", "Hello world, " * 40):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert page.ask(text) == answer_of(model, tokenizer, text, instruct=False)[0]
+
+
+def test_weights_that_no_browser_reads_are_refused(tmp_path, characters, monkeypatch):
+    monkeypatch.setattr(webpage, "MAX_BASE64", 1000)
+    with pytest.raises(UserError, match="more than a browser reads"):
+        webpage.write_page(tmp_path / "large.html", make_model(characters.vocab_size), characters, "q8_0")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e8])
+def test_weights_that_eight_bits_cannot_hold_stay_exact(size):
+    model = make_model(50)
+    with torch.no_grad():
+        model.blocks[0].mlp.up.weight.mul_(size)
+    kinds = {tensor["name"]: tensor["type"] for tensor in webpage.pack_weights(model, "q8_0")[0]}
+    assert kinds["blocks.0.mlp.up.weight"] == "float32" and kinds["blocks.1.mlp.up.weight"] == "q8_0"
+
+
+def test_added_tokens_that_take_what_stands_beside_them_are_refused(tokenizers):
+    contents = json.loads(tokenizers("qwen2").to_dict()["tokenizer"])
+    next(token for token in contents["added_tokens"] if token["content"] == "<tool>")["single_word"] = True
+    names, rows = tokenizers("qwen2").names, tokenizers("qwen2").vocab_size
+    changed = ForeignTokenizer.from_tokenizer_json(contents, names, rows, "x", tokenizers("qwen2").jinja)
+    with pytest.raises(UserError, match="<tool>"):
+        webpage.describe_tokenizer(changed)
 
 
 def test_the_probabilities_shown_are_those_of_the_logits(open_page, characters):

@@ -61,7 +61,8 @@ class ForeignTokenizer(BPETokenizer):
         names_of_special = sorted(self.special_tokens, key=len, reverse=True)
         self.special_pattern = re.compile("(" + "|".join(map(re.escape, names_of_special)) + ")")
         self.special_mark = os.path.commonprefix(names_of_special)
-        named = set(re.findall(r"<\|\w+\|>", "".join(map("".join, self._markers())))) | {template.end_of_answer()}
+        markers = template.begin, *template.system, *template.user, *template.assistant
+        named = {template.end_of_answer(), *re.findall(r"<\|\w+\|>", "".join(markers))}
         if missing := named - set(self.special_tokens):
             raise UserError(f"chat template {template.name}: the tokenizer has no {', '.join(sorted(missing))}")
         eager = [token.content for token in added.values() if token.lstrip or token.rstrip or token.single_word]
@@ -74,10 +75,6 @@ class ForeignTokenizer(BPETokenizer):
         first = self._tokenizer.encode("a", add_special_tokens=True).ids[:1]
         self.adds_bos = bool(first) and first[0] in self.special_tokens.values()
         self.bos = first[0] if self.adds_bos else None
-
-    def _markers(self) -> list[tuple[str, str]]:
-        template = self.template
-        return [(template.begin, ""), template.system, template.user, template.assistant]
 
     @classmethod
     def from_tokenizer_json(

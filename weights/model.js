@@ -37,6 +37,7 @@ function readTensors(descriptions, bytes) {
       }
     }
   }
+  if (at !== bytes.length) throw new Error("the weights are incomplete");
   return tensors;
 }
 
@@ -263,6 +264,7 @@ function rotate(x, start, D, position, { frequencies, scale }) {
 
 /* The indices of the n largest numbers, largest first; of equal ones the first. */
 function likeliest(numbers, n) {
+  if (n > 100) return Array.from(numbers.keys()).sort((a, b) => numbers[b] - numbers[a] || a - b).slice(0, n);
   const best = [];
   for (let i = 0; i < numbers.length; i++) {
     if (best.length === n && !(numbers[i] > numbers[best[n - 1]])) continue;
@@ -332,7 +334,10 @@ function promptIds({ tokenizer, template, network }, { is_chat, messages, settin
   const n = ids.length;
   if (!n || (is_chat && !last.trim())) throw new Refusal("empty");
   if (is_chat && n >= window) throw new Refusal("too_long", { n, window });
-  if (n >= window && !settings.max_length) ids = ids.slice(-(window - Math.floor(window / 4)));
+  if (n >= window && !settings.max_length) {
+    const begin = is_chat ? [] : template.begin_text, n_kept = window - Math.floor(window / 4);
+    ids = [...begin, ...ids.slice(begin.length - n_kept)];
+  }
   if (ids.length >= limit) throw new Refusal("max_length_reached", { n, limit });
   if (!is_chat && n >= window) notes.push(["cut", { n, read: Math.min(ids.length, window) }]);
   return [ids, notes];

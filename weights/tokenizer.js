@@ -37,6 +37,7 @@ function byteAlphabet() {
 class BPETokenizer {
   constructor({ tokens, merges, splits, is_nfc, takes_whole_words, added }) {
     Object.assign(this, { is_nfc, takes_whole_words });
+    added.sort((a, b) => b.length - a.length); // of two that begin alike the longer one is taken
     this.added = added.length ? new RegExp(added.map(escapePattern).join("|"), "gu") : null;
     this.tokens = tokens; // spelled in the byte alphabet, in the order of their ids
     this.ids = new Map(tokens.map((token, id) => [token, id]));

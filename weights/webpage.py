@@ -28,6 +28,8 @@ from weights.gguf import tokens_and_merges
 FOLDER = Path(__file__).parent
 TYPES = ("q8_0", "float32")
 BLOCK = 32  # numbers that share a scale in q8_0
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-14, 65504  # scales are float16: below, they lose digits, above, they are infinite
+MAX_BASE64 = (1 << 29) - 25  # characters: no text in Chromium is longer, and what would be is read as empty
 # how GPT-2 cuts a text into words, which the `tokenizers` library has built in
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -59,6 +61,7 @@ def pack_weights(model: GPT, type_name: str) -> tuple[list[dict[str, Any]], byte
             continue
         array = np.ascontiguousarray(weight.detach().float().cpu().numpy(), dtype="<f4")
         is_exact = array.ndim == 1 or name.endswith("router.weight")  # small, and a rounded router chooses otherwise
+        is_exact |= not SMALLEST_SCALE <= np.abs(array).max() / 127 <= LARGEST_SCALE
         kind = "float32" if is_exact else type_name
         descriptions.append({"name": name, "shape": list(array.shape), "type": kind})
         parts.append(array.tobytes() if kind == "float32" else to_q8_0(array))
@@ -97,6 +100,11 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     normalizer = (values["normalizer"] or {"type": ""})["type"]
     if normalizer not in ("", "NFC"):
         raise UserError(f"a web page: it does not normalise text as this tokenizer does ({normalizer})")
+    added = [token for token in values["added_tokens"] if not token["special"]]
+    for token in added:
+        takes_more = any(token.get(flag) for flag in ("lstrip", "rstrip", "single_word"))
+        if takes_more or (token.get("normalized") and normalizer and not token["content"].isascii()):
+            raise UserError(f"a web page: it does not find the token {token['content']!r} as this tokenizer does")
     tokens, merges = tokens_and_merges(tokenizer)
     used = {*values["model"]["vocab"], *(token["content"] for token in values["added_tokens"])}
     return {
@@ -107,7 +115,7 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
         "is_nfc": normalizer == "NFC",
         "takes_whole_words": bool(values["model"].get("ignore_merges")),
         # tokens that are found in what people type, too, before it is cut into words
-        "added": [token["content"] for token in values["added_tokens"] if not token["special"]],
+        "added": [token["content"] for token in added],
     }
 
 
@@ -186,6 +194,10 @@ def make_page(name: str, model: GPT, tokenizer: Tokenizer, type_name: str) -> st
         "tokenizer": describe_tokenizer(tokenizer),
         "template": describe_template(tokenizer),
     }
+    encoded = base64.b64encode(weights).decode("ascii")
+    if len(encoded) > MAX_BASE64:
+        size = f"{len(weights) / 1e6:,.0f} MB as {type_name}"
+        raise UserError(f"a web page: the weights, {size}, are more than a browser reads in one page")
     style, script = read_source("page.css"), read_source("page.js")
     policy = (
         f"default-src 'none'; script-src {source_hash(script)}; style-src {source_hash(style)}; "
@@ -196,7 +208,7 @@ def make_page(name: str, model: GPT, tokenizer: Tokenizer, type_name: str) -> st
         policy=policy,
         style=style,
         about=as_json(about),
-        weights=base64.b64encode(weights).decode("ascii"),
+        weights=encoded,
         model=read_source("tokenizer.js") + read_source("model.js"),
         script=script,
     )
