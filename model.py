@@ -305,20 +305,19 @@ class GPT(nn.Module):
         documents: torch.Tensor | None = None,
         routing: Routing | None = None,
     ) -> torch.Tensor:
-        """Final hidden states (B, T, n_embd) of token ids (B, T); with a cache, idx follows the tokens in it.
+        """Final hidden states (B, T, n_embd) of token ids (B, T); with a cache, each row follows the tokens in its own.
 
         documents (B, T): a number for every token's document; attention stays inside. With restart_positions each of
         them begins at position 0. routing: for a mixture of experts, which tokens are padding; collects losses.
         """
-        start = cache.length if cache is not None else 0
         T = idx.size(1)
-        end = start + T
+        end = T + (int(cache.lengths.max()) if cache is not None else 0)
         if end > self.config.block_size:
             raise UserError(f"{end} tokens do not fit the context window of {self.config.block_size} (block_size)")
         if idx.device.type == "cpu" and not torch.compiler.is_compiling():
             check_token_ids(idx, self.config.vocab_size)  # on a GPU this would be an assert that ends the process
         x = self.token_embedding(idx)  # (B, T, n_embd)
-        rope, positions = None, slice(start, end)
+        rope, positions = None, cache.begin(T) if cache is not None else slice(T)
         if documents is not None and self.restart_positions:
             positions = positions_inside(documents)  # (B, T)
         if self.config.use_rope:  # inside of attention, on queries and keys
@@ -331,7 +330,7 @@ class GPT(nn.Module):
             for block, window in zip(self.blocks, self.windows, strict=True):
                 x = block(x, rope, masks[window], cache, routing)
         if cache is not None:
-            cache.length = end
+            cache.advance()
         return self.norm(x)
 
     def masks(
@@ -342,8 +341,9 @@ class GPT(nn.Module):
         drops = self.training and self.config.dropout > 0  # attention weights, which flex attention does not offer
         if self.use_flex and torch.compiler.is_compiling() and cache is None and not drops:
             return block_masks(T, windows, is_causal, documents, device)
-        n_cached = {window: cache.n_cached(window) if cache else 0 for window in windows}
-        return {w: attention_mask(T, n_cached[w], w, is_causal, documents, device) for w in windows}
+        if cache is not None:
+            return {window: cache.mask(window) for window in windows}
+        return {window: attention_mask(T, window, is_causal, documents, device) for window in windows}
 
     def forward(
         self,

@@ -2,38 +2,97 @@
 
 Keys and values of a token depend on the tokens before it alone, so a new token leaves those of the old ones as they
 are. Kept, one forward pass over T tokens becomes one over a single token: T times less work for each new token.
+
+Every sequence has a row, and every row a length of its own: sequences may begin and end at different times. A layer
+with a sliding window keeps a ring of `window` places. The token at position p lies at place p mod window, where it
+takes the place of the one at p - window, which nobody sees any more:
+
+    window 4, after position 5:    place 0 1 2 3    holds position 4 5 2 3
+
+A layer with full attention is a ring of block_size places, and never comes round.
 """
 
+import numpy as np
 import torch
+
+from layers.masks import is_visible
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for every layer; with a sliding window, of the newest ones only."""
+    """Keys and values of the tokens seen so far, of every layer and row.
 
-    def __init__(self, config, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
+    A forward pass calls begin(), then mask() for every kind of window and extend() for every layer, then advance().
+    Rows are freed by lengths[row] = 0; cache[i:j] is a cache of these rows that shares their memory.
+    """
+
+    def __init__(self, config, n_rows: int, device: torch.device, dtype: torch.dtype) -> None:
         """config: a ModelConfig (windows, n_kv_head, block_size, head_dim)."""
-        self.windows = config.windows
-        room = [0 if window else config.block_size for window in self.windows]  # a full layer's is allocated once
-        shapes = [(batch_size, config.n_kv_head, length, config.head_dim) for length in room]
-        self.keys = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
-        self.values = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
-        self.length = 0  # tokens seen; the model advances it after its last layer
+        self.block_size = config.block_size
+        shapes = [(n_rows, config.n_kv_head, self.n_places(window), config.head_dim) for window in config.windows]
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
+        self.lengths = np.zeros(n_rows, dtype=np.int64)  # tokens seen, by row
 
-    def n_cached(self, window: int) -> int:
-        """Number of tokens that a layer with this window still holds; 0: no window."""
-        return min(self.length, window - 1) if window else self.length
+    def n_places(self, window: int) -> int:
+        """Tokens of a row that a layer with this window has room for; window 0: full attention."""
+        return min(window or self.block_size, self.block_size)
+
+    def __getitem__(self, rows: slice) -> "KVCache":
+        part = object.__new__(KVCache)
+        part.block_size, part.lengths = self.block_size, self.lengths[rows]
+        part.keys, part.values = ([layer[rows] for layer in layers] for layers in (self.keys, self.values))
+        return part
+
+    def begin(self, T: int) -> torch.Tensor | slice:
+        """Positions of T new tokens of every row: (B, T); a slice if they are the same in all rows."""
+        self.T, self.longest = T, int(self.lengths.max())
+        self.is_even = self.longest == self.lengths.min()
+        device = self.keys[0].device
+        lengths = self.lengths[:1] if self.is_even else self.lengths
+        self.positions = torch.tensor(lengths, device=device)[:, None] + torch.arange(T, device=device)
+        return slice(self.longest, self.longest + T) if self.is_even else self.positions
+
+    def mask(self, window: int) -> torch.Tensor | None:
+        """Which keys, of those that extend() returns, the new tokens see: (1 or B, 1, T, keys).
+
+        None where they are all, or all up to the new token itself.
+        """
+        T, n_places = self.T, self.n_places(window)
+        if self.is_even and (T == 1 or (self.longest == 0 and n_places >= T)):
+            return None
+        place = torch.arange(min(self.longest + T, n_places), device=self.positions.device)
+        if self.are_joined(T, n_places):  # what lay in the ring before, then the new tokens
+            newest = self.positions[:, :1] - 1
+            held = newest - (newest - place[: self.longest]) % n_places
+            keys = torch.cat((held, self.positions), dim=1)
+        else:
+            newest = self.positions[:, -1:]
+            keys = newest - (newest - place) % n_places  # the position at each place; negative: nothing yet
+        keys = keys[:, None, None, :]
+        return (keys >= 0) & is_visible(self.positions[:, None, :, None], keys, window, is_causal=True)
 
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append k, v (B, n_kv_head, T, head_dim) to a layer; returns its keys and values, old and new."""
-        window = self.windows[layer]
-        if window:  # drop what no later token can see
-            n_cached = self.n_cached(window)
-            k = torch.cat((self.keys[layer][:, :, :n_cached], k), dim=2)
-            v = torch.cat((self.values[layer][:, :, :n_cached], v), dim=2)
-            first = max(0, k.size(2) - (window - 1))
-            self.keys[layer], self.values[layer] = k[:, :, first:], v[:, :, first:]
-            return k, v
-        end = self.length + k.size(2)
-        self.keys[layer][:, :, self.length : end] = k
-        self.values[layer][:, :, self.length : end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        """Add k, v (B, n_kv_head, T, head_dim) to a layer; returns its keys and values, old and new."""
+        T, n_places = k.size(2), self.keys[layer].size(2)
+        seen = []
+        for ring, new in ((self.keys[layer], k), (self.values[layer], v)):
+            if self.are_joined(T, n_places):
+                seen.append(torch.cat((ring[:, :, : self.longest], new), dim=2))
+            first = self.longest % n_places
+            if self.is_even and first + T <= n_places:  # side by side, as nearly always
+                ring[:, :, first : first + T] = new
+            else:
+                place = self.positions[:, -n_places:] % n_places
+                row = torch.arange(len(ring), device=place.device)[:, None]
+                ring[row, :, place] = new[:, :, -n_places:].transpose(1, 2).to(ring.dtype)
+            if not self.are_joined(T, n_places):
+                seen.append(ring[:, :, : self.longest + T])
+        return seen[0], seen[1]
+
+    def are_joined(self, T: int, n_places: int) -> bool:
+        """Whether the last of T new tokens overwrite what the first of them still see."""
+        return T > 1 and self.longest + T > n_places
+
+    def advance(self) -> None:
+        """The new tokens have passed all layers."""
+        self.lengths += self.T

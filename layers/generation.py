@@ -42,4 +42,4 @@ def generate_tokens(
         if context.size(1) > block_size:  # cached keys carry their old positions: read what is kept from 0 again
             context = unread = context[:, -max(1, block_size - block_size // 4) :]
             if use_cache:
-                cache.length = 0
+                cache.lengths[:] = 0

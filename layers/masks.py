@@ -13,19 +13,17 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 
 def attention_mask(
-    T: int, n_cached: int, window: int, is_causal: bool, documents: torch.Tensor | None, device: torch.device
+    T: int, window: int, is_causal: bool, documents: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor | None:
-    """True where a query attends to a key: (T, n_cached + T), or (B, 1, T, T) with documents.
+    """True where a query attends to a key: (T, T), or (B, 1, T, T) with documents. (KVCache.mask: behind a cache.)
 
-    T new tokens are the queries; the keys are n_cached tokens of the KV cache, then the new ones. documents (B, T):
-    document ids; tokens attend only within their document. window 0: no sliding window. None where SDPA's is_causal
-    flag suffices: without a mask tensor it can use its fastest kernels.
+    documents (B, T): document ids; tokens attend only within their document. window 0: no sliding window. None where
+    SDPA's is_causal flag suffices: without a mask tensor it can use its fastest kernels.
     """
-    if documents is None and not (window and window < n_cached + T) and not (is_causal and n_cached and T > 1):
+    if documents is None and not 0 < window < T:
         return None
-    keys = torch.arange(n_cached + T, device=device)
-    queries = torch.arange(n_cached, n_cached + T, device=device)[:, None]
-    mask = is_visible(queries, keys, window, is_causal)  # (T, n_cached + T)
+    position = torch.arange(T, device=device)
+    mask = is_visible(position[:, None], position, window, is_causal)  # (T, T)
     return mask if documents is None else mask & (documents[:, None, :, None] == documents[:, None, None, :])
 
 
@@ -40,7 +38,7 @@ def is_visible(query: torch.Tensor, key: torch.Tensor, window: int, is_causal: b
 def block_masks(
     T: int, windows: set[int], is_causal: bool, documents: torch.Tensor | None, device: torch.device
 ) -> dict[int, BlockMask | None]:
-    """attention_mask() of T tokens without a cache as flex attention's BlockMask, one per distinct window."""
+    """attention_mask() of T tokens as flex attention's BlockMask, one per distinct window."""
 
     def block_mask(window: int) -> BlockMask | None:
         if documents is None and not (window and window < T):

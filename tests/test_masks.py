@@ -75,7 +75,7 @@ def test_blocks_in_which_nothing_sees_anything_are_passed_over():
 def test_both_forms_allow_the_same(window, is_causal):
     T = 200
     for documents in (None, draw_documents(torch.Generator().manual_seed(1), 2, T)):
-        mask = attention_mask(T, 0, window, is_causal, documents, torch.device("cpu"))
+        mask = attention_mask(T, window, is_causal, documents, torch.device("cpu"))
         blocks = block_masks(T, {window}, is_causal, documents, torch.device("cpu"))[window]
         if mask is None:
             assert blocks is None

@@ -116,7 +116,7 @@ def flex_attention_problem(config: ModelConfig, engine: Engine) -> str:
         y.float().square().sum().backward()
         return torch.cat((y.detach().float().flatten(), leaf.grad.flatten()))
 
-    expected = output_and_gradient(layer, attention_mask(T, 0, 0, causal, documents, device))
+    expected = output_and_gradient(layer, attention_mask(T, 0, causal, documents, device))
     try:
         actual = output_and_gradient(torch.compile(layer), block_masks(T, {0}, causal, documents, device)[0])
     except Exception as error:  # no triton, too little shared memory, unsupported head size: any exception
