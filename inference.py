@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from base.configuration import (
+    BOOLEANS,
     Parser,
     UserError,
     did_you_mean,
@@ -230,6 +231,8 @@ def make_parser() -> Parser:
     parser.add_argument("--num_samples", metavar="N", type=int, default=1, help="answers to draw for -p [1]")
     kinds = ("auto", *KINDS)
     parser.add_argument("--weights", choices=kinds, default="float32", help="rounded to fewer bytes; auto: the fastest")
+    switch = {"metavar": "true|false", "choices": BOOLEANS, "nargs": "?", "const": "true", "default": "false"}
+    parser.add_argument("--compile", **switch, help="compile the step of a token in the background [%(default)s]")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="also end at this; may be repeated")
     parser.add_argument("--encoding", metavar="NAME", default="utf-8", help="of standard input: gbk, utf-16 [utf-8]")
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
@@ -276,7 +279,11 @@ def main() -> None:
     if args.merge:
         merge(args.model, args.lora, args.merge)
         return
-    generator = load_text_generator(args.model, args.device, args.instruct, args.stop, args.lora, args.weights)
+    generator = load_text_generator(
+        *(args.model, args.device, args.instruct, args.stop, args.lora, args.weights), BOOLEANS[args.compile]
+    )
+    if generator.step and args.prompt is not None:  # a conversation begins at once, and is faster when that is done
+        generator.step.thread.join()
     if args.weights == "auto":
         tell(f"weights: {generator.weights}, the fastest here")
     history = system_message(args.system)

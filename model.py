@@ -10,8 +10,6 @@ With use_rope, qk_norm and the swiglu MLP it computes exactly what Qwen3 compute
 
 import contextlib
 import math
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +21,12 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from base.configuration import Config, UserError, option
 from layers.cache import KVCache
 from layers.experts import MixtureOfExperts, Routing
-from layers.generation import generate_tokens
+from layers.generation import generate
 from layers.head import Head
 from layers.masks import attention_mask, block_masks, positions_inside
 from layers.norm import NORMS, RMSNorm, make_norm, rms_norm
 from layers.rope import ROPE_SCALING, apply_rope, rope_table
-from layers.sampling import check_sampling, check_token_ids, sample
+from layers.sampling import check_token_ids
 
 SDP_KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -311,13 +309,14 @@ class GPT(nn.Module):
         them begins at position 0. routing: for a mixture of experts, which tokens are padding; collects losses.
         """
         T = idx.size(1)
-        end = T + (int(cache.lengths.max()) if cache is not None else 0)
+        positions = cache.begin(T) if cache is not None else slice(T)
+        end = T + (cache.longest if cache is not None else 0)
         if end > self.config.block_size:
             raise UserError(f"{end} tokens do not fit the context window of {self.config.block_size} (block_size)")
         if idx.device.type == "cpu" and not torch.compiler.is_compiling():
             check_token_ids(idx, self.config.vocab_size)  # on a GPU this would be an assert that ends the process
         x = self.token_embedding(idx)  # (B, T, n_embd)
-        rope, positions = None, cache.begin(T) if cache is not None else slice(T)
+        rope = None
         if documents is not None and self.restart_positions:
             positions = positions_inside(documents)  # (B, T)
         if self.config.use_rope:  # inside of attention, on queries and keys
@@ -404,46 +403,11 @@ class GPT(nn.Module):
             keys += w - w * w / (2 * T) if config.is_causal else min(T, 2 * w - 1 if window else T)
         return int(6 * self._n_matrix_weights + 12 * config.n_head * config.head_dim * keys)
 
+    generate = generate  # token by token: layers/generation.py
+
     @torch.inference_mode()
     def predict(self, idx: torch.Tensor) -> torch.Tensor:
         """For full attention: the likeliest token (B, T) at every position, in one pass."""
         if self.config.is_causal:
             raise UserError("predict() is for models with full attention (is_causal: false); use generate()")
         return self.lm_head(self.hidden(idx)).argmax(-1)
-
-    def generate(
-        self,
-        idx: torch.Tensor,
-        max_new_tokens: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        stop_tokens: tuple[int, ...] = (),
-        seed: int | None = None,
-        use_cache: bool = True,
-    ) -> Iterator[torch.Tensor]:
-        """Continue token ids (B, T >= 1): yields one (B,) tensor of tokens a step.
-
-        temperature 0 is greedy. A row that drew one of stop_tokens repeats it; generation ends when all rows have.
-        Past the context window: when it is full, the newest three quarters of its tokens are kept, read again from
-        position 0, and generation goes on; of a longer prompt the newest block_size tokens are read, with a warning.
-        """
-        if not self.config.is_causal:
-            raise UserError("generate() needs causal attention; a model with is_causal: false answers by predict()")
-        if idx.dim() != 2 or idx.size(1) == 0:
-            raise UserError("generate() needs a prompt of at least one token, shape (B, T)")
-        check_token_ids(idx.cpu(), self.config.vocab_size)
-        check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-        if idx.size(1) > self.config.block_size:
-            warnings.warn(
-                f"the prompt has {idx.size(1)} tokens; the model reads the newest {self.config.block_size}",
-                stacklevel=2,
-            )
-        generator = torch.Generator(device=idx.device)
-        generator.manual_seed(seed) if seed is not None else generator.seed()
-        settings = temperature, top_k, top_p, min_p, repetition_penalty
-        draw = lambda logits, context: sample(logits, context, generator, *settings)  # noqa: E731
-        return generate_tokens(self, idx, max_new_tokens, draw, stop_tokens, use_cache)

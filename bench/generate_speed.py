@@ -3,6 +3,8 @@
     python bench/generate_speed.py              10M parameters; on a GPU also 124M
     python bench/generate_speed.py --tokens 50 124M
     python bench/generate_speed.py --weights float32 bfloat16 int8      weights in fewer bytes
+    python bench/generate_speed.py --weights float32 int8 --compile     and one sequence by a compiled step as well
+    python bench/generate_speed.py --weights float32 int8 --beside llama.cpp      the same weights there (xllamacpp)
 
 Autoregressive decoding of one sequence is bound by memory bandwidth: every token reads all weights once, so the limit
 in tokens per second is bandwidth / bytes of weights. The bandwidth is measured with a matrix-vector product.
@@ -11,14 +13,20 @@ in tokens per second is bandwidth / bytes of weights. The bandwidth is measured 
 import argparse
 import copy
 import itertools
+import json
+import tempfile
 import time
+import urllib.request
 
 import torch
 from measuring import device_name, memory_bandwidth, show, synchronise
 
 from base.configuration import UserError, run_main
 from base.devices import find_device, find_dtype
+from layers.compiled_step import CompiledStep
 from model import GPT, ModelConfig
+from text.tokenizer import SPECIAL_TOKENS, CharTokenizer
+from weights.gguf import write_gguf
 from weights.quantise import KINDS, with_weights
 
 SHAPES = {  # n_layer, n_head, n_embd, block_size, vocab_size
@@ -27,13 +35,16 @@ SHAPES = {  # n_layer, n_head, n_embd, block_size, vocab_size
 }
 
 
-def speed(model: GPT, batch_size: int, n_tokens: int, use_cache: bool) -> float:
+LLAMA_CPP_TYPES = {"": "float32", "float32": "float32", "bfloat16": "bfloat16", "int8": "q8_0"}
+
+
+def speed(model: GPT, batch_size: int, n_tokens: int, use_cache: bool, step: CompiledStep | None = None) -> float:
     """Tokens per second summed over the batch, best of three runs; the prompt is one token."""
     device = next(model.parameters()).device
     idx = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
     best = 0.0
     for _ in range(3):
-        steps = model.generate(idx, n_tokens, temperature=0.8, top_k=50, seed=0, use_cache=use_cache)
+        steps = model.generate(idx, n_tokens, temperature=0.8, top_k=50, seed=0, use_cache=use_cache, step=step)
         next(steps)  # prefill
         synchronise(device)
         start = time.perf_counter()
@@ -43,11 +54,35 @@ def speed(model: GPT, batch_size: int, n_tokens: int, use_cache: bool) -> float:
     return best
 
 
+def llama_cpp_speed(model: GPT, type_name: str, n_tokens: int) -> float:
+    """Tokens per second of one sequence in llama.cpp, by its own clock, best of three; needs xllamacpp and gguf."""
+    import xllamacpp
+
+    tokenizer = CharTokenizer("".join(chr(0x10000 + i) for i in range(model.config.vocab_size - len(SPECIAL_TOKENS))))
+    with tempfile.TemporaryDirectory() as folder:
+        params = xllamacpp.CommonParams()
+        params.model.path, params.verbosity, params.n_parallel = f"{folder}/model.gguf", -1, 1
+        params.cpuparams.n_threads = torch.get_num_threads()
+        write_gguf(params.model.path, model, tokenizer, type_name)
+        server = xllamacpp.Server(params)
+        settings = {"n_predict": n_tokens, "temperature": 0.8, "top_k": 50, "ignore_eos": True, "seed": 0}
+        body = json.dumps({"prompt": tokenizer.decode([len(SPECIAL_TOKENS)]), **settings}).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{server.listening_address}/completion", body, headers)
+        best = 0.0
+        for _ in range(3):
+            with urllib.request.urlopen(request) as reply:
+                best = max(best, json.load(reply)["timings"]["predicted_per_second"])
+        return best
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", metavar="MODEL", help=f"{', '.join(SHAPES)} [those that fit the device]")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to generate per sequence")
     parser.add_argument("--weights", nargs="+", choices=KINDS, help="round them [as they are]")
+    parser.add_argument("--compile", action="store_true", help="also measure a compiled step")
+    parser.add_argument("--beside", choices=["llama.cpp"], help="also measure this program, with the same weights")
     args = parser.parse_args()
     if unknown := set(args.shapes) - SHAPES.keys():
         raise UserError(f"no model named {', '.join(unknown)}: there are {', '.join(SHAPES)}")
@@ -73,6 +108,16 @@ def main() -> None:
                 )
                 key = f"{what}, {batch_size}, {'cache' if use_cache else 'no cache'}"
                 results[key] = {"tokens_per_s": tokens, "of_limit": tokens / limit}
+            others = {}
+            if args.compile and batch_size == 1:
+                step = CompiledStep(model)
+                step.thread.join()
+                others["compiled"] = speed(model, 1, min(args.tokens, block_size - 1), True, step)
+            if args.beside and batch_size == 1:
+                others[args.beside] = llama_cpp_speed(exact, LLAMA_CPP_TYPES[kind], min(args.tokens, block_size - 2))
+            for other, tokens in others.items():
+                rows.append((f"{what}, 1, {other}", "yes", f"{tokens:,.0f}", f"{limit:,.0f}", f"{tokens / limit:.0%}"))
+                results[f"{what}, 1, {other}"] = {"tokens_per_s": tokens, "of_limit": tokens / limit}
     show(f"decoding on {device_name(device)}, {bandwidth / 1e9:.1f} GB/s memory bandwidth", rows, results)
 
 

@@ -96,3 +96,21 @@ class KVCache:
     def advance(self) -> None:
         """The new tokens have passed all layers."""
         self.lengths += self.T
+
+
+class StaticCache(KVCache):
+    """The rows of a cache, for a compiled step of one token: positions are a tensor, no shape ever changes.
+
+    All places take part in every step, those that are empty behind a mask.
+    """
+
+    def __init__(self, cache: KVCache, positions: torch.Tensor) -> None:
+        """positions (B, 1): those of the new tokens; cache.lengths is neither read nor advanced."""
+        self.block_size, self.keys, self.values = cache.block_size, cache.keys, cache.values
+        self.T, self.positions, self.longest, self.is_even = 1, positions, cache.block_size - 1, False
+
+    def begin(self, T: int) -> torch.Tensor:
+        return self.positions
+
+    def advance(self) -> None:
+        """The caller does, in the cache itself."""

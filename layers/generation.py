@@ -1,10 +1,53 @@
-"""Autoregressive generation: predict, draw a token, append it, again; GPT.generate() is its front."""
+"""Autoregressive generation: predict, draw a token, append it, again."""
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
 
+from base.configuration import UserError
 from layers.cache import KVCache
+from layers.sampling import check_sampling, check_token_ids, sample
+
+
+def generate(
+    model: torch.nn.Module,
+    idx: torch.Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop_tokens: tuple[int, ...] = (),
+    seed: int | None = None,
+    use_cache: bool = True,
+    step: Callable[[torch.Tensor, KVCache], torch.Tensor] | None = None,
+) -> Iterator[torch.Tensor]:
+    """Continue token ids (B, T >= 1): yields one (B,) tensor of tokens a step.
+
+    temperature 0 is greedy. A row that drew one of stop_tokens repeats it; generation ends when all rows have.
+    Past the context window: when it is full, the newest three quarters of its tokens are kept, read again from
+    position 0, and generation goes on; of a longer prompt the newest block_size tokens are read, with a warning.
+    step: computes logits (1, vocab_size) from one token (1, 1) and the cache in another way, such as a CompiledStep.
+    """
+    if not model.config.is_causal:
+        raise UserError("generate() needs causal attention; a model with is_causal: false answers by predict()")
+    if idx.dim() != 2 or idx.size(1) == 0:
+        raise UserError("generate() needs a prompt of at least one token, shape (B, T)")
+    check_token_ids(idx.cpu(), model.config.vocab_size)
+    check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    if idx.size(1) > model.config.block_size:
+        warnings.warn(
+            f"the prompt has {idx.size(1)} tokens; the model reads the newest {model.config.block_size}",
+            stacklevel=2,
+        )
+    generator = torch.Generator(device=idx.device)
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    settings = temperature, top_k, top_p, min_p, repetition_penalty
+    draw = lambda logits, context: sample(logits, context, generator, *settings)  # noqa: E731
+    return generate_tokens(model, idx, max_new_tokens, draw, stop_tokens, use_cache, step)
 
 
 @torch.inference_mode()
@@ -15,6 +58,7 @@ def generate_tokens(
     draw: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     stop_tokens: tuple[int, ...] = (),
     use_cache: bool = True,
+    step: Callable[[torch.Tensor, KVCache], torch.Tensor] | None = None,
 ) -> Iterator[torch.Tensor]:
     """Continue token ids (B, T): yields tokens (B,), one step at a time; ends when every row drew one of stop_tokens.
 
@@ -30,8 +74,12 @@ def generate_tokens(
     stop = torch.tensor(stop_tokens, device=idx.device, dtype=torch.long)
     tokens = context[:, -1]
     for _ in range(max_new_tokens):
-        hidden = model.hidden(unread if use_cache else context, cache)
-        drawn = draw(model.lm_head(hidden[:, -1]), context)  # only the last position predicts something new
+        if step is not None and unread.shape == (1, 1):
+            logits = step(unread, cache)
+        else:
+            hidden = model.hidden(unread if use_cache else context, cache)
+            logits = model.lm_head(hidden[:, -1])  # only the last position predicts something new
+        drawn = draw(logits, context)
         tokens = torch.where(stopped, tokens, drawn)
         yield tokens
         stopped |= torch.isin(tokens, stop)

@@ -16,6 +16,7 @@ import torch
 
 from base.configuration import Config, UserError, option
 from base.devices import find_device
+from layers.compiled_step import CompiledStep
 from model import GPT
 from text.tokenizer import SPECIAL_TOKENS, UNKNOWN, Messages, Tokenizer, normalise
 from weights import lora, quantise
@@ -54,6 +55,7 @@ class TextGenerator:
     stop: list[str] = field(default_factory=list)  # texts that end an answer
     adapter: tuple[dict[str, Any], str] | None = None  # the LoRA checkpoint in use, and its path
     weights: str = "float32"  # what the model's matrices are: a key of quantise.KINDS
+    step: CompiledStep | None = None  # a compiled step of one token
 
     def prompt_ids(self, prompt: str, history: Messages = (), max_length: int | None = None) -> list[int]:
         """Token ids (T,) to continue, fewer than max_length (None: the model's window); raises UserError.
@@ -119,6 +121,7 @@ class TextGenerator:
             repetition_penalty=config.repetition_penalty,
             stop_tokens=self.tokenizer.stop_tokens,
             seed=config.seed,
+            step=self.step,
         )
 
         drawn = [] if drawn is None else drawn
@@ -149,6 +152,8 @@ class TextGenerator:
             raise
         finally:
             self.model.eval()
+            if self.step:
+                self.step = CompiledStep(self.model)
 
 
 def unknown_note(tokenizer: Tokenizer, text: str) -> str:
@@ -194,12 +199,18 @@ def load_full_checkpoint(path: str) -> dict[str, Any]:
 
 
 def load_text_generator(
-    path: str, device: str, instruct: bool, stop: list[str] = (), adapter: str = "", weights: str = "float32"
+    path: str,
+    device: str,
+    instruct: bool,
+    stop: list[str] = (),
+    adapter: str = "",
+    weights: str = "float32",
+    compile: bool = False,
 ) -> TextGenerator:
     """Model and tokenizer of a checkpoint on a device, with a LoRA adapter if one is named; raises UserError.
 
     weights: what the matrices are rounded to, one of quantise.KINDS, or "auto" for the fastest; an adapter is merged
-    into them before.
+    into them before. compile: begin to compile the step of a token.
     """
     checkpoint = load_full_checkpoint(path)
     tokenizer = load_checkpoint_tokenizer(checkpoint, path)
@@ -218,4 +229,6 @@ def load_text_generator(
         rounded, kind = quantise.with_weights(merged.eval(), weights)
         if kind != "float32":
             generator.model, generator.weights = rounded, kind
+    if compile:
+        generator.step = CompiledStep(generator.model)
     return generator
