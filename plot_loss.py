@@ -3,6 +3,7 @@
 python plot_loss.py train_20260101_120000.log                   one run; writes train_20260101_120000.png
 python plot_loss.py first.log resumed.log -o curves.png         a resumed run continues its curve; others are compared
 python plot_loss.py -n train_20260101_120000.log --follow       redraws while the training runs (-n may stand before)
+python plot_loss.py --explain train_20260101_120000.log         says what went wrong, and what to change
 """
 
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from base.configuration import Parser, UserError, run_main
-from base.logs import EmptyLog, is_number, is_step, read_log, series, smooth
+from base.logs import EmptyLog, expert_loads, is_number, is_step, read_log, series, smooth
 
 PANELS = (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_s", "tokens/s"))
 
@@ -32,6 +33,7 @@ def join_runs(paths: list[str]) -> dict[str, dict[str, list[dict]]]:
             run = runs[earlier[-1]]
             for kind in ("train", "val"):
                 run[kind] = [record for record in run[kind] if record["step"] <= start] + records[kind]
+            run["header"], run["spike"] = records["header"], run.get("spike", []) + records.get("spike", [])
         else:
             stem = Path(path).stem
             is_unique = [Path(other).stem for other in dict.fromkeys(paths)].count(stem) == 1
@@ -104,18 +106,6 @@ def draw_curve(
     axis.plot(steps, values, color=colour, linewidth=2 if is_noisy else 0.9, label=label)
 
 
-def expert_loads(records: list[dict]) -> list[tuple[int, np.ndarray]]:
-    """Step and shares (layers, experts) of the evaluations that have them, of as many experts as the last of these."""
-    found = []
-    for record in records:
-        layers = record.get("expert_load")
-        layers = layers if isinstance(layers, list) and all(isinstance(layer, list) for layer in layers) else []
-        shares = [share for layer in layers for share in layer]
-        if shares and all(map(is_number, shares)) and len(set(map(len, layers))) == 1:
-            found.append((record["step"], np.array(layers, dtype=float)))
-    return [(step, shares) for step, shares in found if shares.shape == found[-1][1].shape]
-
-
 def draw_expert_load(axis: Any, records: list[dict], colour: str) -> None:
     """The load of every expert of every layer, relative to the mean, at the evaluations that have it."""
     loads = expert_loads(records)
@@ -126,18 +116,31 @@ def draw_expert_load(axis: Any, records: list[dict], colour: str) -> None:
     axis.set(xlabel="step", title="load per expert (1: balanced)", ylim=(0, None))
 
 
+def explain(paths: list[str]) -> None:
+    """Print what every run shows, and what to change."""
+    from training import diagnosis  # imports torch, which takes a second: only here
+
+    for name, run in join_runs(paths).items():
+        for line in (f"{name}: {run['stage']}", *diagnosis.explain(run)):
+            print("".join(c if c.isprintable() else "?" for c in line))  # a stranger's log commands no terminal
+
+
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("logs", nargs="*", metavar="LOG", help="log files")
     parser.add_argument("-n", "--names", nargs="+", default=[], metavar="LOG", help="log files, too")
     parser.add_argument("-o", "--output", help="figure to write [the first log's name with .png]")
     parser.add_argument("--follow", action="store_true", help="redraw whenever a log grows, until Ctrl-C")
+    parser.add_argument("--explain", action="store_true", help="say what the logs show and what to change; no figure")
     parser.add_argument("--log_x", action="store_true", help="logarithmic step axis")
     parser.add_argument("--log_y", action="store_true", help="logarithmic loss axis")
     args, _ = parser.parse()
     names = [*args.logs, *args.names]
     if not names:
         raise UserError("command line: no log is named; `python plot_loss.py -n train_*.log` plots all of this folder")
+    if args.explain:
+        explain(names)
+        return
     output = args.output or str(Path(names[0]).with_suffix(".png"))
     if not output.endswith(".png"):
         raise UserError(f"{output}: the file name must end in .png")

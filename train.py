@@ -11,6 +11,7 @@ train_<time>.log for plot_loss.py. train_ddp.py and train_deepspeed.py run this 
 """
 
 import contextlib
+import dataclasses
 import glob
 import math
 import platform
@@ -37,6 +38,7 @@ from training.engine import Engine
 from training.losses import PER_TOKEN_LOSSES
 from training.run_log import Console, RunLog, StopRequest
 from training.setup import Run, RunConfig, State, build_run, read_configs
+from training.spikes import has_spiked, roll_back
 from weights.checkpointing import SaveError, keep_previous, set_aside
 
 # ------------------------------------------------------------------------------------------------------ the loop
@@ -45,7 +47,6 @@ from weights.checkpointing import SaveError, keep_previous, set_aside
 def train(run: Run, log: RunLog) -> State:
     """THE training loop: batch, loss, backward, step; sometimes evaluate, sometimes save."""
     config, engine, state = run.config, run.engine, run.state
-    deadline = run.began + 60 * config.max_minutes if config.max_minutes else math.inf
     steps = prefetch_steps(run.batches, state.samples, pin_memory=engine.device.type == "cuda")
     evaluated = saved = -1
     skipped_in_a_row = 0
@@ -53,19 +54,20 @@ def train(run: Run, log: RunLog) -> State:
     with StopRequest() as stop, contextlib.closing(steps):
         while not done:
             # This process's micro-batches of the global batch, and how many targets the whole step has. Whether to stop
-            # is summed too: a signal or a clock that one process alone has seen must end the loop on all of them at the
-            # same step, as everything below that saves or evaluates takes all processes.
-            step_began = time.perf_counter()
+            # is summed too, and the main process's clock goes to all: a signal that one process alone has seen must end
+            # the loop on all of them at the same step, as everything below that saves or evaluates takes all processes.
+            step_began, clock = time.perf_counter(), run.seconds()
             micro_batches = next(steps)
+            data_seconds = time.perf_counter() - step_began
             local = sum(batch.count for batch in micro_batches), sum(batch.idx.numel() for batch in micro_batches)
-            count, n_tokens, stopping, late = engine.sum_over_ranks(
-                *local, float(stop.requested), float(step_began > deadline)
+            count, n_tokens, stopping, state.seconds = engine.sum_over_ranks(
+                *local, float(stop.requested), clock if engine.is_main else 0.0
             )
-            if stopping or late:
+            if stopping or state.seconds > run.time_limit:
                 break
 
             # summed losses over the step's count: accumulation, uneven masks and processes add up to the exact mean
-            lr_scale = config.lr_scale(state.step)
+            lr_scale = run.lr_scale()
             loss = torch.zeros((), device=engine.device)
             for i, batch in enumerate(micro_batches, 1):
                 loss += engine.forward_backward(run.loss, batch, count, is_last=i == len(micro_batches))
@@ -80,8 +82,11 @@ def train(run: Run, log: RunLog) -> State:
                 log.message(f"step {state.step + 1:,}: skipped: loss {loss:g}, gradient norm {grad_norm:g}")
             if skipped_in_a_row > config.max_skipped_steps:
                 raise diverged(run, loss, grad_norm)
-            state.step += 1
             state.samples += run.batches.samples_per_step
+            if has_spiked(run, loss if math.isfinite(grad_norm) else math.inf) and go_back(run, log, loss):
+                skipped_in_a_row = 0
+                continue  # from the step of a save, with the data that comes next
+            state.step += 1
             state.tokens += int(n_tokens)
             done = config.max_steps is not None and state.step >= config.max_steps
 
@@ -91,12 +96,13 @@ def train(run: Run, log: RunLog) -> State:
             log.bar.update()
             if state.step % config.log_interval == 0 or done:
                 seconds = time.perf_counter() - step_began
-                log.step(train_record(run, loss, grad_norm, lr_scale, n_tokens / seconds, seconds))
+                log.step(train_record(run, loss, grad_norm, lr_scale, n_tokens, seconds, data_seconds))
             if state.step % config.eval_interval == 0 or done:
                 evaluate_and_save(run, log)
                 evaluated = state.step
                 done = done or bool(limits_reached(config, state))  # early stopping, or good enough
-            if state.step % config.save_interval == 0 and save_or_warn(run, run.last_path, log):
+            is_good = not state.spikes.above  # else a spike may have begun: the save from before is to stay
+            if state.step % config.save_interval == 0 and is_good and save_or_warn(run, run.last_path, log):
                 saved = state.step
         (stopping,) = engine.sum_over_ranks(float(stop.requested))
         if state.step and not stopping and evaluated != state.step:
@@ -124,9 +130,19 @@ def diverged(run: Run, loss: float, grad_norm: float) -> UserError:
     )
 
 
+def go_back(run: Run, log: RunLog, loss: float) -> bool:
+    """After a spike: roll back, if there is a way, and save at once, so that a run that is resumed has done so too."""
+    if not roll_back(run, log, loss):
+        return False
+    save_or_warn(run, run.last_path, log)
+    return True
+
+
 def train_record(
-    run: Run, loss: float, grad_norm: float, lr_scale: float, tokens_per_s: float, seconds: float
+    run: Run, loss: float, grad_norm: float, lr_scale: float, n_tokens: float, seconds: float, data_seconds: float
 ) -> dict[str, Any]:
+    """n_tokens: of this step; seconds: that it took; data_seconds: of these, those spent waiting for the batch."""
+    tokens_per_s = n_tokens / seconds
     flops = tokens_per_s * run.model.flops_per_token()
     return {
         "step": run.state.step,
@@ -134,9 +150,11 @@ def train_record(
         "lr": lr_scale * run.config.learning_rate,
         "grad_norm": grad_norm,
         "tokens": run.state.tokens,
+        "seconds": run.seconds(),
         "skipped_steps": run.state.skipped_steps or None,
         "tokens_per_s": tokens_per_s,
         "ms_per_step": 1000 * seconds,
+        "data_ms": 1000 * data_seconds,
         "gflops": flops / 1e9,
         # model FLOPs utilization (Chowdhery et al. 2022): of what a matrix product alone reaches on this device
         "mfu": flops / run.matmul_flops / run.engine.world_size if run.matmul_flops else None,
@@ -181,6 +199,7 @@ def target_counts(batch: Batch, losses: torch.Tensor) -> torch.Tensor:
 def evaluate_and_save(run: Run, log: RunLog) -> None:
     """Evaluate; write <stage>.pt if the validation loss fell."""
     state, config = run.state, run.config
+    began = time.perf_counter()
     val_loss, standard_error = evaluate(run)
     improved = val_loss < state.best_val_loss  # never true of nan
     state.evals_without_gain = 0 if improved else state.evals_without_gain + 1
@@ -212,6 +231,7 @@ def evaluate_and_save(run: Run, log: RunLog) -> None:
     for metrics in (run.source.metrics, getattr(run.loss, "metrics", dict), getattr(run.batches, "metrics", dict)):
         record |= (measured := metrics())
         line += "".join(f", {n} {v:.2%}" if "accuracy" in n else f", {n} {v:.3f}" for n, v in measured.items())
+    record["eval_seconds"] = time.perf_counter() - began
     if improved and not save_or_warn(run, run.best_path, log):
         improved, state.best_val_loss = False, before  # so that the next good one is saved
         record["best_val_loss"] = before
@@ -289,6 +309,8 @@ def save(run: Run, path: Path, log: RunLog) -> None:
                 "tokens": state.tokens,
                 "evals_without_gain": state.evals_without_gain,
                 "skipped_steps": state.skipped_steps,
+                "seconds": run.seconds(),
+                "spikes": dataclasses.asdict(state.spikes),
             },
             "best_val_loss": float(state.best_val_loss),
         },
@@ -331,6 +353,7 @@ def train_with_log(run: Run, argv: list[str]) -> None:
         "model_config": run.model.config.to_dict(),
         "n_parameters": run.model.parameter_count(),
         "resumed_from_step": run.state.step,
+        "baselines": run.source.baselines if run.source.tokens_per_character else None,
         "environment": {
             "torch": torch.__version__,
             "python": platform.python_version(),

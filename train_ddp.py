@@ -120,6 +120,14 @@ class FSDPEngine(DDPEngine):
         model.load_state_dict(weights)
         return model.to(self.device)
 
+    @torch.no_grad()
+    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, p in self.model.state_dict().items():
+            if name in weights:  # (with LoRA, only the adapter is)
+                full = weights[name].to(p.device)
+                is_shard = isinstance(p, DTensor)
+                p.copy_(distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None) if is_shard else full)
+
     def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
         super().load_state_dict(checkpoint)
         for optimizer in getattr(self.optimizer, "optimizers", [self.optimizer]):

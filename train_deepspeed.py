@@ -47,6 +47,8 @@ class DeepSpeedEngine(DistributedEngine):
     """
 
     def __init__(self, config: Any, path: Path) -> None:
+        if config.on_spike == "rollback":
+            raise UserError("on_spike rollback is not supported on DeepSpeed: use train_ddp.py, or leave it at none")
         if config.device.startswith("cpu"):
             os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would choose the GPU if there is one
         super().__init__(config)

@@ -30,6 +30,9 @@ def read_log(path: str | Path) -> dict[str, list[dict[str, Any]]]:
                     record = json.loads(line)
                     if record["type"] in ("train", "val") and not is_step(record["step"]):
                         raise ValueError("step")
+                    if record["type"] == "spike" and is_step(record.get("back_to")):  # those steps were taken back
+                        for kind in ("train", "val"):
+                            records[kind] = [r for r in records[kind] if r["step"] <= record["back_to"]]
                     records.setdefault(record["type"], []).append(record)
                 except (ValueError, KeyError, TypeError):
                     if line.endswith("\n"):
@@ -57,6 +60,18 @@ def series(records: list[dict[str, Any]], field: str) -> tuple[np.ndarray, np.nd
     """Steps and values (n,) of the records in which the field is a finite number."""
     found = [record for record in records if is_number(record.get(field))]
     return np.array([r["step"] for r in found], dtype=int), np.array([r[field] for r in found], dtype=float)
+
+
+def expert_loads(records: list[dict]) -> list[tuple[int, np.ndarray]]:
+    """Step and shares (layers, experts) of the evaluations that have them, of as many experts as the last of these."""
+    found = []
+    for record in records:
+        layers = record.get("expert_load")
+        layers = layers if isinstance(layers, list) and all(isinstance(layer, list) for layer in layers) else []
+        shares = [share for layer in layers for share in layer]
+        if shares and all(map(is_number, shares)) and len(set(map(len, layers))) == 1:
+            found.append((record["step"], np.array(layers, dtype=float)))
+    return [(step, shares) for step, shares in found if shares.shape == found[-1][1].shape]
 
 
 def smooth(values: np.ndarray, span: int) -> np.ndarray:

@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable, Container
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from conftest import ROOT, default_signals, read_log
 
 from base.configuration import run_main
+from text.batches import TrainBatches
 from training import losses
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for when DeepSpeed is imported
@@ -117,6 +119,19 @@ def break_loss(bad_steps: Container[int]) -> None:
         return value * float("nan") if reduction == "sum" and next(calls) in bad_steps else value
 
     losses.LOSSES["next_token"] = lambda *_: loss
+
+
+def poison_samples(start: int, end: int) -> None:
+    """Make the training samples at these positions random tokens."""
+    sample = TrainBatches.sample
+
+    def poisoned(batches, position):
+        tokens, mask = sample(batches, position)
+        if start <= position < end:
+            tokens = np.random.default_rng(position).integers(6, batches.vocab_size, len(tokens)).astype(tokens.dtype)
+        return tokens, mask
+
+    TrainBatches.sample = poisoned
 
 
 def be_script(

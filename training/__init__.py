@@ -14,5 +14,7 @@ deepspeed_settings  merging DeepSpeed's JSON config with the training config
 deepspeed_launcher  hostfiles and DeepSpeed's launcher
 preflight           checks and summary before the first step
 memory              how much memory training takes
+spikes              loss spikes, and the way back to the last good save
+diagnosis           what a log shows, and what to change
 run_log             log file, progress bar, TensorBoard, Weights & Biases
 """

@@ -54,6 +54,8 @@ def limits_reached(config: TrainConfig, state: Any) -> dict[str, Any]:
     reached: dict[str, Any] = {}
     if config.max_steps and state.step >= config.max_steps:
         reached["max_steps"] = 2 * config.max_steps
+    if config.decay_over == "time" and state.seconds >= 60 * config.max_minutes:
+        reached["max_minutes"] = 2 * config.max_minutes
     if config.patience and state.evals_without_gain >= config.patience:
         reached["patience"] = 2 * config.patience
     if config.target_val_loss is not None and state.best_val_loss <= config.target_val_loss:

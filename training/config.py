@@ -7,7 +7,7 @@ from base.configuration import Config, UserError, option
 from base.devices import DTYPES
 from model import SDP_KERNELS
 from training.losses import COMPARES_POLICIES, FIELDS_OF_LOSSES, LOSSES
-from training.optimizer import OPTIMIZERS, SCHEDULES, schedule
+from training.optimizer import OPTIMIZERS, SCHEDULES, schedule, schedule_over_time
 from training.run_log import SINKS
 from weights.lora import TARGETS
 
@@ -52,7 +52,9 @@ class TrainConfig(Config):
         4, "micro-batches per optimizer step, over all processes", minimum=1, maximum=1 << 20
     )
     max_steps: int | None = option(None, "stop after this many steps in all; null: no limit", minimum=1)
-    max_minutes: float | None = option(None, "stop after this long; null: no limit", above=0.0)
+    max_minutes: float | None = option(
+        None, "stop after this long; with decay_over time, in all, resumed or not; null: no limit", above=0.0
+    )
     patience: int | None = option(
         None, "early stopping: evaluations without improvement before the run ends; null: no limit", minimum=1
     )
@@ -60,12 +62,26 @@ class TrainConfig(Config):
     max_skipped_steps: int = option(
         20, "consecutive steps with a non-finite loss or gradient that are skipped before the run ends", minimum=0
     )
+    on_spike: str = option(
+        "none",
+        "rollback: when the loss jumps and stays up, go back to the last good save, without the data since then",
+        choices=("none", "rollback"),
+    )
+    max_rollbacks: int = option(3, "on_spike rollback: how often at most", minimum=1)
+    rollback_lr_factor: float = option(
+        0.5, "on_spike rollback: the first one multiplies all later learning rates by this", above=0.0, maximum=1.0
+    )
 
     optimizer: str = option("adamw", "optimizer", choices=OPTIMIZERS, section="Optimizer and learning rate")
     learning_rate: float = option(6e-4, "peak learning rate", above=0.0)
     min_lr: float = option(6e-5, "learning rate at the end of the decay", minimum=0.0)
     decay_lr: bool = option(True, "follow lr_schedule; false: constant after the warm-up")
     lr_schedule: str = option("cosine", "shape of the decay", choices=SCHEDULES)
+    decay_over: str = option(
+        "steps",
+        "time: decay with the share of max_minutes that is used, whatever the speed; no two runs are quite the same",
+        choices=("steps", "time"),
+    )
     warmup_iters: int = option(300, "steps of linear warm-up", minimum=0)
     lr_decay_iters: int | None = option(None, "step at which the decay ends; null: max_steps, or 100000", minimum=1)
     weight_decay: float = option(0.1, "weight decay, on matrices only", minimum=0.0)
@@ -168,6 +184,10 @@ class TrainConfig(Config):
                     f"{name} means nothing to loss {self.loss}: --loss {' or '.join(losses)} uses it, "
                     f'--{name} "" leaves it out'
                 )
+        if self.decay_over == "time" and not self.max_minutes:
+            raise UserError("decay_over time: the decay ends when the time does, so say how long: --max_minutes 30")
+        if self.on_spike == "rollback" and self.loss == "grpo":
+            raise UserError("on_spike: the loss of grpo says nothing of how well a run goes: leave it at none")
         if self.sample_tokens and not self.sample_prompt:
             raise UserError("sample_prompt is empty: a sample continues at least one character")
         if self.lr_decay_iters is None:
@@ -193,8 +213,10 @@ class TrainConfig(Config):
         """<stage>_last.pt: the newest checkpoint, to resume from."""
         return Path(self.save_checkpoint_to) / f"{self.name}_last.pt"
 
-    def lr_scale(self, step: int) -> float:
-        """Learning rate at a step (from 0), as a share of the peak."""
+    def lr_scale(self, step: int, seconds: float = 0.0) -> float:
+        """Learning rate at a step (from 0) that begins after so many seconds of training, as a share of the peak."""
         name = self.lr_schedule if self.decay_lr else "constant"
         floor = self.min_lr / self.learning_rate
+        if self.decay_over == "time":
+            return schedule_over_time(name, step, self.warmup_iters, seconds / (60 * self.max_minutes), floor)
         return schedule(name, step, self.warmup_iters, self.lr_decay_iters, floor)

@@ -190,8 +190,12 @@ class Engine:
         elif self.device.type == "mps" and "mps" in states:
             torch.mps.set_rng_state(states["mps"])
 
+    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Replace the weights of the model in training by full (unsharded) ones; with LoRA, those of the adapter."""
+        self.model.load_state_dict(weights, strict=not self.config.use_lora)
+
     def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
-        """Restore optimizer and random states; the weights were loaded when the model was built."""
+        """Restore optimizer and random states; the weights are loaded when the model is built."""
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])

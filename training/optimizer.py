@@ -58,6 +58,15 @@ def schedule(name: str, step: int, warmup_iters: int, lr_decay_iters: int, floor
     return floor + (1 - floor) * SCHEDULES[name](progress)
 
 
+def schedule_over_time(name: str, step: int, warmup_iters: int, share: float, floor: float) -> float:
+    """Likewise, but decaying with the share of the time that is used, 0..1: the decay ends when the time does.
+
+    The lower one of the warm-up's line and the decay's curve: so the rate falls in time although the warm-up is long.
+    """
+    warmup = (step + 1) / (warmup_iters + 1)
+    return min(warmup, floor + (1 - floor) * SCHEDULES[name](min(1.0, share)))
+
+
 # ------------------------------------------------------------------------------------------------------ Muon
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan et al. 2024, kellerjordan.github.io/posts/muon

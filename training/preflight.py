@@ -243,6 +243,11 @@ def fields_without_effect(run: Any) -> list[str]:
         found.append("mask_documents has no effect: it is for running text")
     elif config.mask_documents and not any(has_documents(dataset.file) for dataset in texts):
         found.append(f"mask_documents has no effect: no <|bos|> or <|eos|> delimits documents in {texts[0].file.path}")
+    if config.on_spike == "rollback" and len(datasets) > 1:
+        found.append("on_spike: where the curriculum goes on to its next file, the loss may jump as in a spike")
+    if config.on_spike == "none":
+        fields = ("max_rollbacks", "rollback_lr_factor")
+        found += [f"{name} has no effect without --on_spike rollback" for name in fields if name in changed]
     if config.pack_samples and not any(isinstance(dataset, Samples) for dataset in datasets):
         found.append("pack_samples has no effect: it is for fine-tuning samples")
     return found
@@ -283,11 +288,19 @@ def warnings(run: Any, needed: float, available: float | None) -> list[str]:
     if config.max_steps and run.state.step >= config.max_steps:
         twice = 2 * config.max_steps
         return [*found, f"the run is at step {run.state.step} of {config.max_steps} (max_steps): --max_steps {twice}"]
+    if config.decay_over == "time" and run.state.seconds >= 60 * config.max_minutes:
+        used, limit = run.state.seconds / 60, config.max_minutes
+        return [*found, f"the run has used {used:.3g} of {limit:g} minutes (max_minutes): --max_minutes {2 * limit:g}"]
     if config.max_steps and config.warmup_iters >= config.max_steps:
         found.append(
             f"warmup_iters ({config.warmup_iters}) is not below max_steps ({config.max_steps}): all steps are warm-up"
         )
-    decays = config.decay_lr and config.lr_schedule != "constant"
+    if config.decay_over == "time" and config.max_steps:
+        found.append(
+            f"max_steps ({config.max_steps}) may end the run before its time is over and the learning rate decayed "
+            "(decay_over): --max_steps null"
+        )
+    decays = config.decay_lr and config.lr_schedule != "constant" and config.decay_over == "steps"
     if config.max_steps and decays and config.lr_decay_iters > 1.1 * config.max_steps:
         found.append(
             f"lr_decay_iters ({config.lr_decay_iters}) is above max_steps ({config.max_steps}): the decay is cut off"

@@ -89,6 +89,11 @@ class RunLog:
         self.write({"type": "train", **record})
         self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s", refresh=False)
 
+    def go_back(self, step: int) -> None:
+        """Set the progress bar back."""
+        self.bar.n = step
+        self.bar.refresh()
+
     def message(self, text: str) -> None:
         """Print a line above the progress bar."""
         if self.is_main:

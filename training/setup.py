@@ -23,6 +23,7 @@ from training.config import TrainConfig
 from training.engine import Engine, Loss
 from training.losses import COMPARES_POLICIES, PREFERENCES, make_loss, next_token
 from training.sources import SOURCES
+from training.spikes import Spikes
 from weights import lora
 from weights.checkpointing import best_val_loss_in, find_checkpoint, load_checkpoint_or_previous, load_model
 
@@ -37,6 +38,8 @@ class State:
     best_val_loss: float = math.inf
     evals_without_gain: int = 0
     skipped_steps: int = 0  # those whose loss or gradient was not finite
+    seconds: float = 0.0  # that training has taken in all, by the main process's clock at the beginning of the step
+    spikes: Spikes = field(default_factory=Spikes)
 
 
 @dataclass
@@ -61,6 +64,7 @@ class Run:
     matmul_flops: float | None = None  # the device's measured rate in FLOP/s, for mfu
     stopped: bool = False  # by a signal
     began: float = field(default_factory=time.perf_counter)
+    seconds_before: float = 0.0  # that training had taken when it was resumed
     written: set[Path] = field(default_factory=set)  # checkpoints that this run itself has written
     log_path: Path | None = None
 
@@ -90,6 +94,21 @@ class Run:
         """The newest checkpoint, to resume from: a file, or a folder of every process's shards."""
         last = self.config.last_path
         return last.with_suffix("") if self.engine.writes_shards else last
+
+    def seconds(self) -> float:
+        """How long training has taken in all, evaluations and saves included, by this process's clock."""
+        return self.seconds_before + time.perf_counter() - self.began
+
+    @property
+    def time_limit(self) -> float:
+        """At how many seconds() the run ends."""
+        before = 0.0 if self.config.decay_over == "time" else self.seconds_before
+        return before + 60 * self.config.max_minutes if self.config.max_minutes else math.inf
+
+    def lr_scale(self) -> float:
+        """Learning rate of this step, as a share of the peak: by the schedule, and lowered once the loss has spiked."""
+        factor = self.config.rollback_lr_factor if self.state.spikes.rollbacks else 1.0
+        return factor * self.config.lr_scale(self.state.step, self.state.seconds)
 
     def config_values(self) -> dict[str, Any]:
         """The training config as plain values, with the fields of the data's own config, if it has one."""
@@ -350,7 +369,10 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
         best_val_loss=run.kept_best,
         evals_without_gain=data["evals_without_gain"] if is_measured_alike else 0,
         skipped_steps=data.get("skipped_steps", 0),
+        seconds=data.get("seconds", 0.0),
+        spikes=Spikes(**data.get("spikes", {})),
     )
+    run.seconds_before = run.state.seconds
 
 
 def changed_fields(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
