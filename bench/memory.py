@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import json
 import os
-import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -91,11 +91,12 @@ def measured(options: str) -> dict[str, float]:
 def prepare(data: str | int) -> None:
     """The token files of a run, in this folder."""
     if data == "world":
-        world = runpy.run_path(str(ROOT / "dataset" / "world.py"))
-        sentences, asked, _ = world["make_world"]()
         os.mkdir("dataset")
-        Path("dataset", "pretrain.txt").write_text("\n".join(sentences) + "\n", encoding="utf-8")
-        Path("dataset", "sft.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in asked), encoding="utf-8")
+        for name in ("world.py", "everyday.py"):  # they write beside themselves
+            shutil.copy(ROOT / "dataset" / name, "dataset")
+        subprocess.run([sys.executable, "dataset/world.py"], check=True, capture_output=True)
+        samples = [json.loads(line) for line in Path("dataset", "sft.jsonl").read_text(encoding="utf-8").splitlines()]
+        asked = [sample for sample in samples if "question" in sample]  # others are conversations
         pairs = [{"prompt": p["question"], "chosen": p["answer"], "rejected": p["answer"][::-1] + "."} for p in asked]
         Path("dataset", "dpo.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
         subprocess.run([sys.executable, ROOT / "data.py"], check=True, capture_output=True)

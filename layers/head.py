@@ -8,6 +8,8 @@ With a large vocabulary the logits are by far the largest tensor of a training s
 vocabulary of 50,304 take 3.3 GB in float32, and their gradient as much again. The loss needs them chunk by chunk only.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -60,6 +62,25 @@ def matmul_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+def log_probabilities(
+    hidden: torch.Tensor, weight: torch.Tensor, chunk_size: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """log_softmax(hidden @ weight.T), chunk_size tokens at a time: where in N, (chunk_size, vocab_size), no gradients.
+
+    Every chunk is in the memory of the one before. Allocated anew, each would make a process larger: malloc (glibc's)
+    seldom has room for an aligned block where one of the same size was freed.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)  # a softmax needs more than half precision
+    logits = torch.empty(min(chunk_size, len(hidden)), len(weight), dtype=matmul_dtype(hidden), device=hidden.device)
+    log_p = torch.empty_like(logits, dtype=dtype)
+    hidden, weight = hidden.to(logits.dtype), weight.to(logits.dtype)  # autocast leaves products with out= alone
+    for start in range(0, len(hidden), chunk_size):
+        chunk = slice(start, start + chunk_size)
+        n = len(hidden[chunk])  # the last one may be shorter
+        torch.mm(hidden[chunk], weight.T, out=logits[:n])
+        yield chunk, torch.log_softmax(logits[:n], -1, dtype, out=log_p[:n])
+
+
 @torch.compiler.disable  # traced, the loop would be fixed to one number of tokens
 def losses_by_chunks(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The cross-entropy of every target, (N,), of hidden (N, n_embd).
@@ -67,6 +88,9 @@ def losses_by_chunks(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.
     Without gradients, one chunk of logits exists at a time; with them, autograd keeps the log-probabilities of all.
     """
     chunk_size = max(1, logits_per_chunk(hidden.device) // len(weight))  # in tokens
+    if not torch.is_grad_enabled():
+        chunks = log_probabilities(hidden, weight, chunk_size)
+        return torch.cat([-log_p.gather(1, targets[chunk, None]).squeeze(1) for chunk, log_p in chunks])
     chunks = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
     return torch.cat([F.cross_entropy(F.linear(h, weight).float(), t, reduction="none") for h, t in chunks])
 
@@ -87,22 +111,20 @@ def loss_and_gradients(
     the gradients of hidden and weight are computed with the loss, then the chunk is discarded, as does Liger Kernel
     (Hsu et al. 2024, arXiv:2410.10989). The matrix products stay the same; only memory is saved.
     """
-    dtype = torch.promote_types(hidden.dtype, torch.float32)  # sums and softmax need more than half precision
+    dtype = torch.promote_types(hidden.dtype, torch.float32)  # sums need more than half precision
     total = torch.zeros((), dtype=dtype, device=hidden.device)
     d_hidden = torch.empty_like(hidden) if needs_hidden else None
     d_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
-    for start in range(0, len(hidden), chunk_size):
-        chunk = slice(start, start + chunk_size)
+    product = torch.empty_like(weight, dtype=matmul_dtype(hidden)) if needs_weight else None  # a chunk's share of it
+    for chunk, log_p in log_probabilities(hidden, weight, chunk_size):
         h, target, m = hidden[chunk], targets[chunk, None], mask[chunk, None].to(dtype)  # m: (chunk_size, 1)
-        log_p = (h @ weight.T).to(dtype).log_softmax(-1)  # (chunk_size, vocab_size)
         total -= (log_p.gather(1, target) * m).sum()
         if needs_hidden or needs_weight:  # in place: p - one_hot(target), 0 where the mask is 0
-            d_logits = log_p.exp_().scatter_add_(1, target, torch.full_like(m, -1.0)).mul_(m).to(h.dtype)
+            d_logits = log_p.exp_().scatter_add_(1, target, torch.full_like(m, -1.0)).mul_(m).to(matmul_dtype(h))
         if needs_hidden:
             d_hidden[chunk] = d_logits @ weight
         if needs_weight:
-            d_weight += d_logits.T @ h
-        log_p = d_logits = None  # else they would still be there beside the logits of the next chunk
+            d_weight += torch.mm(d_logits.T, h.to(d_logits.dtype), out=product)
     return total, d_hidden, d_weight
 
 

@@ -8,21 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import asked_by
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from base import devices
+from layers import head
 from training import memory
 from training.engine import Engine
 from training.setup import build_run
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all tensors that were made inside, and notes the peak."""
+    """Counts the bytes of all tensors that were made inside: of those alive, their peak, and of all together."""
 
     def __init__(self):
         super().__init__()
-        self.sizes, self.now, self.peak = {}, 0, 0
+        self.sizes, self.now, self.peak, self.made = {}, 0, 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -30,6 +32,7 @@ class LiveTensors(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.sizes:
                 self.sizes[storage._cdata] = storage.nbytes()
                 self.now += storage.nbytes()
+                self.made += storage.nbytes()
                 weakref.finalize(storage, self.forget, storage._cdata)
         self.peak = max(self.peak, self.now)
         return result
@@ -64,22 +67,65 @@ def texts(work, call):
         assert call("data.py", "text.txt", "--output", folder).status == 0
 
 
+def data_options(folder):
+    """The options of train.py for the token files in a folder."""
+    files = json.dumps([[f"{folder}/pretrain_train.bin", f"{folder}/pretrain_val.bin"]])
+    return "--tokenizer_path", f"{folder}/tokenizer.json", "--dataset_path", files
+
+
+def train_two_steps(run):
+    """Two steps of a run; the second has the optimizer's states too."""
+    for step in range(2):
+        micro_batches = run.batches.at(step)
+        for i, batch in enumerate(micro_batches, 1):
+            run.engine.forward_backward(run.loss, batch, batch.count, is_last=i == len(micro_batches))
+        run.engine.step(0.1)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_estimate_is_what_the_tensors_of_a_step_take(texts, monkeypatch, name):
-    """Without the allocator's share; the second step has the optimizer's states too."""
+    """Without the allocator's share."""
     monkeypatch.setattr(memory, "CPU_ALLOCATOR", 1.0)
-    folder = "large" if "vocabulary" in name else "dataset"
-    data = ["--tokenizer_path", f"{folder}/tokenizer.json", "--dataset_path"]
-    data.append(json.dumps([[f"{folder}/pretrain_train.bin", f"{folder}/pretrain_val.bin"]]))
+    data = data_options("large" if "vocabulary" in name else "dataset")
     asked = asked_by(*SHAPE, "--batch_size", "16", "--device", "cpu", *OPTIONS[name], *data)
     with LiveTensors() as tensors:
         run = build_run(asked, Engine(asked.training))
-        for step in range(2):
-            micro_batches = run.batches.at(step)
-            for i, batch in enumerate(micro_batches, 1):
-                run.engine.forward_backward(run.loss, batch, batch.count, is_last=i == len(micro_batches))
-            run.engine.step(0.1)
+        train_two_steps(run)
     assert memory.memory_estimate(run, asked.training.batch_size) == pytest.approx(tensors.peak, rel=0.08)
+
+
+def test_the_estimate_counts_the_gradients_that_ddp_keeps(texts, monkeypatch):
+    """Its buckets (one process has them, too) are there in the forward pass, where other engines have no gradients."""
+    monkeypatch.setattr(memory, "CPU_ALLOCATOR", 1.0)
+    options = "--optimizer", "adamw", "--n_embd", "256", "--batch_size", "8", "--device", "cpu"
+    asked = asked_by(*SHAPE, *options, *data_options("dataset"))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with LiveTensors() as tensors:
+            run = build_run(asked, Engine(asked.training))
+            run.engine.network = DistributedDataParallel(run.engine.model, gradient_as_bucket_view=True)
+            train_two_steps(run)
+    finally:
+        torch.distributed.destroy_process_group()
+    estimate = memory.memory_estimate(run, asked.training.batch_size)
+    assert estimate == pytest.approx(tensors.peak, rel=0.05)
+    run.engine.network = run.engine.model
+    assert memory.memory_estimate(run, asked.training.batch_size) < 0.95 * tensors.peak
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_the_loss_makes_no_tensor_of_logits_per_chunk(monkeypatch, reduction):
+    """All chunks share one memory: freed blocks of that size are seldom of use again to the allocator."""
+    chunk, vocab_size = 64, 128
+    monkeypatch.setattr(head, "logits_per_chunk", lambda device: chunk * vocab_size)
+    layer, made = head.Head(8, vocab_size), []
+    for n_chunks in (2, 10):
+        hidden, targets = torch.randn(1, n_chunks * chunk, 8), torch.zeros(1, n_chunks * chunk, dtype=torch.long)
+        with LiveTensors() as tensors, torch.set_grad_enabled(reduction == "sum"):
+            layer(hidden.requires_grad_(reduction == "sum"), targets, reduction=reduction)
+        made.append(tensors.made)
+    assert made[0] > 4 * chunk * vocab_size  # those of the first chunk are counted
+    assert made[1] - made[0] < 8 * 4 * chunk * vocab_size / 2
 
 
 def test_available_memory_is_what_a_container_leaves(tmp_path, monkeypatch):

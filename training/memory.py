@@ -15,6 +15,7 @@ import math
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from layers.head import logits_per_chunk
 from model import GPT, ModelConfig
@@ -31,7 +32,8 @@ def memory_estimate(run: Any, batch_size: int) -> float:
     weights = 4 * run.model.parameter_count() + frozen_weights(run)  # float32, also under autocast
     gradients = 4 * trainable_count(run.model)
     is_accumulated = run.config.gradient_accumulation_steps > run.engine.world_size
-    earlier = gradients if is_accumulated else 0  # those of the step's micro-batches before
+    has_buckets = isinstance(run.engine.network, DistributedDataParallel)  # whose gradients are never freed
+    earlier = gradients if is_accumulated or has_buckets else 0  # those of the micro-batches, or the step, before
 
     kept = activations(run, rows, length)
     loss, loss_backward = output_layer(run, rows * length)
@@ -159,8 +161,10 @@ def output_layer(run: Any, tokens: int) -> tuple[float, float]:
     chunk = min(logits, logits_per_chunk(engine.device))
     half = chunk * size if size < 4 else 0  # the product in half precision, before the softmax's float32
     if name == "next_token":  # in chunks, with the gradients of hidden and weight computed in the forward pass
-        softmax, gradient = half + 2 * 4 * chunk, half + 4 * chunk + d_weight
-        return 3 * hidden + d_weight + max(softmax, gradient), 4 * hidden + 2 * d_weight
+        in_turn = chunk * (size + 4) + d_weight * size / 4  # logits and log-probabilities; a chunk's share of d_weight
+        if half:  # the gradient of the logits, and copies of hidden and weight
+            in_turn += half + size * (tokens + config.vocab_size) * config.n_embd
+        return 3 * hidden + d_weight + in_turn, 4 * hidden + 2 * d_weight
     kept = 4 * logits  # the log-probabilities of all targets: their gradient is not known yet
     return 2 * hidden + kept + half + 4 * chunk, 3 * hidden + kept + half + 2 * 4 * chunk + 2 * d_weight
 
