@@ -29,7 +29,7 @@ from tqdm import tqdm
 from base.configuration import Parser, UserError, escape_control_characters, escape_for, run_main
 from base.devices import find_device
 from base.files import atomic_write
-from base.logs import group_by_config, series
+from base.logs import group_by_config, seed_of, series
 from data import check_fields_seen
 from evaluation import choices
 from evaluation.copied import describe_copied
@@ -60,7 +60,6 @@ def tell(message: str) -> None:
 
 def find_files(args: Namespace) -> list[Source]:
     """The raw files of a command line, read as data.py reads them; raises UserError if they are for something else."""
-    check_encoding(args.encoding)
     paths = args.text or [args.questions]
     try:
         sources, left_out = find_sources(paths, args.encoding, parse_fields(args.fields), bool(args.plain_text))
@@ -102,7 +101,7 @@ def load_contestants(args: Namespace) -> list[Contestant]:
         for scaling in dict.fromkeys([own.get("rope_scaling", "none"), *args.scaling]):
             total = own.get("rope_factor", 1.0) * args.factor  # over the window that the frequencies were trained with
             window = math.floor(own["block_size"] * args.factor)
-            changes = {"block_size": window, "rope_factor": total, "rope_scaling": scaling} if window else {}
+            changes = {"block_size": window, "rope_factor": total, "rope_scaling": scaling}
             model = load_model(checkpoint, path, **changes).to(find_device(args.device))
             if args.lora:
                 lora.load_adapter(load_checkpoint(args.lora), model, args.lora)
@@ -216,21 +215,19 @@ def evaluate_questions(args: Namespace) -> None:
     if not turns:
         raise UserError(f"{args.questions}: no questions in it")
     training = find_sources([args.copied], args.encoding, parse_fields(args.fields))[0] if args.copied else []
-    answers: dict[str, list[Answer]] = {}
+    generators = {path: load_text_generator(path, args.device, True, adapter=args.lora) for path in args.model}
+    answers: dict[str, list[Answer]] = {path: [] for path in args.model}
     try:
-        for path in args.model:
-            generator = load_text_generator(path, args.device, True, adapter=args.lora)
+        for path, generator in generators.items():
             tell_unknown(generator.tokenizer, turns)
-            answers[path] = []
             ask_all(generator, turns, answers[path], args.show)
     except KeyboardInterrupt:
-        if any(answers.values()):
-            last = list(answers)[-1]
-            share = share_of([answer.is_exact for answer in answers[last]])
-            print(f"stopped after {len(answers[last])} of {len(turns)} questions: {share[0]} right ({share[1]})")
+        if asked := [given for given in answers.values() if given]:
+            share = share_of([answer.is_exact for answer in asked[-1]])
+            print(f"stopped after {len(asked[-1])} of {len(turns)} questions: {share[0]} right ({share[1]})")
         raise
-    finally:
-        if args.out:
+    finally:  # what was asked is kept, whatever ended it
+        if args.out and any(answers.values()):
             write_records(args.out, [answer.describe(path) for path in answers for answer in answers[path]])
     for path, given in answers.items():
         if len(args.model) > 1:
@@ -291,9 +288,8 @@ def compare_answers(paths: list[str], answers: dict[str, list[Answer]]) -> None:
 def write_records(path: str, records: list[dict[str, Any]]) -> None:
     """Write JSON lines, whole or not at all."""
     with atomic_write(path) as file:
-        file.write(
-            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode("utf-8", "replace")
-        )
+        for record in records:
+            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
 
 
 # ------------------------------------------------------------------------------------------------------ choices
@@ -304,9 +300,9 @@ def evaluate_choices(args: Namespace) -> None:
     examples = {}
     if args.shots:
         examples = choices.examples_for(questions, choices.read_choices(args.dev, args.encoding), args.shots)
+    generators = {path: load_text_generator(path, args.device, True, adapter=args.lora) for path in args.model}
     results, records = [], []
-    for path in args.model:
-        generator = load_text_generator(path, args.device, True, adapter=args.lora)
+    for path, generator in generators.items():
         texts = (question.ask(by_letter=True) for question in questions)
         if note := unknown_note(generator.tokenizer, "".join(texts)):
             tell(f"in the questions: {note}")
@@ -338,14 +334,12 @@ def evaluate_runs(args: Namespace) -> None:
         raise UserError(f"{args.runs[0]}: no validation loss in it yet")
     headers = {name: run["header"][0] if run["header"] else {} for name, run in runs.items()}
     for number, group in enumerate(group_by_config(headers)):
-        seeds = [(headers[name].get("train_config") or {}).get("random_seed") for name in group]
-        losses = np.array(
-            [series(runs[name]["val"], "val_loss")[1][[-1, 0]] for name in group]
-        )  # (runs, last and best)
-        losses[:, 1] = [series(runs[name]["val"], "val_loss")[1].min() for name in group]
+        seeds = [str(seed_of(headers[name])) for name in group]
+        curves = [series(runs[name]["val"], "val_loss")[1] for name in group]
+        losses = np.array([(curve[-1], curve.min()) for curve in curves])  # (runs, last and best)
         rows = [("run", "seed", "steps", "last val loss", "best val loss")]
         for name, seed, values in zip(group, seeds, losses, strict=True):
-            rows.append((name, str(seed), str(runs[name]["train"][-1]["step"]), *(f"{value:.4f}" for value in values)))
+            rows.append((name, seed, str(runs[name]["train"][-1]["step"]), *(f"{value:.4f}" for value in values)))
         if len(group) > 1:
             summaries = [mean_interval(column) for column in losses.T]
             rows.append(("mean", "", "", *(f"{mean:.4f}" for mean, _, _ in summaries)))
@@ -371,9 +365,7 @@ def make_parser() -> Parser:
     parser.add_argument("-m", "--model", nargs="+", metavar="FILE", help="checkpoints; further ones against the first")
     parser.add_argument("--lora", metavar="FILE", help="evaluate the model with this adapter")
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
-    parser.add_argument(
-        "--fields", metavar="OURS=NAME", nargs="+", default=[], help="other names of fields: question=Q"
-    )
+    parser.add_argument("--fields", metavar="OURS=NAME", nargs="+", help="other names of fields: question=Q")
     parser.add_argument("--encoding", metavar="NAME", default="utf-8", help="of the file: gbk, utf-16 [utf-8]")
     parser.add_argument("--out", metavar="FILE", help="write every answer as a line of JSON")
     group = parser.add_argument_group("Perplexity")
@@ -396,52 +388,58 @@ def make_parser() -> Parser:
     return parser
 
 
-# what is evaluated -> the default checkpoint, and the options that have a meaning, with their defaults
-MODES: dict[str, tuple[str, dict[str, Any]]] = {
-    "text": (
-        "checkpoint/pretrain.pt",
-        {
-            "output": None,
-            "stride": None,
-            "factor": 1.0,
-            "scaling": [],
-            "windows": None,
-            "plain_text": False,
-            "lora": "",
-        },
+class Mode(NamedTuple):
+    """What can be evaluated: how it is asked for, the default checkpoint, the options it takes with their defaults."""
+
+    name: str
+    checkpoint: str
+    options: dict[str, Any]
+
+
+OF_TEXT = {"output": None, "stride": None, "factor": 1.0, "scaling": [], "windows": None, "plain_text": False}
+MODES = {
+    "text": Mode("a text", "checkpoint/pretrain.pt", OF_TEXT | {"lora": "", "fields": []}),
+    "questions": Mode(
+        "--questions FILE",
+        "checkpoint/sft.pt",
+        {"limit": None, "show": 5, "copied": None, "out": None, "lora": "", "fields": []},
     ),
-    "questions": ("checkpoint/sft.pt", {"limit": None, "show": 5, "copied": None, "out": None, "lora": ""}),
-    "choices": (
+    "choices": Mode(
+        "--choices FILE",
         "checkpoint/pretrain.pt",
         {"limit": None, "shots": 0, "dev": None, "chat": False, "out": None, "lora": ""},
     ),
-    "runs": ("", {}),
+    "runs": Mode("--runs LOG", "", {}),
 }
-NAMES = {"text": "a text", "questions": "--questions FILE", "choices": "--choices FILE", "runs": "--runs LOG"}
 
 
 def check_arguments(args: Namespace) -> str:
     """What is to be evaluated; puts defaults where nothing was given. Raises UserError, also for what has no effect."""
-    given = [mode for mode in MODES if getattr(args, mode)]
-    if len(given) != 1:
-        what = "one of them at a time" if given else "name"
-        end = "; texts stand before -m" if args.model and len(args.model) > 1 else ""
-        raise UserError(f"command line: {what}: a text, or {', '.join(list(NAMES.values())[1:])}{end}")
-    (mode,) = given
-    checkpoint, own = MODES[mode]
-    for name in dict.fromkeys(name for _, options in MODES.values() for name in options):
-        if name not in own and getattr(args, name) is not None:
-            takers = [NAMES[other] for other, (_, options) in MODES.items() if name in options]
-            raise UserError(f"command line: --{name} is for {' or '.join(takers)}")
-        if name in own and getattr(args, name) is None:
-            setattr(args, name, own[name])
-    if args.model and not checkpoint:
+    check_encoding(args.encoding)
+    asked_for = [key for key in MODES if getattr(args, key)]
+    if len(asked_for) != 1:
+        what = "one of them at a time" if asked_for else "name"
+        hint = "; texts stand before -m" if args.model and len(args.model) > 1 else ""
+        raise UserError(f"command line: {what}: {', or '.join(mode.name for mode in MODES.values())}{hint}")
+    mode = MODES[asked_for[0]]
+    for name in dict.fromkeys(name for other in MODES.values() for name in other.options):
+        if name not in mode.options and getattr(args, name) is not None:
+            takers = " or ".join(other.name for other in MODES.values() if name in other.options)
+            raise UserError(f"command line: --{name} is for {takers}")
+        if name in mode.options and getattr(args, name) is None:
+            setattr(args, name, mode.options[name])
+    if args.model and not mode.checkpoint:
         raise UserError("command line: --model is for a text, questions or choices")
-    args.model = args.model or [checkpoint]
+    args.model = args.model or [mode.checkpoint]
     if len(set(args.model)) < len(args.model):
         raise UserError(f"command line: {args.model[0]} against itself: name different checkpoints")
-    {"text": check_text, "questions": check_asking, "choices": check_asking, "runs": lambda args: None}[mode](args)
-    return mode
+    if len(args.model) > 1 and args.lora:
+        raise UserError("command line: --lora is for a single model")
+    if args.text:
+        check_text(args)
+    elif not args.runs:
+        check_asking(args)
+    return asked_for[0]
 
 
 def check_text(args: Namespace) -> None:
@@ -452,8 +450,8 @@ def check_text(args: Namespace) -> None:
         raise UserError("command line: --factor must be between 1 and 1024, --windows at least 1")
     if args.stride is not None and args.stride < 1:
         raise UserError(f"command line: --stride must be at least 1, got {args.stride}")
-    if len(args.model) > 1 and (args.factor > 1 or args.scaling or args.lora):
-        raise UserError("command line: --factor, --scaling and --lora are for a single model")
+    if len(args.model) > 1 and (args.factor > 1 or args.scaling):
+        raise UserError("command line: --factor and --scaling are for a single model")
     if not args.output.endswith(".png") or not Path(args.output).parent.is_dir():
         raise UserError(f"{args.output}: must be a picture's name (.png) in a folder that exists")
 
@@ -467,8 +465,6 @@ def check_asking(args: Namespace) -> None:
         raise UserError("command line: --shots N (at least 1) and --dev FOLDER go together")
     if args.out and not Path(args.out).parent.is_dir():
         raise UserError(f"{args.out}: no such folder")
-    if len(args.model) > 1 and args.lora:
-        raise UserError("command line: --lora is for a single model")
 
 
 EVALUATE = {"text": evaluate_text, "questions": evaluate_questions, "choices": evaluate_choices, "runs": evaluate_runs}

@@ -58,6 +58,12 @@ def group_by_config(headers: dict[str, dict[str, Any]]) -> list[list[str]]:
     return list(groups.values())
 
 
+def seed_of(header: dict[str, Any]) -> Any:
+    """The random seed of a run; None where its header names none."""
+    config = header.get("train_config")
+    return config.get("random_seed") if isinstance(config, dict) else None
+
+
 def is_number(value: Any) -> bool:
     """Whether a value of a record is a finite number: null stands for others, and other programs write Infinity."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_NUMBER

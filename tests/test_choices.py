@@ -144,7 +144,7 @@ def test_a_judgement_is_that_of_a_naive_loop_over_the_whole_prompt(is_chat):
     generator = TextGenerator(model, TOKENIZER, torch.device("cpu"), True)
     question = choices.Choice("f", "line 1", "the_law", "one", ["two", "three", "b", "four"], 1)
     shot = choices.Choice("g", "line 1", "the_law", "five", ["six", "seven"], 0)
-    letters, answers, n_cut = choices.judge(generator, [question], {"the_law": [shot]}, is_chat)
+    letters, answers, n_cut = choices.judge(generator, [question], {"art": [question], "the_law": [shot]}, is_chat)
     listed = "one\nA. two\nB. three\nC. b\nD. four\nAnswer:"
     heading = "Multiple choice about the law."
     if is_chat:

@@ -188,7 +188,9 @@ def test_pieces_are_found_wherever_the_training_text_is_cut(work, monkeypatch):
     starts = rng.integers(0, 2900, 40).tolist()
     answers = [text[i : i + 50] for i in starts] + [text[i : i + 30] + "#" + text[i : i + 30] for i in starts]
     answers += [make_text(80, seed=7), "short", "", text[-10:] + text[::-1][:30]]
-    for name, parts in (("t.txt", [text, text[::-1]]), ("t.jsonl", [text[i : i + 37] for i in range(0, 3000, 37)])):
+    cut = [text[i : i + 37] for i in range(0, 3000, 37)]
+    write_jsonl(work / "cut.jsonl", [{"text": part} for part in cut])  # neighbours, of which none goes on
+    for name, parts in (("t.txt", [text, text[::-1]]), ("t.jsonl", cut), ("cut.jsonl", cut)):
         found = copied(answers, find_sources([name])[0])
         for said, (n_found, n) in zip(answers, found.tolist(), strict=True):
             pieces = [said[i : i + 20] for i in range(len(said) - 19)]
@@ -602,6 +604,8 @@ def test_a_model_reads_beyond_its_window(prepared, call):
         ("-m", "a.pt", "new.txt"): "texts stand before -m",
         ("new.txt", "-m", "a.pt", "a.pt"): "against itself",
         ("new.txt", "-m", "a.pt", "b.pt", "--factor", "2"): "are for a single model",
+        ("new.txt", "-m", "a.pt", "b.pt", "--lora", "c.pt"): "--lora is for a single model",
+        ("--choices", "new.txt", "--fields", "question=Q"): "--fields is for a text or --questions FILE",
     }
     for argv, words in refusals.items():
         result = call("evaluate.py", *argv)
