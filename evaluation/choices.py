@@ -82,12 +82,12 @@ def read_choices(path: str, encoding: str = "utf-8", limit: int | None = None) -
         raise UserError(f"{path or repr(path)}: no such file")
     files = [place]
     if place.is_dir():
-        files = [file for file in sorted(place.iterdir()) if suffix_of(Source(file)) in SUFFIXES and file.is_file()]
-        inside = ", ".join(sorted(file.name for file in place.iterdir() if file.is_dir())[:5])
+        inside = [file for file in sorted(place.iterdir()) if not file.name.startswith(".")]
+        files = [file for file in inside if file.is_file() and suffix_of(Source(file)) in SUFFIXES]
         if not files:
-            raise UserError(
-                f"{path}: no .csv or .jsonl files in it" + (f"; name one of its folders: {inside}" * bool(inside))
-            )
+            folders = ", ".join(file.name for file in inside if file.is_dir())
+            advice = f"; name one of its folders: {folders[:200]}" if folders else ""
+            raise UserError(f"{path}: no .csv or .jsonl files in it{advice}")
     read = (itertools.islice(read_file(Source(file, encoding=encoding)), limit) for file in files)
     questions = list(itertools.chain.from_iterable(read))
     if not questions:
@@ -321,6 +321,6 @@ def log_likelihoods(model: GPT, pairs: list[Pair]) -> np.ndarray:
     found = []
     for tokens, (_, reply) in zip(read, pairs, strict=True):
         last = hidden[rows[tokens], len(tokens) - len(reply) : len(tokens)]  # (len(reply), n_embd)
-        log_p = model.lm_head(last).double().log_softmax(-1)  # (len(reply), vocab_size)
+        log_p = model.lm_head(last).float().log_softmax(-1)  # (len(reply), vocab_size)
         found.append(log_p[range(len(reply)), reply].sum().item())
     return np.array(found)

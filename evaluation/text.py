@@ -75,7 +75,7 @@ def losses_of(model: GPT, ids: np.ndarray, starts: np.ndarray, length: int, batc
         windows = torch.from_numpy(rows.astype(np.int64)).to(device)  # (B, length + 1)
         idx, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
         _, losses = model(idx, targets, reduction="none", with_logits=False)  # (B, length)
-        yield from losses.double().cpu().numpy()
+        yield from losses.cpu().double().numpy()
 
 
 def judge_windows(
