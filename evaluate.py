@@ -1,15 +1,18 @@
-"""How good is a model? Its perplexity on a text, position by position, or the share of questions it answers exactly.
+"""How good is a model, and is B better than A? On a text, on questions, on multiple choice.
 
-python evaluate.py book.txt -m checkpoint/pretrain.pt                                 within the trained window
-python evaluate.py book.txt -m checkpoint/pretrain.pt --factor 4                      four times as far, unscaled
-python evaluate.py book.txt -m checkpoint/pretrain.pt --factor 4 --scaling yarn ntk   and by rope_scaling: in columns
+python evaluate.py book.txt -m checkpoint/pretrain.pt                                 loss and perplexity on a text
+python evaluate.py book.txt -m checkpoint/pretrain.pt --stride 64                     every token, each with context
+python evaluate.py book.txt -m checkpoint/pretrain.pt --factor 4 --scaling yarn ntk   beyond the trained window
+python evaluate.py book.txt -m a.pt b.pt                                              is b better than a?
 python evaluate.py --questions dataset/held_out.jsonl -m checkpoint/sft.pt            exact match of greedy answers
+python evaluate.py --questions dataset/held_out.jsonl -m checkpoint/sft.pt --copied dataset/pretrain.txt
+python evaluate.py --choices ceval/val --shots 5 --dev ceval/dev -m checkpoint/pretrain.pt
+python evaluate.py --runs train_*.log                                                 runs that differ by their seed
 
 Files are read as by data.py: text, JSON, CSV, Parquet, compressed or not.
 Perplexity by position shows whether a long context helps, and how far a model reads; a picture goes to perplexity.png.
 """
 
-import contextlib
 import json
 import math
 import re
@@ -18,26 +21,28 @@ import sys
 import warnings
 from argparse import Namespace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from base.configuration import Parser, UserError, escape_control_characters, escape_for, run_main
 from base.devices import find_device
+from base.files import atomic_write
+from base.logs import group_by_config, seed_of, series
 from data import check_fields_seen
+from evaluation import choices
+from evaluation.copied import describe_copied
+from evaluation.questions import Answer, Turn, ask, turns_of
+from evaluation.statistics import compare, mean_interval, verdict
+from evaluation.text import Units, judge_pieces, judge_windows, read_ids
 from layers.rope import ROPE_SCALING
 from model import GPT
-from serving.text_generator import (
-    GenerationConfig,
-    TextGenerator,
-    load_full_checkpoint,
-    load_text_generator,
-    unknown_note,
-)
-from text.corpus import BadLines, documents, find_sources, read_conversations
+from plot_loss import join_runs
+from serving.text_generator import TextGenerator, load_full_checkpoint, load_text_generator, unknown_note
+from text.corpus import find_sources, read_conversations
 from text.formats import Source, check_encoding, parse_fields, printable_name
-from text.tokenizer import Messages, Tokenizer, normalise, remove_special_tokens
+from text.tokenizer import Tokenizer, normalise
 from training.run_log import print_table
 from weights import lora
 from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
@@ -50,15 +55,14 @@ def tell(message: str) -> None:
     tqdm.write(escape_control_characters(message), file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------------------------ a text
 
 
 def find_files(args: Namespace) -> list[Source]:
     """The raw files of a command line, read as data.py reads them; raises UserError if they are for something else."""
-    check_encoding(args.encoding)
-    path = args.text or args.questions
+    paths = args.text or [args.questions]
     try:
-        sources, left_out = find_sources([path], args.encoding, parse_fields(args.fields), bool(args.plain_text))
+        sources, left_out = find_sources(paths, args.encoding, parse_fields(args.fields), bool(args.plain_text))
     except UserError as error:
         if args.text:
             raise
@@ -78,130 +82,111 @@ def find_files(args: Namespace) -> list[Source]:
     return sources
 
 
-def read_ids(sources: list[Source], tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
-    """Token ids (T,) of texts, as data.py encodes them, and their characters."""
-    pieces = [piece for source in sources for piece in documents(source, BadLines(0))]
-    delimit = sum(ends for _, _, ends in pieces) > 1  # a text alone has no neighbours to be delimited from
-    parts = [np.empty(0, tokenizer.dtype)]
-    for text, begins, ends in pieces:
-        parts.append(tokenizer.delimit([tokenizer.encode(text, special=True)], delimit and begins, delimit and ends))
-    ids = np.concatenate(parts)
-    return ids, remove_special_tokens("".join(text for text, _, _ in pieces))
+class Contestant(NamedTuple):
+    """A model to judge. label: what its figures are named by, ", yarn" or ", a.pt"; empty where there is but one."""
+
+    label: str
+    model: GPT
+    tokenizer: Tokenizer
 
 
-# ------------------------------------------------------------------------------------------------------ questions
+def load_contestants(args: Namespace) -> list[Contestant]:
+    """The models of a command line on their device: several, or one with each kind of RoPE scaling, its own first."""
+    found = []
+    for path in args.model:
+        checkpoint = load_full_checkpoint(path)
+        own, tokenizer = checkpoint["model_config"], load_checkpoint_tokenizer(checkpoint, path)
+        if args.factor > 1 and not own.get("use_rope", True):
+            raise UserError(f"{path}: learned positions end at {own['block_size']}: --factor needs RoPE")
+        for scaling in dict.fromkeys([own.get("rope_scaling", "none"), *args.scaling]):
+            total = own.get("rope_factor", 1.0) * args.factor  # over the window that the frequencies were trained with
+            window = math.floor(own["block_size"] * args.factor)
+            changes = {"block_size": window, "rope_factor": total, "rope_scaling": scaling}
+            model = load_model(checkpoint, path, **changes).to(find_device(args.device))
+            if args.lora:
+                lora.load_adapter(load_checkpoint(args.lora), model, args.lora)
+            if not model.config.is_causal:
+                raise UserError(f"{path}: with full attention there is no next token to predict")
+            label = f", {path}" if len(args.model) > 1 else "" if scaling == "none" else f", {scaling}"
+            found.append(Contestant(label, model.eval(), tokenizer))
+    return found
 
 
-def tell_unknown(tokenizer: Tokenizer, asked: list[tuple[str, Messages]]) -> None:
-    """Name the characters of the questions that are not in the vocabulary, count the answers that have any."""
-    if note := unknown_note(tokenizer, "".join(m["content"] for _, messages in asked for m in messages[:-1])):
-        tell(f"in the questions: {note}")
-    expected = [normalise(messages[-1]["content"]) for _, messages in asked]
-    if n := sum(bool(tokenizer.unknown_characters(text)) for text in expected):
-        tell(f"expected answers with characters that are not in the vocabulary, so that none can match: {n}")
+def read_text(args: Namespace, contestants: list[Contestant]) -> tuple[list[np.ndarray], str]:
+    """The text as ids (T,) of each contestant's tokenizer, and its characters; raises UserError for a short one."""
+    sources = find_files(args)
+    file, read = sources[0].given, {}
+    for label, model, tokenizer in contestants:
+        key, window = tokenizer.fingerprint(), model.config.block_size
+        if key not in read:
+            ids, characters = read[key] = read_ids(sources, tokenizer)
+            if note := unknown_note(tokenizer, characters):
+                share = f"{100 * np.mean(ids == tokenizer.unknown):.1f}% of {file}{label}"
+                tell(f"warning: {share}: {note}; the perplexity counts all of these as one token")
+        n = len(read[key][0])
+        if n < 2 or (n <= window and args.factor > 1):
+            raise UserError(f"{file}: {n} tokens do not fill a window of {window}")
+        if n <= window:
+            tell(f"{file}{label}: {n} tokens, of a window of {window}: only the first {n - 1} positions are judged")
+    return [read[tokenizer.fingerprint()][0] for _, _, tokenizer in contestants], next(iter(read.values()))[1]
 
 
-def exact_match(generator: TextGenerator, asked: list[tuple[str, Messages]], n_shown: int) -> list[bool]:
-    """Whether each greedy answer is the expected one; prints the first n_shown that are not. Ctrl-C ends it early.
-
-    Of a conversation the last answer is asked for, after the turns before it. A question too long for the model is
-    named, and its answer wrong.
-    """
-    config = GenerationConfig(temperature=0.0)
-    is_right = []
-    with contextlib.suppress(KeyboardInterrupt):
-        bar = tqdm(asked, desc="asking", unit="question", delay=1, leave=False, dynamic_ncols=True, disable=None)
-        for where, messages in bar:
-            *history, question, expected = messages
-            try:
-                answer = "".join(generator.answer(question["content"], config, history))
-            except UserError as error:
-                tell(f"{where}: wrong, not answered: {error}")
-                is_right.append(False)
-                continue
-            is_right.append(answer.strip() == normalise(expected["content"]).strip())
-            if not is_right[-1] and n_shown:
-                n_shown -= 1
-                texts = question["content"], answer, expected["content"]
-                asked_for, said, right = (json.dumps(text, ensure_ascii=False) for text in texts)
-                tqdm.write(escape_for(sys.stdout, f"wrong: {asked_for} -> {said}, expected {right}"))
-    return is_right
-
-
-# ------------------------------------------------------------------------------------------------------ perplexity
-
-
-@torch.inference_mode()
-def loss_by_position(model: GPT, ids: np.ndarray, n_windows: int, batch_size: int = 8) -> np.ndarray:
-    """Mean cross-entropy in nats at every position of a window (block_size,), over windows spread over the text."""
-    device = next(model.parameters()).device
-    length = model.config.block_size + 1
-    starts = np.linspace(0, len(ids) - length, min(n_windows, len(ids) // length)).astype(int)
-    total = torch.zeros(length - 1, dtype=torch.float64)
-    for first in range(0, len(starts), batch_size):
-        rows = np.stack([ids[start : start + length] for start in starts[first : first + batch_size]]).astype(np.int64)
-        windows = torch.from_numpy(rows).to(device)  # (B, block_size + 1)
-        idx, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-        _, losses = model(idx, targets, reduction="none", with_logits=False)
-        total += losses.double().sum(0).cpu()
-    return (total / len(starts)).numpy()
+def evaluate_text(args: Namespace) -> None:
+    contestants = load_contestants(args)
+    ids, characters = read_text(args, contestants)
+    sizes = [model.config.block_size for _, model, _ in contestants]
+    is_one_tokenizer = len({tokenizer.fingerprint() for _, _, tokenizer in contestants}) == 1
+    if args.stride is None and is_one_tokenizer and len(set(sizes)) == 1:
+        losses, units = {}, []
+        for (label, model, tokenizer), tokens in zip(contestants, ids, strict=True):
+            of_positions, of_windows = judge_windows(model, tokenizer, tokens, args.windows)
+            losses[label] = of_positions.mean(0)  # (block_size,)
+            units.append(of_windows)
+        trained = math.floor(sizes[0] / args.factor)
+        print_perplexities(losses, trained)
+        draw(args.output, losses, trained)
+        print(args.output)
+        what, n_unread = "window", len(ids[0]) // (len(next(iter(losses.values()))) + 1) - args.windows
+    else:
+        strides = [min(args.stride or max(1, size // 2), size) for size in sizes]
+        if args.stride is None:
+            why = "windows" if is_one_tokenizer else "tokenizers"
+            tell(f"the models have different {why}: every token is judged (--stride {strides[0]})")
+        judged = [(model, tokenizer, tokens) for (_, model, tokenizer), tokens in zip(contestants, ids, strict=True)]
+        units, what, n_unread = judge_pieces(judged, characters, strides), "piece", 0
+    n, size = len(units[0].nats), units[0].characters.mean()
+    read = f"{n} {what}{'s' * (n > 1)} of about {size:.0f} characters"
+    for (label, _, _), unit in zip(contestants, units, strict=True):
+        print(f"overall{label}: {unit.describe()} ({read})")
+    if len(args.model) > 1:
+        compare_on_text(args.model, units, is_one_tokenizer, n_unread)
 
 
-def perplexity_by_position(
-    path: str, texts: list[Source], factor: float, scalings: list[str], n_windows: int, device: str, adapter: str = ""
-) -> tuple[dict[str, np.ndarray], int]:
-    """Losses by position for each kind of RoPE scaling {name: (block_size,)}, the model's own first; its window."""
-    checkpoint = load_full_checkpoint(path)
-    tokenizer = load_checkpoint_tokenizer(checkpoint, path)
-    ids, characters = read_ids(texts, tokenizer)
-    file = texts[0].given
-    own = checkpoint["model_config"]
-    window = math.floor(own["block_size"] * factor)
-    if 1 < len(ids) <= window and factor <= 1 and own.get("use_rope", True):
-        tell(f"{file}: {len(ids)} tokens, of a window of {window}: only the first {len(ids) - 1} positions are judged")
-        window, factor = len(ids) - 1, 1.0
-    if len(ids) <= window:
-        raise UserError(f"{file}: {len(ids)} tokens do not fill a window of {window}")
-    if factor > 1 and not own.get("use_rope", True):
-        raise UserError(f"{path}: learned positions end at {own['block_size']}: --factor needs RoPE")
-    if note := unknown_note(tokenizer, characters):
-        share = f"{100 * np.mean(ids == tokenizer.unknown):.1f}% of {file}"
-        tell(f"warning: {share}: {note}; the perplexity counts all of these as one token")
-    losses = {}
-    for scaling in dict.fromkeys([own.get("rope_scaling", "none"), *scalings]):
-        total = own.get("rope_factor", 1.0) * factor  # over the window that the frequencies were trained with
-        changes = {"block_size": window, "rope_factor": total, "rope_scaling": scaling}
-        model = load_model(checkpoint, path, **changes).to(find_device(device))
-        if adapter:
-            lora.load_adapter(load_checkpoint(adapter), model, adapter)
-        if not model.config.is_causal:
-            raise UserError(f"{path}: with full attention there is no next token to predict")
-        losses[scaling] = loss_by_position(model.eval(), ids, n_windows)
-    return losses, own["block_size"]
-
-
-def perplexity(losses: np.ndarray) -> float:
-    """Of cross-entropies in nats."""
-    return math.exp(min(700.0, losses.mean()))  # no overflow
+def compare_on_text(paths: list[str], units: list[Units], is_one_tokenizer: bool, n_unread: int) -> None:
+    """A line for each further model: is it better than the first? n_unread: windows of the text that were not read."""
+    first = units[0]
+    counts = first.tokens if is_one_tokenizer else math.log(2) * first.bytes
+    what = "nats per token" if is_one_tokenizer else "bits per byte"
+    for path, unit in zip(paths[1:], units[1:], strict=True):
+        found = compare(first.nats, unit.nats, counts)
+        line = verdict(paths[0], path, found, what, first.characters.sum(), "characters")
+        if not found.is_shown and 0 < found.n_needed - found.n_units <= n_unread:
+            line += f" (this text has them: --windows {math.ceil(found.n_needed)})"
+        print(line)
 
 
 def print_perplexities(losses: dict[str, np.ndarray], trained: int) -> None:
-    """A row for each range of positions, a column for each kind of scaling."""
-    rows = [("positions", *(f"perplexity{of_scaling(name)}" for name in losses))]
+    """A row for each range of positions, a column for each of the losses (block_size,)."""
+    rows = [("positions", *(f"perplexity{label}" for label in losses))]
     block_size = len(next(iter(losses.values())))
     for part in np.array_split(np.arange(block_size), min(N_RANGES, block_size)):
-        values = (f"{perplexity(loss[part]):.2f}" for loss in losses.values())
+        values = (f"{math.exp(min(700.0, loss[part].mean())):.2f}" for loss in losses.values())  # no overflow
         rows.append((f"{part[0] + 1}-{part[-1] + 1}" + (" (beyond)" if part[0] >= trained else ""), *values))
     print_table(rows)
 
 
-def of_scaling(name: str) -> str:
-    """What a figure is named by beside its kind: the RoPE scaling, if there is one."""
-    return "" if name == "none" else f", {name}"
-
-
 def draw(path: str, losses: dict[str, np.ndarray], trained: int) -> None:
-    """Perplexity over position, a line for each kind of scaling."""
+    """Perplexity over position, a line for each of the losses (block_size,)."""
     import matplotlib
 
     matplotlib.use("Agg")  # works without a display
@@ -209,8 +194,9 @@ def draw(path: str, losses: dict[str, np.ndarray], trained: int) -> None:
 
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     span = max(1, trained // 16)
-    for name, values in losses.items():
+    for label, values in losses.items():
         smooth = np.convolve(values, np.ones(span) / span, mode="valid")
+        name = (label.removeprefix(", ") or "model").replace("$", r"\$")  # matplotlib reads $...$ as a formula
         axis.plot(np.arange(len(smooth)) + (span + 1) / 2, np.exp(smooth), label=name)
     axis.axvline(trained, color="grey", linestyle=":", label="trained window")
     axis.set(xlabel="position", ylabel="perplexity", yscale="log")
@@ -220,100 +206,275 @@ def draw(path: str, losses: dict[str, np.ndarray], trained: int) -> None:
     plt.close(figure)
 
 
+# ------------------------------------------------------------------------------------------------------ questions
+
+
+def evaluate_questions(args: Namespace) -> None:
+    find_files(args)  # raises UserError
+    turns = turns_of(read_conversations(args.questions, args.encoding, parse_fields(args.fields)))[: args.limit]
+    if not turns:
+        raise UserError(f"{args.questions}: no questions in it")
+    training = find_sources([args.copied], args.encoding, parse_fields(args.fields))[0] if args.copied else []
+    generators = {path: load_text_generator(path, args.device, True, adapter=args.lora) for path in args.model}
+    answers: dict[str, list[Answer]] = {path: [] for path in args.model}
+    try:
+        for path, generator in generators.items():
+            tell_unknown(generator.tokenizer, turns)
+            ask_all(generator, turns, answers[path], args.show)
+    except KeyboardInterrupt:
+        if asked := [given for given in answers.values() if given]:
+            share = share_of([answer.is_exact for answer in asked[-1]])
+            print(f"stopped after {len(asked[-1])} of {len(turns)} questions: {share[0]} right ({share[1]})")
+        raise
+    finally:  # what was asked is kept, whatever ended it
+        if args.out and any(answers.values()):
+            write_records(args.out, [answer.describe(path) for path in answers for answer in answers[path]])
+    for path, given in answers.items():
+        if len(args.model) > 1:
+            print(f"{path}:")
+        alike = share_of([answer.is_alike for answer in given])
+        print("normalised match (case, spaces, punctuation, full width): {} ({})".format(*alike))
+        if training:
+            said = [answer for answer in given if answer.text is not None]
+            pairs = [answer.text for answer in said], [answer.turn.expected for answer in said]
+            print(f"copied from {args.copied}: {describe_copied(*pairs, training)}")
+        print("held-out exact match: {} ({})".format(*share_of([answer.is_exact for answer in given])))
+    compare_answers(args.model, answers)
+
+
+def ask_all(generator: TextGenerator, turns: list[Turn], answers: list[Answer], n_shown: int) -> None:
+    """Add the answer to every question to a list; print the first n_shown that are wrong.
+
+    A question too long for the model is named, and its answer wrong.
+    """
+    for turn in tqdm(turns, desc="asking", unit="question", delay=1, leave=False, dynamic_ncols=True, disable=None):
+        answer = ask(generator, turn)
+        answers.append(answer)
+        if answer.text is None:
+            tell(f"{turn.where}: wrong, not answered: {answer.error}")
+        elif not answer.is_exact and n_shown:
+            n_shown -= 1
+            texts = turn.question, answer.text, turn.expected
+            asked_for, said, right = (json.dumps(text, ensure_ascii=False) for text in texts)
+            tqdm.write(escape_for(sys.stdout, f"wrong: {asked_for} -> {said}, expected {right}"))
+
+
+def tell_unknown(tokenizer: Tokenizer, turns: list[Turn]) -> None:
+    """Name the characters of the questions that are not in the vocabulary, count the answers that have any."""
+    asked = "".join(message["content"] for turn in turns for message in turn.history)
+    if note := unknown_note(tokenizer, asked + "".join(turn.question for turn in turns)):
+        tell(f"in the questions: {note}")
+    if n := sum(bool(tokenizer.unknown_characters(normalise(turn.expected))) for turn in turns):
+        tell(f"expected answers with characters that are not in the vocabulary, so that none can match: {n}")
+
+
+def share_of(is_right: list[bool]) -> tuple[str, str]:
+    """("97.5%", "195/200")"""
+    return f"{100 * sum(is_right) / len(is_right):.1f}%", f"{sum(is_right)}/{len(is_right)}"
+
+
+def compare_answers(paths: list[str], answers: dict[str, list[Answer]]) -> None:
+    """A line for each further model: does it answer more questions than the first? By conversation."""
+    wrong = {}
+    for path, given in answers.items():
+        of = [answer.turn.conversation for answer in given]
+        wrong[path] = np.bincount(of, [not answer.is_exact for answer in given])
+    counts = np.bincount([answer.turn.conversation for answer in answers[paths[0]]])
+    for path in paths[1:]:
+        found = compare(wrong[paths[0]], wrong[path], counts)
+        print(verdict(paths[0], path, found, "percentage points", counts.sum(), "questions", scale=100))
+
+
+def write_records(path: str, records: list[dict[str, Any]]) -> None:
+    """Write JSON lines, whole or not at all."""
+    with atomic_write(path) as file:
+        for record in records:
+            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+
+
+# ------------------------------------------------------------------------------------------------------ choices
+
+
+def evaluate_choices(args: Namespace) -> None:
+    questions = choices.read_choices(args.choices, args.encoding, args.limit)
+    examples = {}
+    if args.shots:
+        examples = choices.examples_for(questions, choices.read_choices(args.dev, args.encoding), args.shots)
+    generators = {path: load_text_generator(path, args.device, True, adapter=args.lora) for path in args.model}
+    results, records = [], []
+    for path, generator in generators.items():
+        texts = (question.ask(by_letter=True) for question in questions)
+        if note := unknown_note(generator.tokenizer, "".join(texts)):
+            tell(f"in the questions: {note}")
+        letters, answers, n_cut = choices.judge(generator, questions, examples, args.chat)
+        if n_cut:
+            tell(f"{n_cut} of {len(questions)} questions are longer than the window of {path}, which reads their ends")
+        if len(args.model) > 1:
+            print(f"{path}:")
+        print_table(choices.subject_table(questions, letters, answers))
+        results.append((letters, answers))
+        records += map(choices.describe, [path] * len(questions), questions, letters, answers)
+    if args.out:
+        write_records(args.out, records)
+    for kind, name in enumerate(("by letter", "by answer")):
+        wrong = [1 - np.array(list(map(choices.share_right, questions, result[kind]))) for result in results]
+        for path, other in zip(args.model[1:], wrong[1:], strict=True):
+            found = compare(wrong[0], other, np.ones(len(questions)))
+            line = verdict(args.model[0], path, found, "percentage points", len(questions), "questions", scale=100)
+            print(f"{name}: {line}")
+
+
+# ------------------------------------------------------------------------------------------------------ runs
+
+
+def evaluate_runs(args: Namespace) -> None:
+    """A table for each group of runs that differ by their seed alone: last and best validation loss, and their mean."""
+    runs = {name: run for name, run in join_runs(args.runs).items() if len(series(run["val"], "val_loss")[0])}
+    if not runs:
+        raise UserError(f"{args.runs[0]}: no validation loss in it yet")
+    headers = {name: run["header"][0] if run["header"] else {} for name, run in runs.items()}
+    for number, group in enumerate(group_by_config(headers)):
+        seeds = [str(seed_of(headers[name])) for name in group]
+        curves = [series(runs[name]["val"], "val_loss")[1] for name in group]
+        losses = np.array([(curve[-1], curve.min()) for curve in curves])  # (runs, last and best)
+        rows = [("run", "seed", "steps", "last val loss", "best val loss")]
+        for name, seed, values in zip(group, seeds, losses, strict=True):
+            rows.append((name, seed, str(runs[name]["train"][-1]["step"]), *(f"{value:.4f}" for value in values)))
+        if len(group) > 1:
+            summaries = [mean_interval(column) for column in losses.T]
+            rows.append(("mean", "", "", *(f"{mean:.4f}" for mean, _, _ in summaries)))
+            rows.append(("standard deviation", "", "", *(f"{deviation:.4f}" for _, deviation, _ in summaries)))
+            intervals = (f"{mean - half:.4f} to {mean + half:.4f}" for mean, _, half in summaries)
+            rows.append(("95% interval of the mean", "", "", *intervals))
+        print("\n" * bool(number), end="")
+        print_table(rows)
+        twice = {seed for seed in seeds if seeds.count(seed) > 1}
+        if twice:
+            tell(f"warning: several runs have the seed {min(twice)}: they say nothing about how much runs differ")
+
+
+# ------------------------------------------------------------------------------------------------------ options
+
+
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("text", nargs="?", metavar="TEXT", help="a text that the model has not seen: perplexity")
+    parser.add_argument("text", nargs="*", metavar="TEXT", help="texts that the model has not seen: perplexity")
     parser.add_argument("--questions", metavar="FILE", help="fine-tuning data: exact match of greedy answers")
-    parser.add_argument("-m", "--model", metavar="FILE", help="checkpoint [checkpoint/pretrain.pt, or sft.pt]")
-    parser.add_argument("--lora", metavar="FILE", default="", help="evaluate the model with this adapter")
+    parser.add_argument("--choices", metavar="FILE", help="C-Eval, CMMLU, MMLU: a file, or a folder of subjects")
+    parser.add_argument("--runs", nargs="+", metavar="LOG", help="logs of train.py: mean and spread of their losses")
+    parser.add_argument("-m", "--model", nargs="+", metavar="FILE", help="checkpoints; further ones against the first")
+    parser.add_argument("--lora", metavar="FILE", help="evaluate the model with this adapter")
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
-    parser.add_argument(
-        "--fields", metavar="OURS=NAME", nargs="+", default=[], help="other names of fields: question=Q"
-    )
+    parser.add_argument("--fields", metavar="OURS=NAME", nargs="+", help="other names of fields: question=Q")
     parser.add_argument("--encoding", metavar="NAME", default="utf-8", help="of the file: gbk, utf-16 [utf-8]")
+    parser.add_argument("--out", metavar="FILE", help="write every answer as a line of JSON")
     group = parser.add_argument_group("Perplexity")
     group.add_argument("-o", "--output", metavar="PNG", help="picture to write [perplexity.png]")
+    group.add_argument("--stride", metavar="N", type=int, help="judge every token, the last N of each window")
     group.add_argument("--factor", metavar="X", type=float, help="window over the trained one [1]")
     group.add_argument("--scaling", nargs="+", choices=ROPE_SCALING, help="RoPE scaling to try beside the model's own")
     group.add_argument("--windows", metavar="N", type=int, help="windows of the text to read [64]")
     group.add_argument("--plain_text", action="store_true", default=None, help="also if it looks like JSON or CSV")
     group = parser.add_argument_group("Questions")
-    group.add_argument("--limit", metavar="N", type=int, help="ask only the first N [all]")
+    group.add_argument(
+        "--limit", metavar="N", type=int, help="ask only the first N, of choices those of each file [all]"
+    )
     group.add_argument("--show", metavar="N", type=int, help="wrong answers to print [5]")
+    group.add_argument("--copied", metavar="TRAIN_TEXT", help="how much of the answers stands in this training text?")
+    group = parser.add_argument_group("Choices")
+    group.add_argument("--shots", metavar="N", type=int, help="examples before each question [0]")
+    group.add_argument("--dev", metavar="FOLDER", help="where the examples are, by subject")
+    group.add_argument("--chat", action="store_true", default=None, help="ask in the model's chat template")
     return parser
 
 
-# the defaults of options for one kind of evaluation, which the other kind refuses
-FOR_TEXT = {"output": "perplexity.png", "factor": 1.0, "scaling": [], "windows": 64, "plain_text": False}
-FOR_QUESTIONS = {"limit": None, "show": 5}
+class Mode(NamedTuple):
+    """What can be evaluated: how it is asked for, the default checkpoint, the options it takes with their defaults."""
+
+    name: str
+    checkpoint: str
+    options: dict[str, Any]
 
 
-def check_arguments(args: Namespace) -> None:
-    """Put defaults where nothing was given; raises UserError, also for options that would have no effect."""
-    if bool(args.text) == bool(args.questions):
-        raise UserError(
-            f"command line: {'one of them at a time' if args.text else 'name'}: a text, or --questions FILE"
-        )
-    own, others = (FOR_TEXT, FOR_QUESTIONS) if args.text else (FOR_QUESTIONS, FOR_TEXT)
-    for name in others:
-        if getattr(args, name) is not None:
-            raise UserError(f"command line: --{name} is for {'--questions FILE' if args.text else 'a text'}")
-    for name, default in own.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-    if args.questions:
-        if args.show < 0:
-            raise UserError(f"command line: --show must be at least 0, got {args.show}")
-        if args.limit is not None and args.limit < 1:
-            raise UserError(f"command line: --limit must be at least 1, got {args.limit}")
-        return
+OF_TEXT = {"output": None, "stride": None, "factor": 1.0, "scaling": [], "windows": None, "plain_text": False}
+MODES = {
+    "text": Mode("a text", "checkpoint/pretrain.pt", OF_TEXT | {"lora": "", "fields": []}),
+    "questions": Mode(
+        "--questions FILE",
+        "checkpoint/sft.pt",
+        {"limit": None, "show": 5, "copied": None, "out": None, "lora": "", "fields": []},
+    ),
+    "choices": Mode(
+        "--choices FILE",
+        "checkpoint/pretrain.pt",
+        {"limit": None, "shots": 0, "dev": None, "chat": False, "out": None, "lora": ""},
+    ),
+    "runs": Mode("--runs LOG", "", {}),
+}
+
+
+def check_arguments(args: Namespace) -> str:
+    """What is to be evaluated; puts defaults where nothing was given. Raises UserError, also for what has no effect."""
+    check_encoding(args.encoding)
+    asked_for = [key for key in MODES if getattr(args, key)]
+    if len(asked_for) != 1:
+        what = "one of them at a time" if asked_for else "name"
+        hint = "; texts stand before -m" if args.model and len(args.model) > 1 else ""
+        raise UserError(f"command line: {what}: {', or '.join(mode.name for mode in MODES.values())}{hint}")
+    mode = MODES[asked_for[0]]
+    for name in dict.fromkeys(name for other in MODES.values() for name in other.options):
+        if name not in mode.options and getattr(args, name) is not None:
+            takers = " or ".join(other.name for other in MODES.values() if name in other.options)
+            raise UserError(f"command line: --{name} is for {takers}")
+        if name in mode.options and getattr(args, name) is None:
+            setattr(args, name, mode.options[name])
+    if args.model and not mode.checkpoint:
+        raise UserError("command line: --model is for a text, questions or choices")
+    args.model = args.model or [mode.checkpoint]
+    if len(set(args.model)) < len(args.model):
+        raise UserError(f"command line: {args.model[0]} against itself: name different checkpoints")
+    if len(args.model) > 1 and args.lora:
+        raise UserError("command line: --lora is for a single model")
+    if args.text:
+        check_text(args)
+    elif not args.runs:
+        check_asking(args)
+    return asked_for[0]
+
+
+def check_text(args: Namespace) -> None:
+    if args.stride is not None and (args.output or args.windows):
+        raise UserError("command line: --stride reads the whole text, position by position alike: no --windows, no -o")
+    args.output, args.windows = args.output or "perplexity.png", 64 if args.windows is None else args.windows
     if not 1 <= args.factor <= 1024 or args.windows < 1:
         raise UserError("command line: --factor must be between 1 and 1024, --windows at least 1")
+    if args.stride is not None and args.stride < 1:
+        raise UserError(f"command line: --stride must be at least 1, got {args.stride}")
+    if len(args.model) > 1 and (args.factor > 1 or args.scaling):
+        raise UserError("command line: --factor and --scaling are for a single model")
     if not args.output.endswith(".png") or not Path(args.output).parent.is_dir():
         raise UserError(f"{args.output}: must be a picture's name (.png) in a folder that exists")
 
 
-def evaluate_questions(args: Namespace) -> None:
-    find_files(args)  # raises UserError
-    asked = read_conversations(args.questions, args.encoding, parse_fields(args.fields))[: args.limit]
-    if not asked:
-        raise UserError(f"{args.questions}: no questions in it")
-    generator = load_text_generator(args.model or "checkpoint/sft.pt", args.device, True, adapter=args.lora)
-    tell_unknown(generator.tokenizer, asked)
-    is_right = exact_match(generator, asked, args.show)
-    n_right, n = sum(is_right), len(is_right)
-    if n < len(asked):
-        if n:
-            print(f"stopped after {n} of {len(asked)} questions: {100 * n_right / n:.1f}% right ({n_right}/{n})")
-        raise KeyboardInterrupt
-    print(f"held-out exact match: {100 * n_right / n:.1f}% ({n_right}/{n})")
+def check_asking(args: Namespace) -> None:
+    if args.questions and args.show < 0:
+        raise UserError(f"command line: --show must be at least 0, got {args.show}")
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"command line: --limit must be at least 1, got {args.limit}")
+    if args.choices and (args.shots < 0 or bool(args.shots) != bool(args.dev)):
+        raise UserError("command line: --shots N (at least 1) and --dev FOLDER go together")
+    if args.out and not Path(args.out).parent.is_dir():
+        raise UserError(f"{args.out}: no such folder")
 
 
-def evaluate_text(args: Namespace) -> None:
-    losses, trained = perplexity_by_position(
-        args.model or "checkpoint/pretrain.pt",
-        find_files(args),
-        args.factor,
-        args.scaling,
-        args.windows,
-        args.device,
-        args.lora,
-    )
-    print_perplexities(losses, trained)
-    draw(args.output, losses, trained)
-    print(args.output)
-    for name, values in losses.items():
-        print(f"overall{of_scaling(name)}: loss {values.mean():.4f}, perplexity {perplexity(values):.2f}")
+EVALUATE = {"text": evaluate_text, "questions": evaluate_questions, "choices": evaluate_choices, "runs": evaluate_runs}
 
 
 def main() -> None:
     args, _ = make_parser().parse()
-    check_arguments(args)
+    mode = check_arguments(args)
     warnings.showwarning = lambda message, *_: tell(f"warning: {message}")
-    if args.questions:
-        evaluate_questions(args)
-    else:
-        evaluate_text(args)
+    EVALUATE[mode](args)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 python plot_loss.py train_20260101_120000.log                   one run; writes train_20260101_120000.png
 python plot_loss.py first.log resumed.log -o curves.png         a resumed run continues its curve; others are compared
+python plot_loss.py --band first_seed.log second_seed.log       runs that differ by their seed: their mean and spread
 python plot_loss.py -n train_20260101_120000.log --follow       redraws while the training runs (-n may stand before)
 python plot_loss.py --explain train_20260101_120000.log         says what went wrong, and what to change
 """
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from base.configuration import Parser, UserError, run_main
-from base.logs import EmptyLog, expert_loads, is_number, is_step, read_log, series, smooth
+from base.logs import EmptyLog, expert_loads, group_by_config, is_number, is_step, read_log, series, smooth
 
 PANELS = (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_s", "tokens/s"))
 
@@ -41,8 +42,11 @@ def join_runs(paths: list[str]) -> dict[str, dict[str, list[dict]]]:
     return runs
 
 
-def draw(paths: list[str], output: str, log_x: bool, log_y: bool) -> None:
-    """Write the figure: losses on top, learning rate, gradient norm and speed below."""
+def draw(paths: list[str], output: str, log_x: bool, log_y: bool, band: bool = False) -> None:
+    """Write the figure: losses on top, learning rate, gradient norm and speed below.
+
+    band: the losses of runs that differ by their seed alone as their mean and standard deviation.
+    """
     import matplotlib
 
     matplotlib.use("Agg")  # works without a display
@@ -54,15 +58,19 @@ def draw(paths: list[str], output: str, log_x: bool, log_y: bool) -> None:
         panels.append("expert_load")
     figure = plt.figure(figsize=(11, 8), layout="constrained")
     axes = figure.subplot_mosaic([["loss"] * len(panels), panels], height_ratios=[2.2, 1])
+    # matplotlib hides labels with _ in front, and reads $...$
+    labels = {name: f"{run['stage']} {name}".strip("_ ").replace("$", r"\$") for name, run in runs.items()}
     for i, (name, run) in enumerate(runs.items()):
-        name = f"{run['stage']} {name}".strip("_ ").replace(
-            "$", r"\$"
-        )  # matplotlib hides labels with _ in front, and reads $...$
-        draw_losses(axes["loss"], run, name, f"C{i}")
+        if not band:
+            draw_losses(axes["loss"], run, labels[name], f"C{i}")
         for field, _ in PANELS:
             draw_curve(axes[field], *series(run["train"], field), f"C{i}", is_noisy=field == "tokens_per_s")
         if "expert_load" in axes:
             draw_expert_load(axes["expert_load"], run["val"], f"C{i}")
+    if band:
+        headers = {name: run["header"][0] if run["header"] else {} for name, run in runs.items()}
+        for i, group in enumerate(group_by_config(headers)):
+            draw_band(axes["loss"], [runs[name] for name in group], labels[group[0]], f"C{i}")
     axes["loss"].set(xlabel="step", ylabel="loss (nats per token)")
     axes["loss"].legend()
     for field, title in PANELS:
@@ -94,6 +102,22 @@ def draw_losses(axis: Any, run: dict[str, list[dict]], name: str, colour: str) -
     axis.plot(steps[best], losses[best], marker="*", markersize=16, color=colour, markeredgecolor="black")
     text, place = f"best {losses[best]:.4f} at {steps[best]:,}", (steps[best], losses[best])
     axis.annotate(text, place, xytext=(-8, 14), textcoords="offset points", ha="right")
+
+
+def draw_band(axis: Any, runs: list[dict[str, list[dict]]], name: str, colour: str) -> None:
+    """The mean of several runs' losses, one standard deviation to both sides, at the steps that all of them have."""
+    for kind, field, style in (("train", "loss", "-"), ("val", "val_loss", ":")):
+        curves = [dict(zip(*map(np.ndarray.tolist, series(run[kind], field)), strict=True)) for run in runs]
+        steps = sorted(set.intersection(*map(set, curves)))
+        if not steps:
+            continue
+        losses = np.array([[curve[step] for step in steps] for curve in curves])  # (runs, steps)
+        if kind == "train":
+            losses = np.array([smooth(values, max(1, len(steps) // 50)) for values in losses])
+        mean, deviation = losses.mean(0), losses.std(0, ddof=1) if len(runs) > 1 else 0
+        label = f"{name}: {'train' if kind == 'train' else 'validation'}, {len(runs)} runs"
+        axis.plot(steps, mean, color=colour, linestyle=style, label=label)
+        axis.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.25, linewidth=0)
 
 
 def draw_curve(
@@ -134,6 +158,7 @@ def main() -> None:
     parser.add_argument("--explain", action="store_true", help="say what the logs show and what to change; no figure")
     parser.add_argument("--log_x", action="store_true", help="logarithmic step axis")
     parser.add_argument("--log_y", action="store_true", help="logarithmic loss axis")
+    parser.add_argument("--band", action="store_true", help="mean and standard deviation of runs with other seeds")
     args, _ = parser.parse()
     names = [*args.logs, *args.names]
     if not names:
@@ -152,7 +177,7 @@ def main() -> None:
             sizes = [Path(name).stat().st_size if Path(name).exists() else 0 for name in names]
             if sizes != drawn:
                 try:
-                    draw(names, output, args.log_x, args.log_y)
+                    draw(names, output, args.log_x, args.log_y, args.band)
                     print(output, flush=True)
                 except EmptyLog as error:
                     if not args.follow:

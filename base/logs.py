@@ -8,6 +8,7 @@ import numpy as np
 
 from base.configuration import UserError
 
+OF_ONE_RUN = ("random_seed", "save_checkpoint_to", "from_checkpoint", "log_to")  # fields that runs of a group differ in
 MAX_NUMBER = 1e100  # no larger one is of use, and sums of them stay finite
 
 
@@ -44,6 +45,26 @@ def read_log(path: str | Path) -> dict[str, list[dict[str, Any]]]:
     if not len(series(records["train"], "loss")[0]):
         raise EmptyLog(f"{path}: no loss in it that is a finite number")
     return records
+
+
+def group_by_config(headers: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The names of runs {name: header of its log}, grouped: those of a group differ in nothing but their seed.
+
+    Nor do the files make a difference that each of them starts from and writes: they are from runs with other seeds.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, header in headers.items():
+        config = header.get("train_config")
+        config = {k: v for k, v in config.items() if k not in OF_ONE_RUN} if isinstance(config, dict) else {}
+        key = json.dumps([header.get("stage"), config, header.get("model_config")], sort_keys=True)
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
+def seed_of(header: dict[str, Any]) -> Any:
+    """The random seed of a run; None where its header names none."""
+    config = header.get("train_config")
+    return config.get("random_seed") if isinstance(config, dict) else None
 
 
 def is_number(value: Any) -> bool:

@@ -7,8 +7,8 @@ from conftest import DATA, FAST, TINY
 
 import evaluate
 import problem
+from evaluation.text import judge_windows
 from model import GPT, ModelConfig
-from text.corpus import find_sources
 from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model, save_checkpoint
 
 SCALED = {"vocab_size": 30, "block_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 32, "rope_theta": 500.0}
@@ -77,16 +77,23 @@ def test_a_model_is_trained_further_at_a_longer_window(prepared, call):
     assert result.status == 1 and "a trained model keeps its shape" in result.err
 
 
-def test_evaluation_keeps_the_scaling_that_a_model_was_trained_with(prepared, call):
+def test_evaluation_keeps_the_scaling_that_a_model_was_trained_with(prepared, call, monkeypatch):
     """Within its window, the table's losses are those of the model as it is."""
     assert trained_with(call, *TINY, "--rope_scaling", "yarn", "--rope_factor", "4", "--rope_theta", "50").status == 0
     checkpoint = load_checkpoint("checkpoint/pretrain.pt")
-    files = "checkpoint/pretrain.pt", find_sources(["dataset/pretrain.txt"])[0]
-    losses, window = evaluate.perplexity_by_position(*files, 1.0, [], 9, "cpu")
+    shown = []
+    monkeypatch.setattr(evaluate, "draw", lambda path, losses, trained: shown.append((losses, trained)))
+
+    def judged(*argv):
+        assert call("evaluate.py", "dataset/pretrain.txt", *argv).status == 0
+        return shown[-1]
+
+    losses, window = judged("--windows", "9")
     model = load_model(checkpoint, "pretrain.pt").eval()
     text = (prepared / "dataset/pretrain.txt").read_text(encoding="utf-8")
-    ids = load_checkpoint_tokenizer(checkpoint, "").encode(text, special=True)
-    assert window == 16 and list(losses) == ["yarn"]
-    np.testing.assert_allclose(losses["yarn"], evaluate.loss_by_position(model, ids, 9), rtol=1e-5)
-    losses, _ = evaluate.perplexity_by_position(*files, 2.0, ["linear"], 9, "cpu")
-    assert list(losses) == ["yarn", "linear"] and len(losses["yarn"]) == 32
+    tokenizer = load_checkpoint_tokenizer(checkpoint, "")
+    expected, _ = judge_windows(model, tokenizer, tokenizer.encode(text, special=True), 9)
+    assert window == 16 and list(losses) == [", yarn"]
+    np.testing.assert_allclose(losses[", yarn"], expected.mean(0), rtol=1e-5)
+    losses, _ = judged("--windows", "9", "--factor", "2", "--scaling", "linear")
+    assert list(losses) == [", yarn", ", linear"] and len(losses[", yarn"]) == 32

@@ -12,6 +12,7 @@ FLOORS = [
     ["problem", "train_ddp", "train_deepspeed"],
     ["train", "inference", "evaluate"],
     ["plot_loss", "convert"],
+    ["evaluation"],
     ["training"],
     ["serving"],
     ["data"],

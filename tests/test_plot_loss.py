@@ -226,3 +226,24 @@ def test_following_draws_again_when_the_log_grows(work):
     finally:
         process.terminate()  # not Ctrl-C, which processes started in the background may have been told to ignore
         process.communicate(timeout=30)
+
+
+def test_runs_with_other_seeds_are_drawn_as_mean_and_band(call, work, monkeypatch):
+    """Of losses 3 and 5, 4 with a standard deviation of the square root of 2, at the steps that both runs have."""
+    for name, scale, last in (("a", 3, 41), ("b", 5, 31), ("other", 9, 31)):
+        records = [
+            {"type": "header", "stage": "pretrain", "train_config": {"random_seed": scale, "lr": name == "other"}}
+        ]
+        records += [{"type": "train", "step": step, "loss": scale} for step in range(1, last)]
+        records += [{"type": "val", "step": step, "val_loss": scale} for step in range(10, last, 10)]
+        (work / f"{name}.log").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    bands, labels = [], []
+    monkeypatch.setattr("matplotlib.axes.Axes.fill_between", lambda axis, *curves, **style: bands.append(curves))
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda axis: labels.extend(axis.get_legend_handles_labels()[1]))
+    assert call("plot_loss.py", "--band", "a.log", "b.log", "other.log").status == 0
+    steps, low, high = bands[1]
+    assert list(bands[0][0]) == list(range(1, 31)) and list(steps) == [10, 20, 30]
+    assert low == pytest.approx([4 - 2**0.5] * 3) and high == pytest.approx([4 + 2**0.5] * 3)
+    assert len(bands) == 4 and list(bands[3][1]) == [9] * 3
+    assert labels[:2] == ["pretrain a: train, 2 runs", "pretrain a: validation, 2 runs"]
+    assert labels[2] == "pretrain other: train, 1 runs"

@@ -378,10 +378,9 @@ def json_values(source: Source, progress: Progress) -> Iterator[Record]:
         line, at = line + text.count("\n", at, end), end
 
 
-def csv_rows(source: Source, progress: Progress) -> Iterator[Record]:
-    """The rows of a table whose first row names the columns."""
+def table_rows(source: Source, progress: Progress = lambda n: None) -> Iterator[tuple[str, list[str]]]:
+    """The rows of a table, with their places; raises UserError where it is malformed. Empty lines are none."""
     rows = csv.reader(lines(source, progress), delimiter=source.delimiter, strict=True)
-    header = None
     while True:
         try:
             row = next(rows, None)
@@ -389,7 +388,14 @@ def csv_rows(source: Source, progress: Progress) -> Iterator[Record]:
             raise UserError(f"{source.name}: line {rows.line_num}: not valid CSV: {error}") from None
         if row is None:
             return
-        where = f"line {rows.line_num}"
+        if row:
+            yield f"line {rows.line_num}", row
+
+
+def csv_rows(source: Source, progress: Progress) -> Iterator[Record]:
+    """The rows of a table whose first row names the columns."""
+    header = None
+    for where, row in table_rows(source, progress):
         if header is None:
             header = [name.strip() for name in row]
             twice = [name for name in header if name and header.count(name) > 1]
@@ -397,7 +403,7 @@ def csv_rows(source: Source, progress: Progress) -> Iterator[Record]:
                 raise UserError(f"{source.name}: {where}: two columns are named {twice[0][:40]!r}")
         elif len(row) == len(header):
             yield where, {name: value for name, value in zip(header, row, strict=True) if name}
-        elif row:
+        else:
             yield where, UserError(f"{len(row)} columns, the first row has {len(header)}")
 
 

@@ -1,0 +1,8 @@
+"""How good a model is: what evaluate.py measures, one subject a file.
+
+text        the loss on a text: in windows spread over it, or of every token with context before it
+questions   answers to questions, compared with those expected
+choices     C-Eval, CMMLU, MMLU: which option is the likeliest
+copied      what of the answers stands word for word in the training text
+statistics  standard errors, intervals, and whether a difference is one
+"""
