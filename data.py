@@ -118,7 +118,7 @@ def write_token_files(
 
 
 def write_documents(
-    documents: Iterator[tuple[str, bool, bool, int]],
+    documents: Iterator[tuple[str, bool, bool, str]],
     split: Split,
     tokenizer: Tokenizer,
     writers: dict[str, TokenFileWriter],

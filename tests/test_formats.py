@@ -800,6 +800,17 @@ def test_line_ends_are_read_across_a_change_of_encoding():
         assert "".join(decode_blocks(Source(Path("x"), encoding="latin-1"), blocks, is_certain=False)) == text
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "gb18030"])
+def test_line_ends_are_read_however_the_file_is_cut(encoding):
+    """Also where a cut is in a character, or between \\r and \\n; \u4e0d has the byte of a \\r in UTF-16."""
+    text = "不一\r不\r\n\r\r\n二🙂\n\n\r三不\r\n"
+    data, expected = text.encode(encoding), text.replace("\r\n", "\n").replace("\r", "\n")
+    source = Source(Path("x"), encoding=encoding)
+    for i in range(1, len(data)):
+        for j in range(i + 1, len(data)):
+            assert "".join(decode_blocks(source, [data[:i], data[i:j], data[j:]], is_certain=True)) == expected
+
+
 def test_lines_end_at_line_breaks_and_at_no_other_separator():
     text = "a\u2028b\x85c\x0cd\ne\n\nf"
     assert split_lines(text) == ["a\u2028b\x85c\x0cd\n", "e\n", "\n", "f"] and split_lines("a\n") == ["a\n"]

@@ -193,20 +193,25 @@ def decode_blocks(source: Source, blocks: Iterable[bytes], is_certain: bool) -> 
 
     is_certain: it has the encoding of the source; else UTF-8, which does not come about by chance, is recognised.
     """
-    decoder = newline_decoder(source.encoding)
+    bare, decoder = newline_decoder(source.encoding)
+    is_utf8_now = source.encoding == "utf-8"
     offset, is_first = 0, True
     for block in itertools.chain(blocks, [b""]):
         if not (is_certain or block.isascii()):
             is_certain = True
             if is_utf8(block):
-                state, decoder = decoder.getstate(), newline_decoder("utf-8")
-                decoder.setstate(state)  # whether a \r came last
-        n_undecoded = len(decoder.getstate()[0])
+                state, (bare, decoder), is_utf8_now = decoder.getstate(), newline_decoder("utf-8"), True
+                decoder.setstate(state)
+        undecoded, came_after_r = decoder.getstate()  # the second: 1 if \r came last
+        n_undecoded = len(undecoded)
         try:
-            text = decoder.decode(block, final=not block)
+            # without any \r there is nothing to translate, and to look for one in decoded Chinese takes as long as to
+            # decode it; in UTF-8 no other character contains its byte
+            is_bare = is_utf8_now and not came_after_r and b"\r" not in block
+            text = (bare if is_bare else decoder).decode(block, final=not block)
         except UnicodeDecodeError as error:
             raise wrong_encoding(source, error, offset - n_undecoded) from None
-        if "\0" in text:
+        if (b"\0" in block) if is_utf8_now else ("\0" in text):
             raise not_text(source, block)
         offset += len(block)
         if text and is_first:
@@ -217,9 +222,10 @@ def decode_blocks(source: Source, blocks: Iterable[bytes], is_certain: bool) -> 
             yield text
 
 
-def newline_decoder(encoding: str) -> io.IncrementalNewlineDecoder:
-    """Bytes to text with line ends as \\n, piece by piece."""
-    return io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(), translate=True)
+def newline_decoder(encoding: str) -> tuple[codecs.IncrementalDecoder, io.IncrementalNewlineDecoder]:
+    """Decoders of bytes to text, piece by piece: as it is, and around that one another that makes line ends \\n."""
+    bare = codecs.getincrementaldecoder(encoding)()
+    return bare, io.IncrementalNewlineDecoder(bare, translate=True)
 
 
 def wrong_encoding(source: Source, error: UnicodeDecodeError, offset: int) -> UserError:

@@ -79,17 +79,17 @@ class CorpusScan:
 
     def documents(
         self, source: Source, bad_lines: BadLines, progress: Callable[[int], None]
-    ) -> Iterator[tuple[str, bool, bool, int]]:
-        """corpus.documents() with each document's group, those longer than split_documents split at sentence ends."""
-        limit, group = self.cleaner.config.split_documents, 0
+    ) -> Iterator[tuple[str, bool, bool, str]]:
+        """corpus.documents(), those longer than split_documents split at sentence ends; and what each is a part of."""
+        limit, whole = self.cleaner.config.split_documents, ""
         for text, begins, ends in corpus.documents(source, bad_lines, progress):
-            group = hash64(text) if begins else group
+            whole = text if begins else whole  # or the first piece, where it is too long to be held whole
             if limit and not (begins and ends and len(text) <= limit):
                 for piece in split_at_sentences(text, limit):
                     if piece.strip():
-                        yield piece.strip(), True, True, group
+                        yield piece.strip(), True, True, whole
             else:
-                yield text, begins, ends, group
+                yield text, begins, ends, whole
 
     def group_of(self, messages: Messages, content_hash: int, answer_hash: int) -> int:
         """The hash of what decides on which side of the split a conversation or a preference pair lies."""
@@ -137,13 +137,16 @@ def scan_corpus(
     return scan
 
 
-def scan_documents(scan: CorpusScan, documents: Iterator[tuple[str, bool, bool, int]]) -> None:
+def scan_documents(scan: CorpusScan, documents: Iterator[tuple[str, bool, bool, str]]) -> None:
     digest, length = None, 0  # of the document so far, where it comes in pieces
-    for text, begins, ends, group in documents:
+    group, hashed = 0, None  # the hash of what the document is a part of, and that text
+    for text, begins, ends, whole in documents:
         plain = remove_special_tokens(text)
         if begins and ends:
             is_accepted = scan.cleaner.accept(plain)
-            scan.add(hash64(text) if scan.cleaner.config.split_documents else group, group, len(text), is_accepted)
+            if whole is not hashed:
+                group, hashed = hash64(whole), whole
+            scan.add(group if text is whole else hash64(text), group, len(text), is_accepted)
         else:  # too long to be held whole: of the filters, only that of its length is applied
             if begins:
                 digest, length = hashlib.blake2b(digest_size=8), 0

@@ -167,8 +167,9 @@ def mark_characters(codepoint_mask: np.ndarray, text: str) -> None:
     if text.isascii():  # deleting the characters marked before leaves next to nothing to index with
         marked = np.flatnonzero(codepoint_mask[:128]).astype(np.uint8).tobytes()
         codepoint_mask[np.frombuffer(text.encode("ascii").translate(None, marked), dtype=np.uint8)] = True
-    else:
-        codepoint_mask[codepoints(text)] = True
+    else:  # looking up is faster than marking again what is marked
+        codes = codepoints(text)
+        codepoint_mask[codes[~codepoint_mask.take(codes)]] = True
 
 
 class CharTokenizer(Tokenizer):
