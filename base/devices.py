@@ -29,12 +29,23 @@ def find_device(name: str) -> torch.device:
 
 
 def find_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Precision of the matrix products; auto: bfloat16 or float16 where a CUDA card computes it fast, else float32."""
+    """Precision of the matrix products; auto: bfloat16 or float16 where a CUDA card computes it fast, else float32.
+
+    On a CPU, training looks closer, once it knows the model: training/precision.py.
+    """
     if name != "auto":
         return DTYPES[name]
-    if device.type == "cuda":  # compute capability 8.0 (Ampere) brought bfloat16
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "cuda":
+        return torch.bfloat16 if has_bfloat16(device) else torch.float16
     return torch.float32
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a CPU or a CUDA card has instructions for bfloat16; without them, float32 is faster."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # compute capability of Ampere
+    names = ("avx512_bf16", "amx_bf16", "bf16")  # of AMD and Intel, of Intel's matrix unit, of ARM
+    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in names)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

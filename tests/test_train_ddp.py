@@ -5,18 +5,21 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import DATA, FAST, TINY, asked_by, read_log
-from processes import assert_close, curves, end_of, finish, newest_log, start, train_on, wait_for, worker
+from processes import FORKS, assert_close, curves, end_of, finish, newest_log, start, train_on, wait_for, worker
 
 from base.configuration import UserError
 from base.files import hold_lock
 from text.batches import ValidationBatches
 from text.token_files import TokenFile
 from train_ddp import DDPEngine
+from training import optimizer
 from training.config import TrainConfig
 from training.distributed import DistributedEngine, check_accumulation, is_communication_error
 from training.losses import next_token
@@ -73,6 +76,44 @@ def test_continuing_on_as_many_processes_gives_the_same_weights(prepared, option
     train_on(2, prepared, *arguments, "--max_steps", "8", "--stage", "parts", *resume)
     whole, parts = load_checkpoint("checkpoint/whole_last.pt"), load_checkpoint("checkpoint/parts_last.pt")
     assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+
+
+def muon_weights() -> list[torch.Tensor]:
+    """Weights after three steps; of one shape there are five matrices, two of them fused, of another one."""
+    torch.manual_seed(0)
+    ps = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 12, 8), (24, 8), (8, 20))]
+    muon = optimizer.Muon(ps, lr=0.1, momentum=0.9, weight_decay=0.1, rows=[[12], [12, 12], [8]])
+    for _ in range(3):
+        for p in ps:
+            p.grad = torch.randn_like(p)
+        muon.step()
+    return [p.detach() for p in ps]
+
+
+def be_muon_process(rank: int, world_size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size)
+    n_matrices, orthogonalise = [], optimizer.orthogonalise
+    optimizer.orthogonalise = lambda G: (n_matrices.append(len(G)), orthogonalise(G))[1]
+    torch.save({"weights": muon_weights(), "n_matrices": sum(n_matrices)}, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_muon_deals_the_matrices_out(work, world_size):
+    """Every process orthogonalises a share, also where shares are uneven or empty; all get what one process gets."""
+    jobs = [FORKS.Process(target=be_muon_process, args=(rank, world_size, work)) for rank in range(world_size)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(timeout=60)
+        job.kill()
+    results = [torch.load(work / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+    assert [result["n_matrices"] for result in results] == {2: [3 * 4, 3 * 2], 4: [3 * 3, 3 * 2, 3 * 1, 0]}[world_size]
+    for result in results:
+        for theirs, first, one in zip(result["weights"], results[0]["weights"], muon_weights(), strict=True):
+            assert torch.equal(theirs, first)
+            torch.testing.assert_close(theirs, one)
 
 
 ENDLESS = ["-t", "pretrain", *ARGUMENTS, "--eval_interval", "1000000", "--save_interval", "5", "--decay_lr", "false"]

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from base.devices import has_bfloat16
 from model import GPT, ModelConfig
 
 # ------------------------------------------------------------------------------------------------------ schedules
@@ -79,7 +81,9 @@ def orthogonalise(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
     p(s) = a s + b s^3 + c s^5 to the singular values. They end between about 0.7 and 1.2, close enough to 1 for Muon.
     """
     a, b, c = NEWTON_SCHULZ
-    X = G.bfloat16() if G.is_cuda else G.float()
+    # the iteration needs no more than bfloat16; a CPU gains by it from some size on
+    is_fast = G.is_cuda or (min(G.shape[-2:]) >= 128 and has_bfloat16(G.device))
+    X = G.bfloat16() if is_fast else G.float()
     transposed = X.size(-2) > X.size(-1)
     if transposed:  # so that X X^T is the smaller of the two Gram matrices
         X = X.mT.contiguous()
@@ -121,18 +125,28 @@ class Muon(torch.optim.Optimizer):
         ps = [p for p, _ in with_grad]
         gradients = [p.grad for p in ps]
         # momentum m <- mu m + (1 - mu) g; Nesterov's look-ahead: the update is mu m + (1 - mu) g with the new m
-        momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in ps]
+        for p in ps:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        momenta = [self.state[p]["momentum"] for p in ps]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = [full_tensor(u) for u in torch._foreach_lerp(gradients, momenta, group["momentum"])]
 
-        orthogonalise_matrices(updates, [rows for _, rows in with_grad])
+        # all processes of a job, if there are several, have the same updates here: they deal the work out
+        is_job = dist.is_initialized() and dist.get_world_size() > 1
+        method = orthogonalise_together if is_job else orthogonalise
+        orthogonalise_matrices(updates, [rows for _, rows in with_grad], method)
 
         # decoupled weight decay, as in AdamW, then the step
         torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(ps, [shard_like(p, u) for p, u in zip(ps, updates, strict=True)], alpha=-group["lr"])
 
 
-def orthogonalise_matrices(updates: list[torch.Tensor], rows: list[list[int]]) -> None:
+def orthogonalise_matrices(
+    updates: list[torch.Tensor],
+    rows: list[list[int]],
+    method: Callable[[torch.Tensor], torch.Tensor] = orthogonalise,
+) -> None:
     """Orthogonalise, in place, every matrix in the updates; rows: for each update, those of the matrices fused in it.
 
     All matrices of one shape go through one batched product instead of many small ones.
@@ -144,9 +158,25 @@ def orthogonalise_matrices(updates: list[torch.Tensor], rows: list[list[int]]) -
     for (*_, n_rows, n_columns), matrices in by_shape.items():
         stack = torch.stack(matrices)  # (n, rows, columns), or (n, n_expert, rows, columns)
         scale = math.sqrt(max(1.0, n_rows / n_columns))
-        orthogonal = orthogonalise(stack.view(-1, n_rows, n_columns)).mul_(scale).view_as(stack)
+        orthogonal = method(stack.view(-1, n_rows, n_columns)).mul_(scale).view_as(stack)
         torch._foreach_copy_(matrices, orthogonal.unbind())
         del stack, orthogonal  # before those of the next shape are made
+
+
+def orthogonalise_together(G: torch.Tensor) -> torch.Tensor:
+    """orthogonalise(G), of which every process computes a share; all must have the same G (n, rows, columns).
+
+    What is sent is as much as the weights, half of what averaging the gradients takes.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    size = math.ceil(len(G) / world_size)  # of a share; the last ones may have fewer matrices, or none
+    share = G[rank * size : (rank + 1) * size]
+    mine = G.new_zeros(size, *G.shape[1:])
+    if len(share):
+        mine[: len(share)] = orthogonalise(share)
+    shares = [torch.empty_like(mine) for _ in range(world_size)]
+    dist.all_gather(shares, mine)
+    return torch.cat(shares)[: len(G)]
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

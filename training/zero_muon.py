@@ -56,7 +56,9 @@ class ZeROMuon(torch.optim.AdamW):
         self.param_groups = groups
 
     def muon_step(self, shard: torch.Tensor, group: dict[str, Any]) -> None:
-        momentum = self.state[shard].setdefault("momentum", torch.zeros_like(shard))
+        if "momentum" not in self.state[shard]:
+            self.state[shard]["momentum"] = torch.zeros_like(shard)
+        momentum = self.state[shard]["momentum"]
         momentum.lerp_(shard.grad, 1 - group["momentum"])
         update = shard.grad.lerp(momentum, group["momentum"])  # Nesterov's look-ahead
         update = self.orthogonalise_shards(update, self.placements[shard])
