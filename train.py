@@ -301,6 +301,7 @@ def save(run: Run, path: Path, log: RunLog) -> None:
             "model_config": run.model.config.to_dict(),
             **({"lora": run.adapter} if run.adapter else {}),
             "train_config": run.config_values(),
+            "environment": {"device": run.engine.device.type, "dtype": dtype_name(run.engine.dtype)},
             "tokenizer": run.tokenizer.to_dict(),
             "data": {
                 "sizes": run.source.sizes,

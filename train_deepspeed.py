@@ -54,7 +54,8 @@ class DeepSpeedEngine(DistributedEngine):
         super().__init__(config)
         if self.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        self.settings = merge_settings(read_json(path), path, config, self.dtype, self.world_size)
+        self.path = path
+        self.set_dtype(self.dtype)
         self.zero = self.settings["zero_optimization"].get("stage", 0)
         self.writes_shards, self.shards_parameters = self.zero > 0, self.zero == 3
         if self.zero and config.use_lora:
@@ -72,6 +73,10 @@ class DeepSpeedEngine(DistributedEngine):
                 f"optimizer muon with float16 and ZeRO stage {self.zero} of {path} is not supported, as an overflow "
                 "would be noticed by some processes only: use --dtype bfloat16 or float32, or --optimizer adamw"
             )
+
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        super().set_dtype(dtype)
+        self.settings = merge_settings(read_json(self.path), self.path, self.config, dtype, self.world_size)
 
     def prepare(self, model: GPT) -> None:
         import deepspeed  # takes seconds: only after all checks

@@ -109,7 +109,8 @@ class TrainConfig(Config):
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps", section="Device and precision")
     dtype: str = option(
         "auto",
-        "precision of the matrix products (autocast); auto: bfloat16 or float16 on CUDA, else float32",
+        "precision of the matrix products (autocast); auto: bfloat16 or float16 on CUDA, on a CPU bfloat16 where a "
+        "short trial gains by it, else float32",
         choices=("auto", *DTYPES),
     )
     sdp_kernel: str = option("auto", "kernel of scaled_dot_product_attention", choices=("auto", *SDP_KERNELS))

@@ -58,6 +58,10 @@ class Engine:
     def choose_device(self, name: str) -> torch.device:
         return find_device(name)
 
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """The precision that dtype auto turned out to mean for this model, before prepare()."""
+        self.dtype = dtype
+
     def prepare(self, model: GPT) -> None:
         """Move the model to the device, make its optimizer, and wrap it for training."""
         self.model = model.to(self.device)

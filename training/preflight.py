@@ -170,7 +170,8 @@ def report(run: Any) -> None:
         f"{epoch}"
     )
     print(
-        f"device: {device_name(engine.device)}, {dtype_name(engine.dtype)}, "
+        f"device: {device_name(engine.device)}, {dtype_name(engine.dtype)}"
+        f"{f' ({run.dtype_reason})' if run.dtype_reason else ''}, "
         f"attention {config.sdp_kernel}{', flex for masks' if model.use_flex and engine.use_compile else ''}, "
         f"compile {str(engine.use_compile).lower()}, "
         f"matmul {run.matmul_flops / 1e9:,.0f} GFLOP/s; memory: about {needed / 1e9:.2f} GB"

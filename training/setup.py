@@ -22,6 +22,7 @@ from training import preflight
 from training.config import TrainConfig
 from training.engine import Engine, Loss
 from training.losses import COMPARES_POLICIES, PREFERENCES, make_loss, next_token
+from training.precision import choose_dtype
 from training.sources import SOURCES
 from training.spikes import Spikes
 from weights import lora
@@ -62,6 +63,7 @@ class Run:
     evaluation_changes: list[str] = field(default_factory=list)  # why its best validation loss does not count
     expert_counts: torch.Tensor | None = None  # tokens of each layer's experts since the last evaluation
     matmul_flops: float | None = None  # the device's measured rate in FLOP/s, for mfu
+    dtype_reason: str = ""  # why the engine's dtype is what dtype auto means here
     stopped: bool = False  # by a signal
     began: float = field(default_factory=time.perf_counter)
     seconds_before: float = 0.0  # that training had taken when it was resumed
@@ -304,10 +306,12 @@ def build_run(asked: RunConfig, engine: Engine) -> Run:
     datasets = [*batches.datasets, *getattr(validation, "datasets", ())]
     loss = make_loss(config, engine, source.tokenizer, datasets)
     run = Run(config, source, model, batches, validation, engine, loss, adapter)
+    earlier = checkpoint if checkpoint and is_same_run(run, checkpoint) else None
+    choose_dtype(run, earlier)
     preflight.choose_attention(config, model, engine)
     engine.prepare(model)
-    if checkpoint and is_same_run(run, checkpoint):
-        resume(run, checkpoint)
+    if earlier:
+        resume(run, earlier)
     elif checkpoint:
         now, before = model.config.to_dict(), checkpoint["model_config"]
         known = fields_of(ModelConfig)
