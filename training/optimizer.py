@@ -82,7 +82,7 @@ def orthogonalise(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """
     a, b, c = NEWTON_SCHULZ
     # the iteration needs no more than bfloat16; a CPU gains by it from some size on
-    is_fast = G.is_cuda or (min(G.shape[-2:]) >= 128 and has_bfloat16(G.device))
+    is_fast = G.is_cuda or (min(G.shape[-2:]) >= 256 and has_bfloat16(G.device))
     X = G.bfloat16() if is_fast else G.float()
     transposed = X.size(-2) > X.size(-1)
     if transposed:  # so that X X^T is the smaller of the two Gram matrices
