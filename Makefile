@@ -14,8 +14,8 @@ setup: $(VENV)/.requirements
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.requirements: requirements.txt | $(VENV)/bin/python
-	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
+$(VENV)/.requirements: requirements.txt requirements-serve.txt | $(VENV)/bin/python
+	$(PY) -m pip install --disable-pip-version-check -r requirements.txt -r requirements-serve.txt
 	@touch $@
 
 $(VENV)/.requirements-dev: requirements.txt requirements-dev.txt $(VENV)/.requirements

@@ -7,6 +7,7 @@ python plot_loss.py -n train_20260101_120000.log --follow       redraws while th
 python plot_loss.py --explain train_20260101_120000.log         says what went wrong, and what to change
 """
 
+import io
 import sys
 import time
 from pathlib import Path
@@ -43,7 +44,28 @@ def join_runs(paths: list[str]) -> dict[str, dict[str, list[dict]]]:
 
 
 def draw(paths: list[str], output: str, log_x: bool, log_y: bool, band: bool = False) -> None:
-    """Write the figure: losses on top, learning rate, gradient norm and speed below.
+    """Write the figure as PNG."""
+    temporary = Path(output).with_name(f".{Path(output).name}.tmp.png")  # so that a viewer never sees a partial file
+    save_figure(paths, temporary, "png", log_x, log_y, band)
+    temporary.replace(output)
+
+
+def svg(paths: list[str]) -> bytes:
+    """The figure as SVG."""
+    output = io.BytesIO()
+    save_figure(paths, output, "svg")
+    return output.getvalue()
+
+
+def save_figure(
+    paths: list[str],
+    output: Path | io.BytesIO,
+    form: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    band: bool = False,
+) -> None:
+    """Losses on top, learning rate, gradient norm and speed below.
 
     band: the losses of runs that differ by their seed alone as their mean and standard deviation.
     """
@@ -82,10 +104,8 @@ def draw(paths: list[str], output: str, log_x: bool, log_y: bool, band: bool = F
             axis.set_xscale("log")
     if log_y:
         axes["loss"].set_yscale("log")
-    temporary = Path(output).with_name(f".{Path(output).name}.tmp.png")  # so that a viewer never sees a partial file
-    figure.savefig(temporary, dpi=120, format="png")
+    figure.savefig(output, dpi=120, format=form)
     plt.close(figure)
-    temporary.replace(output)
 
 
 def draw_losses(axis: Any, run: dict[str, list[dict]], name: str, colour: str) -> None:

@@ -6,8 +6,11 @@ import torch
 
 
 @torch.no_grad()
-def attention_maps(model: torch.nn.Module, idx: torch.Tensor) -> torch.Tensor:
-    """Attention weights (n_layer, B, n_head, T, T) of a GPT over token ids (B, T); each row, a query's, sums to 1."""
+def attention_maps(model: torch.nn.Module, idx: torch.Tensor, last_only: bool = False) -> torch.Tensor:
+    """Attention weights (n_layer, B, n_head, T, T) of a GPT over token ids (B, T); each row, a query's, sums to 1.
+
+    last_only: the weights of the last token alone, (n_layer, B, n_head, 1, T).
+    """
     inputs: list[tuple] = []  # (x, rope, mask, cache) of every layer
     layers = [block.attention for block in model.blocks]
     hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args)) for layer in layers]
@@ -16,7 +19,8 @@ def attention_maps(model: torch.nn.Module, idx: torch.Tensor) -> torch.Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack([attention_weights(layer, *args[:3]) for layer, args in zip(layers, inputs, strict=True)])
+    layer_inputs = zip(layers, inputs, strict=True)
+    return torch.stack([attention_weights(layer, *args[:3], last_only=last_only) for layer, args in layer_inputs])
 
 
 def attention_weights(
@@ -24,14 +28,17 @@ def attention_weights(
     x: torch.Tensor,
     rope: tuple[torch.Tensor, torch.Tensor] | None,
     mask: torch.Tensor | None,
+    last_only: bool = False,
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(head_dim)) (B, n_head, T, T) of one attention layer on its input (B, T, n_embd)."""
     config = attention.config
     q, k, _ = attention.project(x, rope)
     k = k.repeat_interleave(config.n_head // config.n_kv_head, dim=1)
-    scores = q @ k.mT / math.sqrt(config.head_dim)
     if mask is None and config.is_causal:
-        mask = torch.ones_like(scores, dtype=torch.bool).tril()
+        T = x.size(1)
+        mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
+    queries = slice(-1 if last_only else 0, None)
+    scores = q[:, :, queries] @ k.mT / math.sqrt(config.head_dim)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
+        scores = scores.masked_fill(~mask[..., queries, :], -math.inf)
     return scores.softmax(-1)

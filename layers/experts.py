@@ -104,16 +104,7 @@ class MixtureOfExperts(nn.Module):
         In training, the load-balancing loss is added to routing.losses.
         """
         tokens, k = x.reshape(-1, x.size(-1)), self.config.n_expert_per_token  # (N, n_embd)
-
-        # route: the top-k experts of every token, and the weights of their outputs
-        probabilities = self.router(tokens).float().softmax(-1)  # (N, E)
-        scores = probabilities
-        if self.config.expert_balance == "bias":  # the bias affects which experts are chosen, not their gates
-            scores = scores + self.choice_bias
-        experts = scores.topk(k, sorted=False).indices  # (N, k)
-        gates = probabilities.gather(1, experts)
-        if k > 1:  # with one expert the quotient would be 1, and the router would get no gradient: its probability
-            gates = gates / gates.sum(1, keepdim=True)  # itself is the gate then (Switch, arXiv:2101.03961)
+        probabilities, experts, gates = self.route(tokens)
 
         # dispatch: a copy of each token per chosen expert, sorted by expert, so that each works on consecutive rows
         order = experts.flatten().argsort(stable=True)  # (N k,) indices of (token, expert) pairs
@@ -142,6 +133,19 @@ class MixtureOfExperts(nn.Module):
         if self.shared is not None:
             y = y + self.shared(tokens)
         return y.view(x.shape)
+
+    def route(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For tokens (N, n_embd): the router's probabilities (N, E), the top-k experts (N, k), their gates (N, k)."""
+        k = self.config.n_expert_per_token
+        probabilities = self.router(tokens).float().softmax(-1)  # (N, E)
+        scores = probabilities
+        if self.config.expert_balance == "bias":  # the bias affects which experts are chosen, not their gates
+            scores = scores + self.choice_bias
+        experts = scores.topk(k, sorted=False).indices  # (N, k)
+        gates = probabilities.gather(1, experts)
+        if k > 1:  # with one expert the quotient would be 1, and the router would get no gradient: its probability
+            gates = gates / gates.sum(1, keepdim=True)  # itself is the gate then (Switch, arXiv:2101.03961)
+        return probabilities, experts, gates
 
     def count(self, experts: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
         """How many of the pairs (N, k) each expert has, (E,); weight (N,): what each token counts, else 1."""

@@ -164,24 +164,41 @@ def unknown_note(tokenizer: Tokenizer, text: str) -> str:
     return f"not in the vocabulary, read as {SPECIAL_TOKENS[UNKNOWN]}: {shown}{more}" if unknown else ""
 
 
-def until_stop(pieces: Iterator[str], stop: list[str]) -> Iterator[str]:
-    """The text up to the earliest beginning of a stop text, in pieces.
+class UntilStop:
+    """The text up to the earliest beginning of a stop text, as its pieces come.
 
     What may be the beginning of a stop text is held back until that is known: how the text is cut into pieces makes no
     difference.
     """
-    held = ""
-    for piece in pieces:
-        held += piece
-        end = first_stop(held, stop)
-        partial = (len(held) - n for text in stop for n in range(1, len(text)) if held.endswith(text[:n]))
+
+    def __init__(self, stop: list[str]) -> None:
+        self.stop, self.held, self.is_done = stop, "", False
+
+    def push(self, piece: str) -> str:
+        """What is certain now; is_done: a stop text has come."""
+        self.held += piece
+        end = first_stop(self.held, self.stop)
+        held = self.held
+        partial = (len(held) - n for text in self.stop for n in range(1, len(text)) if held.endswith(text[:n]))
         ready = min([end, *partial])
-        if ready:
-            yield held[:ready]
-        if ready == end < len(held):
+        self.is_done = ready == end < len(self.held)
+        text, self.held = self.held[:ready], "" if self.is_done else self.held[ready:]
+        return text
+
+    def rest(self) -> str:
+        """What was held back, when no further piece comes."""
+        return self.held[: first_stop(self.held, self.stop)]
+
+
+def until_stop(pieces: Iterator[str], stop: list[str]) -> Iterator[str]:
+    """The text of the pieces up to the earliest beginning of a stop text, in pieces."""
+    until = UntilStop(stop)
+    for piece in pieces:
+        if text := until.push(piece):
+            yield text
+        if until.is_done:
             return
-        held = held[ready:]
-    if rest := held[: first_stop(held, stop)]:
+    if rest := until.rest():
         yield rest
 
 

@@ -10,6 +10,7 @@ from conftest import ROOT
 # from the scripts that people type down to what everything stands on; a room may import its own files
 FLOORS = [
     ["problem", "train_ddp", "train_deepspeed"],
+    ["serve"],
     ["train", "inference", "evaluate"],
     ["plot_loss", "convert"],
     ["evaluation"],

@@ -140,9 +140,11 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens appear by name."""
 
-    @abstractmethod
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Decode ids one by one, as a model generates them; yields text as soon as its characters are complete."""
+        stream = TextStream(self)
+        yield from filter(None, map(stream.push, ids))
+        yield from filter(None, [stream.rest()])
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -153,6 +155,26 @@ class Tokenizer(ABC):
         if len(ids) and not (ids.min() >= 0 and ids.max() < self.vocab_size):
             raise UserError(f"token ids must be in 0..{self.vocab_size - 1}, got {ids.min()}..{ids.max()}")
         return ids
+
+
+class TextStream:
+    """The text of tokens that come one by one, as soon as its characters are complete."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.pending = tokenizer, []
+
+    def push(self, token: int) -> str:
+        """What the token completes; "" inside of a character that is spread over several tokens."""
+        self.pending.append(token)
+        text = self.tokenizer.decode(self.pending)
+        if text.endswith("\ufffd") and len(self.pending) <= 8:  # incomplete UTF-8; it has at most 4 bytes, so that
+            return ""  # what 8 tokens have not completed will not be
+        self.pending = []
+        return text
+
+    def rest(self) -> str:
+        """The text of what is pending, when no further token comes."""
+        return self.tokenizer.decode(self.pending)
 
 
 def codepoints(text: str) -> np.ndarray:
@@ -216,10 +238,6 @@ class CharTokenizer(Tokenizer):
             parts += [codes[start:i].tobytes().decode("utf-32-le"), SPECIAL_TOKENS[ids[i]]]
             start = i + 1
         return "".join(parts) + codes[start:].tobytes().decode("utf-32-le")
-
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        for token in ids:
-            yield self.decode([token])
 
     def unknown_characters(self, text: str) -> str:
         codes = codepoints(text)
@@ -328,17 +346,6 @@ class BPETokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(self._check_ids(ids).tolist(), skip_special_tokens=False)
-
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        pending = []  # a character may be spread over several tokens; incomplete UTF-8 decodes to U+FFFD
-        for token in ids:
-            pending.append(token)
-            text = self.decode(pending)
-            if not text.endswith("\ufffd") or len(pending) > 8:  # UTF-8 has at most 4 bytes: it will not be completed
-                yield text
-                pending = []
-        if pending:
-            yield self.decode(pending)
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,119 @@
+"""Answers in the forms of OpenAI's API: whole, or as the chunks of a stream; for chats and for plain completions.
+
+https://platform.openai.com/docs/api-reference; beside what is there, tokens come with their ids.
+"""
+
+import json
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from serving.scheduler import Generation, Piece, TokenInfo
+from text.tokenizer import Tokenizer
+
+
+def to_json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def usage(generations: list[Generation], n: int) -> dict[str, Any]:
+    """The tokens of a request with n answers to each prompt, whose prompts count once."""
+    n_prompt = sum(len(generation.ids) for generation in generations[::n])
+    n_drawn = sum(len(generation.drawn) for generation in generations)
+    return {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": n_drawn,
+        "total_tokens": n_prompt + n_drawn,
+        "prompt_tokens_details": {"cached_tokens": sum(generation.n_reused for generation in generations[::n])},
+    }
+
+
+@dataclass
+class Chat:
+    """Answers to a conversation."""
+
+    tokenizer: Tokenizer
+    model: str
+    with_logprobs: bool
+    id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
+    created: int = field(default_factory=lambda: int(time.time()))
+    whole, chunk = "chat.completion", "chat.completion.chunk"
+
+    def head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def first(self, index: int) -> dict[str, Any]:
+        return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+
+    def choice(self, index: int, piece: Piece, in_stream: bool) -> dict[str, Any]:
+        """A piece of the answer with this index, or all of it."""
+        logprobs = {"content": self.logprobs(piece.tokens), "refusal": None} if self.with_logprobs else None
+        if in_stream:
+            said = {"delta": {"content": piece.text} if piece.text or not piece.finish_reason else {}}
+        else:
+            said = {"message": {"role": "assistant", "content": piece.text, "refusal": None}}
+        return {"index": index, **said, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+
+    def logprobs(self, tokens: list[TokenInfo]) -> list[dict[str, Any]]:
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            text = self.tokenizer.decode([token])
+            is_part = "\ufffd" in text  # of a character that is spread over several tokens
+            encoded = None if is_part else list(text.encode("utf-8"))
+            return {"id": token, "token": text, "logprob": logprob, "bytes": encoded}
+
+        return [
+            {**entry(info.id, info.logprob), "top_logprobs": [entry(*candidate) for candidate in info.top]}
+            for info in tokens
+        ]
+
+
+@dataclass
+class Completion:
+    """Continuations of texts."""
+
+    tokenizer: Tokenizer
+    model: str
+    with_logprobs: bool
+    echoed: list[list[int]] = field(default_factory=list)  # the prompts of all answers, where they are to be repeated
+    id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
+    created: int = field(default_factory=lambda: int(time.time()))
+    lengths: dict[int, int] = field(default_factory=dict)  # characters of each answer so far
+    whole = chunk = "text_completion"
+
+    head = Chat.head
+
+    def first(self, index: int) -> dict[str, Any] | None:
+        return None
+
+    def choice(self, index: int, piece: Piece, in_stream: bool) -> dict[str, Any]:
+        """A piece of the answer with this index, or all of it."""
+        is_first, offset = index not in self.lengths, self.lengths.get(index, 0)
+        text, tokens = piece.text, piece.tokens
+        if is_first and self.echoed:
+            text, tokens = self.tokenizer.decode(self.echoed[index]) + text, [*piece.prompt, *tokens]
+        self.lengths[index] = offset + len(text)
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": self.logprobs(tokens, offset) if self.with_logprobs else None,
+            "finish_reason": piece.finish_reason,
+            "token_ids": [info.id for info in piece.tokens],
+        }
+
+    def logprobs(self, tokens: list[TokenInfo], offset: int) -> dict[str, Any]:
+        texts = [self.tokenizer.decode([info.id]) for info in tokens]
+        offsets = []
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        top = [
+            None if info.logprob is None else {self.tokenizer.decode([token]): logprob for token, logprob in info.top}
+            for info in tokens
+        ]
+        return {
+            "tokens": texts,
+            "token_logprobs": [info.logprob for info in tokens],
+            "top_logprobs": top,
+            "text_offset": offsets,
+        }
