@@ -15,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -56,6 +55,7 @@ class Server:
     max_body: int = 1 << 20  # bytes
     started: int = 0  # Unix time
     requests: Counter = field(default_factory=Counter)  # by path and status
+    drawing: asyncio.Lock = field(default_factory=asyncio.Lock)  # figures are drawn one at a time
 
     def batch(self, name: Any) -> Batch:
         """The model of a request; raises BadRequest."""
@@ -279,7 +279,7 @@ async def tokenize(request: Request) -> Response:
 async def inspect(request: Request) -> Response:
     server, body = request.app.state.server, await read_body(request)
     batch = server.batch(body.get("model"))
-    (ids,) = requests.read_prompts(batch.generator, {"prompt": [body.get("tokens")]}, "tokens")
+    ids = requests.read_ids(batch.generator, body.get("tokens"), "tokens")
     position = body.get("position", len(ids) - 1)
     if type(position) is not int or not 0 <= position < len(ids):
         raise BadRequest(f"position must be an integer in 0..{len(ids) - 1}", "position")
@@ -304,9 +304,10 @@ async def training(request: Request) -> Response:
 
 
 async def curves(request: Request) -> Response:
-    names = request.query_params.getlist("log")
+    server, names = request.app.state.server, request.query_params.getlist("log")
     try:
-        drawn = await run_in_threadpool(request.app.state.server.logs.curves, names)
+        async with server.drawing:
+            drawn = await run_in_threadpool(server.logs.curves, names)
     except UserError as error:  # a log without a training step, one that is none
         raise BadRequest(str(error), "log") from None
     return Response(drawn, media_type="image/svg+xml")
@@ -317,7 +318,7 @@ async def page(request: Request) -> Response:
     name = request.path_params.get("name", "index.html")
     files = {file.relative_to(PAGE).as_posix(): file for file in PAGE.rglob("*") if file.suffix in MEDIA_TYPES}
     if name not in files:
-        raise HTTPException(404)
+        raise HTTPException(405 if f"/{name}" in {route.path for route in ROUTES} else 404)
     return FileResponse(files[name], media_type=MEDIA_TYPES[files[name].suffix])
 
 
@@ -388,5 +389,4 @@ def make_app(server: Server) -> Callable:
     handlers = {Refused: refuse, HTTPException: refuse_path, ClientDisconnect: gone, Exception: fail}
     app = Starlette(routes=ROUTES, exception_handlers=handlers)
     app.state.server = server
-    torch.set_grad_enabled(False)
     return CountRequests(app, server.requests)

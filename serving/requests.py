@@ -208,24 +208,29 @@ def token_pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return [*pieces[:-1], pieces[-1] + stream.rest()] if pieces else []
 
 
-def read_prompts(generator: TextGenerator, body: dict[str, Any], param: str = "prompt") -> list[list[int]]:
+def read_ids(generator: TextGenerator, ids: Any, name: str) -> list[int]:
+    """Token ids (T,) of a request; raises BadRequest."""
+    vocab_size = generator.model.config.vocab_size
+    if not isinstance(ids, list) or not ids or not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+        raise BadRequest(f"{name} must be a list of token ids in 0..{vocab_size - 1}", name)
+    return ids
+
+
+def read_prompts(generator: TextGenerator, body: dict[str, Any]) -> list[list[int]]:
     """The prompts of a request, texts or token ids, as token ids; raises BadRequest."""
-    prompt, vocab_size = body.get("prompt"), generator.model.config.vocab_size
-    is_ids = lambda value: isinstance(value, list) and bool(value) and all(type(item) is int for item in value)  # noqa: E731
-    prompts = [prompt] if isinstance(prompt, str) or is_ids(prompt) else prompt
+    prompt = body.get("prompt")
+    is_one = isinstance(prompt, str) or (isinstance(prompt, list) and prompt and type(prompt[0]) is int)
+    prompts = [prompt] if is_one else prompt
     if not isinstance(prompts, list) or not 1 <= len(prompts) <= MAX_ANSWERS:
         rule = f"a text, a list of token ids, or a list of up to {MAX_ANSWERS} of these"
-        raise BadRequest(f"{param} must be {rule}", param)
+        raise BadRequest(f"prompt must be {rule}", "prompt")
     found = []
     for item in prompts:
-        if is_ids(item):
-            if not all(0 <= token < vocab_size for token in item):
-                raise BadRequest(f"{param}: token ids must be in 0..{vocab_size - 1}", param)
-            found.append(item)
-        else:
-            found.append(text_ids(generator, read_text(item, param)))
-    if not all(found):
-        raise BadRequest(f"{param} is empty", param)
+        is_text = isinstance(item, str)
+        ids = text_ids(generator, read_text(item, "prompt")) if is_text else read_ids(generator, item, "prompt")
+        if not ids:
+            raise BadRequest("prompt is empty", "prompt")
+        found.append(ids)
     return found
 
 

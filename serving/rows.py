@@ -1,4 +1,10 @@
-"""The rows of a model's key/value cache: a sequence each, of its own length, read and continued beside the others."""
+"""The rows of a model's key/value cache: a sequence each, of its own length, read and continued beside the others.
+
+What a row gives does not depend on the others, to the last bit. Rounding depends on the order in which a matrix product
+adds, and that on the sizes of the matrices. So a prompt is read by itself, in pieces that end at multiples of PIECE;
+and a step has fixed sizes: all rows, idle ones too, and room for all keys. Where this machine gives the same bits with
+fewer, which is tried when the model is loaded, a step takes only as many as it needs.
+"""
 
 import torch
 
@@ -12,29 +18,83 @@ class Rows:
     """A fixed number of sequences."""
 
     def __init__(self, model: GPT, n_rows: int) -> None:
-        self.model, self.n_rows = model, n_rows
-        weight = model.token_embedding.weight
-        self.device = weight.device
-        self.caches = [KVCache(model.config, 1, weight.device, weight.dtype) for _ in range(n_rows)]
+        config, weight = model.config, model.token_embedding.weight
+        self.model, self.n_rows, self.device, self.block_size = model, n_rows, weight.device, config.block_size
+        self.cache = KVCache(config, n_rows, weight.device, weight.dtype)
+        # what a row still has of its beginning, however long it has become: all, but for sliding windows
+        self.n_kept = min(self.cache.n_places(window) for window in config.windows)
+        self.row_sizes, self.key_sizes = [n_rows], [config.block_size]  # that a step may have
+        if not config.n_expert:
+            self.add_sizes()
 
     def read(self, row: int, ids: list[int]) -> torch.Tensor:
         """Read tokens into a row, after those that it has; final hidden states (T, n_embd)."""
-        return self.model.hidden(torch.tensor([ids], device=self.device), self.caches[row])[0]
+        return self.model.hidden(torch.tensor([ids], device=self.device), self.cache[row : row + 1])[0]
 
     def step(self, tokens: dict[int, int]) -> torch.Tensor:
         """Read the next token of each of some rows; logits (len(tokens), vocab_size)."""
-        hidden = [self.read(row, [token])[-1:] for row, token in tokens.items()]
-        return self.model.lm_head(torch.cat(hidden))
+        if self.model.config.n_expert:  # how many tokens an expert has depends on all rows: so these one by one
+            return torch.cat([self.model.lm_head(self.read(row, [token])) for row, token in tokens.items()])
+        longest = max(self.length(row) for row in tokens)
+        n_rows = self.size_with(max(tokens))
+        n_keys = next(size for size in self.key_sizes if size > longest)
+        return self.step_of_size(tokens, n_rows, n_keys)
 
-    def cut(self, row: int, length: int) -> None:
-        """Forget all but the first tokens of a row."""
-        self.caches[row].length = length
+    def size_with(self, row: int) -> int:
+        """How many rows a step has that reaches this one."""
+        return next(size for size in self.row_sizes if size > row)
+
+    def step_of_size(self, tokens: dict[int, int], n_rows: int, n_keys: int) -> torch.Tensor:
+        """step() with the first n_rows rows, of n_keys tokens each.
+
+        What is read into idle rows lies behind their length, where nobody sees it and the next token takes its place.
+        """
+        lengths, rows = self.cache.lengths.copy(), list(tokens)
+        idx = torch.zeros(n_rows, 1, dtype=torch.long)
+        idx[rows, 0] = torch.tensor(list(tokens.values()))
+        part = self.cache[:n_rows]
+        part.n_keys = n_keys
+        logits = self.model.lm_head(self.model.hidden(idx.to(self.device), part)[:, -1])  # (n_rows, vocab_size)
+        self.cache.lengths[:] = lengths
+        self.cache.lengths[rows] += 1
+        return logits[rows]
+
+    @torch.inference_mode()
+    def add_sizes(self) -> None:
+        """Find the smaller sizes of a step that give the same bits as the largest."""
+        (n_rows,), (block_size,) = self.row_sizes, self.key_sizes
+        generator = torch.Generator().manual_seed(0)
+        longest = min(PIECE, block_size) - 1
+        for row in range(n_rows if longest else 0):  # beginnings of all lengths
+            ids = torch.randint(self.model.config.vocab_size, (1 + row * 7 % longest,), generator=generator)
+            self.read(row, ids.tolist())
+        lengths, tokens = self.cache.lengths.copy(), dict.fromkeys(range(n_rows), 0)
+
+        def bits(rows: int, keys: int) -> torch.Tensor:
+            self.cache.lengths[:] = lengths
+            return self.step_of_size({row: tokens[row] for row in range(rows)}, rows, keys)
+
+        exact = bits(n_rows, block_size)
+        sizes = lambda first, last: [first << i for i in range(20) if first << i < last]  # noqa: E731
+        self.row_sizes[:0] = [n for n in sizes(1, n_rows) if torch.equal(bits(n, block_size), exact[:n])]
+        self.key_sizes[:0] = [n for n in sizes(PIECE, block_size) if torch.equal(bits(n_rows, n), exact)]
+        self.cache.lengths[:] = 0
+
+    def length(self, row: int) -> int:
+        return int(self.cache.lengths[row])
+
+    def keep(self, row: int, length: int) -> int:
+        """Forget all but the first tokens of a row; returns how many it has then: 0 if they were lost."""
+        self.cache.lengths[row] = length if self.has(row, length) else 0
+        return self.length(row)
+
+    def has(self, row: int, length: int) -> bool:
+        """Whether the first tokens of a row are all there still: a sliding window that came round has lost them."""
+        return length == self.length(row) or length < self.length(row) <= self.n_kept
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Let a row begin with the first tokens of another one."""
         if source != target:
-            for old, new in zip(self.caches[source].keys, self.caches[target].keys, strict=True):
-                new[:, :, :length] = old[:, :, :length]
-            for old, new in zip(self.caches[source].values, self.caches[target].values, strict=True):
-                new[:, :, :length] = old[:, :, :length]
-        self.cut(target, length)
+            for layer in (*self.cache.keys, *self.cache.values):
+                layer[target, :, :length] = layer[source, :, :length]
+        self.cache.lengths[target] = length

@@ -176,11 +176,10 @@ class Batch:
     def begin(self, generation: Generation) -> None:
         """Give the prompt a row, which begins with what another row has read of it already."""
         generation.prepare(self.generator, self.rows.device)
-        source, n_shared = max(
-            ((row, 0 if generation.with_prompt else n_common(ids, generation.ids)) for row, ids in self.known()),
-            key=lambda found: found[1],
-        )
-        row = source if n_shared and source in self.free else self.free[0]
+        shared = [(self.n_shared(row, generation), row) for row in range(self.rows.n_rows)]
+        n_shared, source = max(shared, key=lambda pair: pair[0])
+        lowest = min(self.free, key=self.rows.size_with)  # the longest unused of those that make the smallest step
+        row = source if n_shared and source in self.free else lowest
         self.free.remove(row)
         self.rows.copy(source, row, n_shared)
         self.read_in_pieces[row] = generation.ids[:n_shared]
@@ -188,9 +187,11 @@ class Batch:
         self.counts["reused_tokens"] += n_shared
         self.reading = generation
 
-    def known(self) -> list[tuple[int, list[int]]]:
-        """(row, tokens at its beginning that were read in whole pieces)."""
-        return list(enumerate(self.read_in_pieces))
+    def n_shared(self, row: int, generation: Generation) -> int:
+        """Tokens of a prompt that a row has read already: whole pieces, without the prompt's last token."""
+        pairs = zip(self.read_in_pieces[row], generation.ids[:-1], strict=False)
+        n = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)) // PIECE * PIECE
+        return n if self.rows.has(row, n) and not generation.with_prompt else 0
 
     def read_piece(self, generation: Generation) -> int:
         """Read the next piece of a prompt, after the last one draw the first token; returns its number of tokens."""
@@ -269,9 +270,14 @@ class Batch:
         if self.reading is generation:
             self.reading = None
         if generation.row is not None:
-            self.running.pop(generation.row, None)
-            self.free.append(generation.row)
-            generation.row = None
+            row, generation.row = generation.row, None
+            self.running.pop(row, None)
+            self.free.append(row)
+            most = (
+                (self.rows.block_size - 1) // PIECE * PIECE
+            )  # an idle row is computed along, and needs a place for that
+            kept = self.rows.keep(row, min(len(self.read_in_pieces[row]), most))
+            self.read_in_pieces[row] = self.read_in_pieces[row][:kept]
         self.counts["ended"] += 1
         if piece:
             generation.deliver(piece)
@@ -280,12 +286,6 @@ class Batch:
         """End everything with an error."""
         for generation in self.everything():
             self.end(generation, Piece(finish_reason="error", error=error))
-
-
-def n_common(known: list[int], ids: list[int]) -> int:
-    """Tokens of whole pieces that two prompts begin with, but for the last token of `ids`, which has to be read."""
-    n = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(known, ids[:-1], strict=False)))
-    return n // PIECE * PIECE
 
 
 def token_infos(logits: torch.Tensor, ids: list[int], n_top: int) -> list[TokenInfo]:

@@ -5,6 +5,7 @@ for piece in generator.answer("你好", GenerationConfig(temperature=0.0)):
     print(piece, end="")
 """
 
+import bisect
 import copy
 import itertools
 import warnings
@@ -95,13 +96,18 @@ class TextGenerator:
         A turn is a user message and what answers it; system messages stay.
         """
         messages = [{**message, "content": normalise(message["content"])} for message in messages]
-        while True:
-            ids, _ = self.tokenizer.encode_chat(messages)
-            asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
-            if len(ids) <= limit or len(asked) < 2:
-                return ids.tolist()
-            oldest, rest = messages[: asked[1]], messages[asked[1] :]
-            messages = [message for message in oldest if message["role"] == "system"] + rest
+        asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+
+        def ids_without(n_turns: int) -> list[int]:
+            start = asked[n_turns] if n_turns else 0
+            kept = [message for message in messages[:start] if message["role"] == "system"] + messages[start:]
+            return self.tokenizer.encode_chat(kept)[0].tolist()
+
+        ids = ids_without(0)
+        if len(ids) <= limit or len(asked) < 2:
+            return ids
+        # by bisection: one turn at a time would take long for thousands of them
+        return ids_without(bisect.bisect_left(range(len(asked) - 1), True, key=lambda n: len(ids_without(n)) <= limit))
 
     def answer(
         self, prompt: str, config: GenerationConfig, history: Messages = (), drawn: list[int] | None = None

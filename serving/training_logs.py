@@ -2,7 +2,6 @@
 
 import json
 import math
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,6 @@ class TrainingLogs:
     def __init__(self, folder: Path, draw: Callable[[list[str]], bytes]) -> None:
         """draw(paths): the curves of logs as SVG."""
         self.folder, self.draw = folder, draw
-        self.lock = threading.Lock()  # figures are drawn one at a time
         self.drawn: tuple[Any, bytes] = None, b""  # the newest figure, and of what
         self.read: dict[str, tuple[Any, dict[str, Any]]] = {}  # name -> (size and time, what is in it)
 
@@ -50,11 +48,10 @@ class TrainingLogs:
         files = self.files()
         if not names or not set(names) <= files.keys() or len(names) > NEWEST:
             raise BadRequest("log must be the name of one of the logs that /training lists", "log")
-        with self.lock:
-            mark = [(name, files[name].stat().st_size) for name in names]
-            if mark != self.drawn[0]:
-                self.drawn = mark, self.draw([str(files[name]) for name in names])
-            return self.drawn[1]
+        mark = [(name, files[name].stat().st_size) for name in names]
+        if mark != self.drawn[0]:
+            self.drawn = mark, self.draw([str(files[name]) for name in names])
+        return self.drawn[1]
 
 
 def summary(file: Path) -> dict[str, Any]:
