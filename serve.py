@@ -20,13 +20,14 @@ from typing import Any
 from base.configuration import Parser, UserError, escape_control_characters, run_main
 from plot_loss import svg
 from serving.scheduler import Batch, Scheduler
-from serving.text_generator import TextGenerator, load_full_checkpoint, load_text_generator
+from serving.text_generator import TextGenerator, load_text_generator
 from serving.training_logs import TrainingLogs
 from weights.checkpointing import find_checkpoint
 from weights.quantise import KINDS
 
 KEEP_ALIVE_SECONDS = 30  # that a connection may stay open between two requests
-LOCAL = "127.0.0.1"
+LARGE_CACHE = 1 << 30  # bytes that are worth a line
+LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def tell(message: str) -> None:
@@ -42,7 +43,7 @@ def make_parser() -> Parser:
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
     network = parser.add_argument_group("Network")
     network.add_argument("--port", metavar="N", type=int, default=8000, help="0: any that is free [8000]")
-    network.add_argument("--host", metavar="NAME", default=LOCAL, help="address to listen at [this machine alone]")
+    network.add_argument("--host", metavar="NAME", default=LOCAL[0], help="address to listen at [this machine alone]")
     network.add_argument(
         "--api_key", metavar="TEXT", help="requests need it, as a bearer token [none; random for --host]"
     )
@@ -78,8 +79,7 @@ def load_models(args: Namespace) -> dict[str, Batch]:
     paths = args.model or ["checkpoint/sft.pt"]
     loaded: dict[str, tuple[TextGenerator, str | None]] = {}
     for path in paths:
-        is_instruct = load_full_checkpoint(path)["train_config"].get("stage") != "pretrain"
-        add_model(loaded, path, (load_text_generator(path, args.device, is_instruct, weights=args.weights), None))
+        add_model(loaded, path, (load_text_generator(path, args.device, None, weights=args.weights), None))
     for path in args.lora:
         add_model(loaded, path, (load_adapted(path, paths, args), Path(path).stem))
     limits = {"n_rows": args.rows, "max_waiting": args.waiting, "seconds": args.seconds}
@@ -98,7 +98,7 @@ def load_adapted(path: str, models: list[str], args: Namespace) -> TextGenerator
     refusals = []
     for model in models:
         try:
-            return load_text_generator(model, args.device, True, adapter=path, weights=args.weights)
+            return load_text_generator(model, args.device, None, adapter=path, weights=args.weights)
         except UserError as error:
             refusals.append(str(error))
     raise UserError(refusals[0] if len(models) == 1 else f"{path}: an adapter of none of the models: {refusals[0]}")
@@ -114,7 +114,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen at {host}:{port}: {error.strerror or error}{hint}") from None
 
 
-def make_server(app: Any, scheduler: Scheduler, seconds: float) -> Any:
+def make_server(app: Any, scheduler: Scheduler) -> Any:
     """uvicorn's server; a signal first lets the answers that run end, a second one ends them."""
     import uvicorn
 
@@ -154,26 +154,27 @@ def main() -> None:
     args, _ = make_parser().parse()
     check_arguments(args)
     try:
-        from serving import api, guard
+        from serving import api, guard, http
     except ImportError as error:
         if error.name not in ("starlette", "uvicorn", "h11", "anyio"):
             raise
         raise UserError(f"{error.name} is not installed: pip install -r requirements-serve.txt") from None
-    batches = load_models(args)
-    key = args.api_key or ("" if args.host == LOCAL else secrets.token_urlsafe(24))
-    server = api.Server(
-        batches, Scheduler(list(batches.values())), TrainingLogs(Path(), svg), args.max_body, int(time.time())
-    )
-    app = guard.protect(api.make_app(server), [args.host, *args.allow_host], args.cors, key, api.is_page)
     with listen(args.host, args.port) as sock:
-        port = sock.getsockname()[1]
-        shown = LOCAL if args.host in ("0.0.0.0", "::") else args.host
+        batches = load_models(args)
+        key = args.api_key or ("" if args.host in LOCAL else secrets.token_urlsafe(24))
+        scheduler, logs = Scheduler(list(batches.values())), TrainingLogs(Path(), svg)
+        server = http.Server(batches, scheduler, logs, args.max_body, int(time.time()))
+        app = guard.protect(api.make_app(server), [args.host, *args.allow_host], args.cors, key, api.is_page)
         tell(f"models: {', '.join(batches)}")
+        size = sum(batch.rows.memory() for batch in batches.values())
+        if size > LARGE_CACHE:
+            tell(f"their key/value caches take {size / 1e9:.1f} GB for {args.rows} rows each; --rows N takes less")
         if key and not args.api_key:
             tell(f"API key, made up: {key}")
-        print(f"http://{f'[{shown}]' if ':' in shown else shown}:{port}", flush=True)
-        make_server(app, server.scheduler, args.seconds).run(sockets=[sock])
-    server.scheduler.stop()
+        shown = LOCAL[0] if args.host in ("0.0.0.0", "::") else args.host
+        print(f"http://{f'[{shown}]' if ':' in shown else shown}:{sock.getsockname()[1]}", flush=True)
+        make_server(app, scheduler).run(sockets=[sock])
+    scheduler.stop()
 
 
 if __name__ == "__main__":

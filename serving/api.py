@@ -1,38 +1,31 @@
 """The server's application: OpenAI's API, the page, and what the page shows of a model and of trainings.
 
-    app = make_app(Server(batches, Scheduler(batches), draw_curves))     # an ASGI application
-
-A request becomes Generations (requests.py), which the scheduler's thread continues; their pieces come back through a
-queue of the request's own, and become an answer in OpenAI's form (answers.py).
+app = make_app(Server(batches, Scheduler(batches), logs))     # an ASGI application
 """
 
 import asyncio
-import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from base.configuration import UserError
 from serving import requests
-from serving.answers import Chat, Completion, to_json, usage
-from serving.guard import error_body
+from serving.completions import chat_completions, completions
+from serving.http import ERRORS, Server, answer, read_body
 from serving.inspection import inspect_token
 from serving.metrics import metrics_text
 from serving.requests import BadRequest
-from serving.scheduler import Batch, Generation, Piece, Refused, Scheduler
-from serving.training_logs import TrainingLogs
+from serving.scheduler import Batch
 
-PAGE = Path(__file__).with_name("page")
+PAGE = Path(__file__).parent.parent / "page"
 MEDIA_TYPES = {
     ".html": "text/html",
     ".js": "text/javascript",
@@ -41,194 +34,6 @@ MEDIA_TYPES = {
     ".png": "image/png",
     ".json": "application/json",
 }
-BODY_SECONDS = 30  # that a request's body may take to arrive
-LAST_PIECE_SECONDS = 30  # beyond a request's own limit
-
-
-@dataclass
-class Server:
-    """What the application knows."""
-
-    batches: dict[str, Batch]  # by the models' names, the first is the default
-    scheduler: Scheduler
-    logs: TrainingLogs
-    max_body: int = 1 << 20  # bytes
-    started: int = 0  # Unix time
-    requests: Counter = field(default_factory=Counter)  # by path and status
-    drawing: asyncio.Lock = field(default_factory=asyncio.Lock)  # figures are drawn one at a time
-
-    def batch(self, name: Any) -> Batch:
-        """The model of a request; raises BadRequest."""
-        if name is None:
-            return next(iter(self.batches.values()))
-        if not isinstance(name, str) or name not in self.batches:
-            raise BadRequest(f"model must be one of {', '.join(self.batches)}", "model", 404, "model_not_found")
-        return self.batches[name]
-
-
-def answer(value: Any, status: int = 200) -> Response:
-    return Response(to_json(value), status, media_type="application/json")
-
-
-async def read_body(request: Request) -> dict[str, Any]:
-    """The JSON object of a request; raises BadRequest."""
-    limit, body = request.app.state.server.max_body, bytearray()
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise BadRequest(f"the body has more than {limit:,} bytes", status=413)
-    except TimeoutError:
-        raise BadRequest(f"the body has not come within {BODY_SECONDS} seconds", status=408) from None
-    return requests.parse_json(bytes(body))
-
-
-# ---------------------------------------------------------------------------------------------------- completions
-
-
-class Pieces:
-    """The pieces of a request's answers, from the scheduler's thread to the event loop."""
-
-    def __init__(self) -> None:
-        self.queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
-        self.loop = asyncio.get_running_loop()
-
-    def deliver(self, index: int, piece: Piece) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, piece))
-
-    async def each(self, n: int) -> AsyncIterator[tuple[int, Piece]]:
-        """(index, piece), until all n answers have ended."""
-        while n:
-            index, piece = await self.queue.get()
-            n -= piece.finish_reason is not None
-            yield index, piece
-
-
-async def chat_completions(request: Request) -> Response:
-    server, body = request.app.state.server, await read_body(request)
-    batch = server.batch(body.get("model"))
-    tokenizer, pieces = batch.generator.tokenizer, Pieces()
-
-    def prepare() -> tuple[list[Generation], SimpleNamespace]:
-        fields = requests.read_fields(requests.CHAT_FIELDS, body)
-        if fields.top_logprobs and not fields.logprobs:
-            raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
-        if fields.max_completion_tokens is not None:
-            fields.max_tokens = fields.max_completion_tokens
-        if fields.max_tokens == 0:
-            raise BadRequest("max_tokens must be at least 1", "max_tokens")
-        messages = requests.read_messages(body)
-        ids = requests.chat_prompt(batch.generator, messages, fields.continue_final_message)
-        found = requests.generations([ids], fields, body, batch.generator, "messages", pieces.deliver)
-        for generation in found:
-            generation.n_logprobs = fields.top_logprobs if fields.logprobs else None
-        return found, fields
-
-    generations, fields = await run_in_threadpool(prepare)  # as a long text takes long to tokenise
-    return await respond(
-        request, batch, generations, pieces, fields, body, Chat(tokenizer, batch.name, fields.logprobs)
-    )
-
-
-async def completions(request: Request) -> Response:
-    server, body = request.app.state.server, await read_body(request)
-    batch = server.batch(body.get("model"))
-    tokenizer, pieces = batch.generator.tokenizer, Pieces()
-
-    def prepare() -> tuple[list[Generation], SimpleNamespace]:
-        fields = requests.read_fields(requests.COMPLETION_FIELDS, body)
-        if fields.max_tokens == 0 and not fields.echo:
-            raise BadRequest("max_tokens must be at least 1, or echo true", "max_tokens")
-        prompts = requests.read_prompts(batch.generator, body)
-        found = requests.generations(prompts, fields, body, batch.generator, "prompt", pieces.deliver)
-        for generation in found:
-            generation.n_logprobs = fields.logprobs
-            generation.with_prompt = fields.echo and fields.logprobs is not None
-        return found, fields
-
-    generations, fields = await run_in_threadpool(prepare)
-    echoed = [generation.ids for generation in generations] if fields.echo else []
-    form = Completion(tokenizer, batch.name, fields.logprobs is not None, echoed)
-    return await respond(request, batch, generations, pieces, fields, body, form)
-
-
-async def respond(
-    request: Request,
-    batch: Batch,
-    generations: list[Generation],
-    pieces: Pieces,
-    fields: SimpleNamespace,
-    body: dict[str, Any],
-    form: Chat | Completion,
-) -> Response:
-    """Have the answers generated, and send them whole or in a stream."""
-    scheduler, with_usage = request.app.state.server.scheduler, requests.read_usage_option(body)
-    scheduler.submit(batch, generations)
-    if fields.stream:
-        events = stream_events(scheduler, generations, pieces, form, fields.n, with_usage)
-        return StreamingResponse(events, media_type="text/event-stream")
-
-    whole = [Piece() for _ in generations]
-
-    async def collect() -> None:
-        async for index, piece in pieces.each(len(generations)):
-            if piece.error:
-                raise piece.error
-            one = whole[index]
-            one.text, one.finish_reason = one.text + piece.text, piece.finish_reason
-            one.tokens += piece.tokens
-            one.prompt += piece.prompt
-
-    async def client_gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.create_task(collect()), asyncio.create_task(client_gone())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            raise ClientDisconnect
-        tasks[0].result()
-    finally:
-        scheduler.cancel(generations)
-        for task in tasks:
-            task.cancel()
-    choices = [form.choice(i, piece, in_stream=False) for i, piece in enumerate(whole)]
-    return answer({**form.head(form.whole), "choices": choices, "usage": usage(generations, fields.n)})
-
-
-async def stream_events(
-    scheduler: Scheduler,
-    generations: list[Generation],
-    pieces: Pieces,
-    form: Chat | Completion,
-    n: int,
-    with_usage: bool,
-) -> AsyncIterator[bytes]:
-    """The server-sent events of a stream."""
-    none = {"usage": None} if with_usage else {}
-    event = lambda value: b"data: " + to_json(value) + b"\n\n"  # noqa: E731
-    chunk = lambda choice: event({**form.head(form.chunk), "choices": [choice], **none})  # noqa: E731
-    try:
-        for index in range(len(generations)):
-            if first := form.first(index):
-                yield chunk(first)
-        async for index, piece in pieces.each(len(generations)):
-            if piece.error:
-                yield b"data: " + error_body(piece.error.status, str(piece.error)) + b"\n\n"
-                break
-            if piece.text or form.with_logprobs or piece.finish_reason or isinstance(form, Completion):
-                yield chunk(form.choice(index, piece, in_stream=True))
-        if with_usage:
-            yield event({**form.head(form.chunk), "choices": [], "usage": usage(generations, n)})
-        yield b"data: [DONE]\n\n"
-    finally:
-        scheduler.cancel(generations)
-
-
-# -------------------------------------------------------------------------------------------------- what there is
 
 
 def describe(batch: Batch, created: int) -> dict[str, Any]:
@@ -244,6 +49,7 @@ def describe(batch: Batch, created: int) -> dict[str, Any]:
         "instruct": generator.instruct,  # whether it was taught to answer
         "adapter": batch.adapter,
         "weights": generator.weights,
+        "stop_tokens": list(generator.tokenizer.stop_tokens),
     }
     return {"id": batch.name, "object": "model", "created": created, "owned_by": "nano", "nano": nano}
 
@@ -322,29 +128,6 @@ async def page(request: Request) -> Response:
     return FileResponse(files[name], media_type=MEDIA_TYPES[files[name].suffix])
 
 
-# ---------------------------------------------------------------------------------------------------- application
-
-
-async def refuse(request: Request, error: Refused) -> Response:
-    param, code = getattr(error, "param", None), getattr(error, "code", None)
-    headers = {"retry-after": str(error.retry_after)} if error.status in (429, 503) else {}
-    body = error_body(error.status, str(error), param, code)
-    return Response(body, error.status, headers, media_type="application/json")
-
-
-async def refuse_path(request: Request, error: HTTPException) -> Response:
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    return Response(error_body(error.status_code, message), error.status_code, error.headers, "application/json")
-
-
-async def fail(request: Request, error: Exception) -> Response:
-    return Response(error_body(500, "internal error; the server's terminal says more"), 500, None, "application/json")
-
-
-async def gone(request: Request, error: ClientDisconnect) -> Response:
-    return Response(status_code=499)  # nobody reads it
-
-
 ROUTES = [
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
     Route("/v1/completions", completions, methods=["POST"]),
@@ -386,7 +169,6 @@ class CountRequests:
 
 
 def make_app(server: Server) -> Callable:
-    handlers = {Refused: refuse, HTTPException: refuse_path, ClientDisconnect: gone, Exception: fail}
-    app = Starlette(routes=ROUTES, exception_handlers=handlers)
+    app = Starlette(routes=ROUTES, exception_handlers=ERRORS)
     app.state.server = server
     return CountRequests(app, server.requests)

@@ -10,7 +10,7 @@ BadRequest, which names the field.
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -176,11 +176,23 @@ def read_messages(body: dict[str, Any]) -> Messages:
     return messages
 
 
-def chat_prompt(generator: TextGenerator, messages: Messages, goes_on: bool = False) -> list[int]:
+def read_begun(generator: TextGenerator, body: dict[str, Any]) -> list[int]:
+    """Token ids that the answer begins with: the text of these might be cut into others. Raises BadRequest."""
+    name = "continue_token_ids"
+    if body.get(name) in (None, []):
+        return []
+    if body.get("continue_final_message"):
+        raise BadRequest(f"{name} stands for continue_final_message: leave one of them out", name)
+    return read_ids(generator, body[name], name)
+
+
+def chat_prompt(
+    generator: TextGenerator, messages: Messages, goes_on: bool = False, begun: Sequence[int] = ()
+) -> list[int]:
     """Token ids (T,) of a conversation, ready for the answer; raises BadRequest.
 
-    goes_on: the last message is the beginning of the answer. Of a conversation of more than three quarters of the
-    window the oldest turns are left out, as inference.py does.
+    goes_on: the last message is the beginning of the answer; begun: token ids that are. Of a conversation of more than
+    three quarters of the window the oldest turns are left out, as inference.py does.
     """
     last = messages[-1]
     if goes_on and last["role"] != "assistant":
@@ -190,7 +202,8 @@ def chat_prompt(generator: TextGenerator, messages: Messages, goes_on: bool = Fa
         rule = "before the assistant's that goes on" if goes_on else "(or set continue_final_message)"
         raise BadRequest(f"messages must end with a user's {rule}", "messages")
     window = generator.model.config.block_size
-    begun = generator.tokenizer.encode(last["content"]).tolist() if goes_on else []
+    if goes_on:
+        begun = generator.tokenizer.encode(last["content"]).tolist()
     return [*generator.chat_ids(asked, max(0, window * 3 // 4 - len(begun))), *begun]
 
 

@@ -80,6 +80,10 @@ class Rows:
         self.key_sizes[:0] = [n for n in sizes(PIECE, block_size) if torch.equal(bits(n_rows, n), exact)]
         self.cache.lengths[:] = 0
 
+    def memory(self) -> int:
+        """Bytes of the cache."""
+        return sum(layer.numel() * layer.element_size() for layer in (*self.cache.keys, *self.cache.values))
+
     def length(self, row: int) -> int:
         return int(self.cache.lengths[row])
 

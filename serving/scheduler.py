@@ -86,6 +86,7 @@ class Generation:
     deliver: Callable[[Piece], None]  # is called by the scheduler's thread
     stop: list[str] = field(default_factory=list)
     n_logprobs: int | None = None  # how many of the likeliest tokens to report; None: no log-probabilities
+    begun: list[int] = field(default_factory=list)  # the end of ids that belongs to the answer
     with_prompt: bool = False  # log-probabilities of the prompt's tokens, too
 
     row: int | None = None
@@ -103,6 +104,8 @@ class Generation:
         seed = self.sampling.seed
         self.random.manual_seed(seed) if seed is not None else self.random.seed()
         self.stream, self.until = TextStream(generator.tokenizer), UntilStop(self.stop)
+        for token in self.begun:  # the last one may have begun a character
+            self.stream.push(token)
         self.bias = torch.tensor(list(self.sampling.logit_bias.values()), device=device)
         self.biased = torch.tensor(list(self.sampling.logit_bias), device=device, dtype=torch.long)
 
@@ -131,8 +134,7 @@ class Batch:
         self.free = list(range(n_rows))  # the longest unused first
         self.read_in_pieces: list[list[int]] = [[] for _ in range(n_rows)]  # whole pieces of a prompt that a row holds
         self.counts = dict.fromkeys(("prompt_tokens", "reused_tokens", "generated_tokens", "ended", "cancelled"), 0)
-        self.first_token_seconds: deque[float] = deque(maxlen=1000)
-        self.n_first, self.sum_first = 0, 0.0
+        self.n_first, self.sum_first = 0, 0.0  # answers that have begun, and their seconds to the first token
 
     @property
     def is_idle(self) -> bool:

@@ -224,7 +224,7 @@ def load_full_checkpoint(path: str) -> dict[str, Any]:
 def load_text_generator(
     path: str,
     device: str,
-    instruct: bool,
+    instruct: bool | None,
     stop: list[str] = (),
     adapter: str = "",
     weights: str = "float32",
@@ -232,6 +232,7 @@ def load_text_generator(
 ) -> TextGenerator:
     """Model and tokenizer of a checkpoint on a device, with a LoRA adapter if one is named; raises UserError.
 
+    instruct: whether prompts are questions; None: if the model or its adapter was taught to answer.
     weights: what the matrices are rounded to, one of quantise.KINDS, or "auto" for the fastest; an adapter is merged
     into them before. compile: begin to compile the step of a token.
     """
@@ -241,6 +242,9 @@ def load_text_generator(
     model = load_model(checkpoint, path).to(place).eval()
     if not model.config.is_causal:
         raise UserError(f"{path}: a model with full attention answers in one pass; python problem.py talks to it")
+    if instruct is None:
+        was_taught = checkpoint["train_config"].get("stage") != "pretrain" and tokenizer.template.name != "plain"
+        instruct = was_taught or bool(adapter)
     generator = TextGenerator(model, tokenizer, place, instruct, list(stop))
     if adapter:
         generator.use_adapter(adapter)

@@ -111,21 +111,26 @@ def test_log_probabilities_are_those_of_one_pass_in_double_precision():
         assert [value for _, value in info.top] == pytest.approx(top.values.tolist(), abs=1e-4)
 
 
-def test_a_shared_beginning_is_read_once_and_changes_nothing():
+@pytest.mark.parametrize("shape, n_shared", [("llama", 2 * PIECE), ("windows", 0)])
+def test_a_shared_beginning_is_read_once_and_changes_nothing(shape, n_shared):
+    """A sliding window has lost the beginning when another prompt could use it: that is read again."""
     system = question(1, 2 * PIECE + 5)
-    batch = make_batch(n_rows=4)
+    batch = make_batch(n_rows=4, **SHAPES[shape])
     first = Asked(batch, [*system, 9, 10])
     run(batch)
     rest = [Asked(batch, [*system, 9 + i, 11], n_logprobs=1) for i in range(6)]
     run(batch)
     assert first.generation.n_reused == 0
-    assert [answer.generation.n_reused for answer in rest] == [2 * PIECE] * 6
-    assert batch.counts["reused_tokens"] == 12 * PIECE
+    assert [answer.generation.n_reused for answer in rest] == [n_shared] * 6
+    assert batch.counts["reused_tokens"] == 6 * n_shared
     for i, answer in enumerate(rest):
-        fresh = make_batch()
+        fresh = make_batch(**SHAPES[shape])
         alone = Asked(fresh, [*system, 9 + i, 11], n_logprobs=1)
         run(fresh)
         assert [(t.id, t.logprob) for t in alone.tokens] == [(t.id, t.logprob) for t in answer.tokens]
+    scored = Asked(batch, system, 0, with_prompt=True)
+    run(batch)
+    assert len(scored.pieces[0].prompt) == len(system) and scored.end == "length"
 
 
 def test_a_prompt_of_whole_pieces_that_is_known_already_is_still_answered():
@@ -183,6 +188,16 @@ def test_stop_texts_end_an_answer_before_them():
     ended = Asked(batch, question(1), 20, sampling={"logit_bias": {3: -100.0}}, stop=["zzzz", stop])
     run(batch)
     assert ended.text == whole.text[:until] and ended.end == "stop" and len(ended.tokens) == until + 3
+
+
+def test_text_that_was_held_back_comes_with_the_end():
+    """It might have been the beginning of a stop text."""
+    batch = make_batch()
+    whole = Asked(batch, question(1), 9, sampling={"logit_bias": {3: -100.0}})
+    run(batch)
+    held = Asked(batch, question(1), 9, sampling={"logit_bias": {3: -100.0}}, stop=[whole.text[-3:] + "never"])
+    run(batch)
+    assert held.text == whole.text and held.end == "length" and held.pieces[-2].text == ""
 
 
 def test_logit_bias_forces_and_forbids_tokens():

@@ -14,6 +14,7 @@ import torch
 from conftest import write_jsonl
 from servers import TOKENIZER, make_checkpoint, serving
 
+import serving as serving_package
 from layers.attention_maps import attention_maps
 from serving.text_generator import GenerationConfig, load_text_generator
 from training.config import TrainConfig
@@ -198,6 +199,9 @@ def test_an_answer_that_was_begun_goes_on(client):
     begun = [*HELLO, {"role": "assistant", "content": whole[:5]}]
     body = {"continue_final_message": True}
     rest = ask(client, begun, max_tokens=7, logit_bias=NO_END, extra_body=body).choices[0].message.content
+    assert whole[:5] + rest == whole
+    body = {"continue_token_ids": TOKENIZER.encode(whole[:5]).tolist()}
+    rest = ask(client, max_tokens=7, logit_bias=NO_END, extra_body=body).choices[0].message.content
     assert whole[:5] + rest == whole
 
 
@@ -415,8 +419,10 @@ def test_a_port_that_is_taken_is_an_error(folder, call, monkeypatch):
 
 def test_without_starlette_the_line_to_install_it_is_printed(folder, call, monkeypatch):
     monkeypatch.chdir(folder)
-    for name in ("starlette", "serving.api", "serving.guard"):
+    for name in ("starlette", "serving.api", "serving.guard", "serving.http"):
         monkeypatch.delitem(sys.modules, name, raising=False)
+        if name.startswith("serving."):
+            monkeypatch.delattr(serving_package, name.removeprefix("serving."), raising=False)
     monkeypatch.setitem(sys.modules, "starlette", None)
     result = call("serve.py", "-m", "sft")
     assert result.status == 1 and result.err.endswith("pip install -r requirements-serve.txt\n")
