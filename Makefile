@@ -1,6 +1,6 @@
 # make setup: the environment in .venv | make quickstart: a text file to a model that answers | make lint
 # make test: all tests but those that take minutes each; make test-real: those (it trains the quickstart's model and
-# talks to it, runs SmolLM2, has DeepSpeed compile what offloading needs)
+# talks to it, runs SmolLM2, asks lm-evaluation-harness, has DeepSpeed compile what offloading needs)
 # make test-cluster: those on two hosts made of network namespaces alone | make bench: speed
 
 PYTHON ?= python3

@@ -61,24 +61,28 @@ class Rows:
 
     @torch.inference_mode()
     def add_sizes(self) -> None:
-        """Find the smaller sizes of a step that give the same bits as the largest."""
+        """Find the smaller sizes of a step that give the same bits as the largest, on random keys and values."""
         (n_rows,), (block_size,) = self.row_sizes, self.key_sizes
         generator = torch.Generator().manual_seed(0)
-        longest = min(PIECE, block_size) - 1
-        for row in range(n_rows if longest else 0):  # beginnings of all lengths
-            ids = torch.randint(self.model.config.vocab_size, (1 + row * 7 % longest,), generator=generator)
-            self.read(row, ids.tolist())
-        lengths, tokens = self.cache.lengths.copy(), dict.fromkeys(range(n_rows), 0)
+        layers = (*self.cache.keys, *self.cache.values)
+        for layer in layers:
+            layer.copy_(torch.randn(layer.shape[2:], generator=generator))  # the same for all rows and heads
 
-        def bits(rows: int, keys: int) -> torch.Tensor:
-            self.cache.lengths[:] = lengths
-            return self.step_of_size({row: tokens[row] for row in range(rows)}, rows, keys)
+        def are_equal(rows: int, keys: int) -> bool:
+            lengths = torch.randint(keys, (n_rows,), generator=generator).numpy()
 
-        exact = bits(n_rows, block_size)
+            def step(rows: int, keys: int) -> torch.Tensor:
+                self.cache.lengths[:] = lengths
+                return self.step_of_size({row: row % self.model.config.vocab_size for row in range(rows)}, rows, keys)
+
+            return torch.equal(step(rows, keys), step(n_rows, block_size)[:rows])
+
         sizes = lambda first, last: [first << i for i in range(20) if first << i < last]  # noqa: E731
-        self.row_sizes[:0] = [n for n in sizes(1, n_rows) if torch.equal(bits(n, block_size), exact[:n])]
-        self.key_sizes[:0] = [n for n in sizes(PIECE, block_size) if torch.equal(bits(n_rows, n), exact)]
+        self.row_sizes[:0] = [n for n in sizes(1, n_rows) if are_equal(n, block_size)]
+        self.key_sizes[:0] = [n for n in sizes(PIECE, block_size) if are_equal(n_rows, n)]
         self.cache.lengths[:] = 0
+        for layer in layers:
+            layer.zero_()
 
     def memory(self) -> int:
         """Bytes of the cache."""

@@ -157,7 +157,7 @@ class Batch:
         while budget > 0 and (self.reading or (self.waiting and self.free)):
             if self.reading is None:
                 self.begin(self.waiting.popleft())
-            budget -= self.read_piece(self.reading)
+            budget -= max(self.read_piece(self.reading), PIECE // 2)  # shorter pieces take as long
         if self.running:
             tokens = {row: generation.drawn[-1] for row, generation in self.running.items()}
             logits = self.rows.step(tokens)
@@ -275,9 +275,7 @@ class Batch:
             row, generation.row = generation.row, None
             self.running.pop(row, None)
             self.free.append(row)
-            most = (
-                (self.rows.block_size - 1) // PIECE * PIECE
-            )  # an idle row is computed along, and needs a place for that
+            most = (self.rows.block_size - 1) // PIECE * PIECE  # an idle row is computed along: it needs a place more
             kept = self.rows.keep(row, min(len(self.read_in_pieces[row]), most))
             self.read_in_pieces[row] = self.read_in_pieces[row][:kept]
         self.counts["ended"] += 1
@@ -354,6 +352,8 @@ class Scheduler:
             self.wake.clear()
             while self.jobs:
                 job, future = self.jobs.popleft()
+                if not future.set_running_or_notify_cancel():  # nobody waits for it any more
+                    continue
                 try:
                     future.set_result(job())
                 except Exception as error:

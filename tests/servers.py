@@ -12,23 +12,23 @@ from conftest import start_script
 from other_programs import make_model
 
 from model import GPT
-from text.tokenizer import CharTokenizer
+from text.tokenizer import CharTokenizer, Tokenizer
 from weights.checkpointing import save_checkpoint
 
 CHARACTERS = "\n .,?!abcdefghijklmnopqrstuvwxyz你好"
 TOKENIZER = CharTokenizer(CHARACTERS)
 
 
-def make_checkpoint(path: Path, stage: str = "sft", **shape) -> GPT:
+def make_checkpoint(path: Path, stage: str = "sft", tokenizer: Tokenizer = TOKENIZER, **shape) -> GPT:
     """A checkpoint of an untrained model with large weights; returns the model."""
-    model = make_model(TOKENIZER.vocab_size, **{"block_size": 128, **shape})
+    model = make_model(tokenizer.vocab_size, **{"block_size": 128, **shape})
     values = {
         "model": model.state_dict(),
         "optimizer": {},
         "step": 1,
         "model_config": model.config.to_dict(),
         "train_config": {"stage": stage},
-        "tokenizer": TOKENIZER.to_dict(),
+        "tokenizer": tokenizer.to_dict(),
         "rng": {},
         "data": {},
         "best_val_loss": 1.0,

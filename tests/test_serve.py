@@ -17,11 +17,13 @@ from servers import TOKENIZER, make_checkpoint, serving
 import serving as serving_package
 from layers.attention_maps import attention_maps
 from serving.text_generator import GenerationConfig, load_text_generator
+from text.tokenizer import BPETokenizer
 from training.config import TrainConfig
 from weights import lora
 from weights.checkpointing import load_checkpoint, load_model, save_checkpoint
 
 openai = pytest.importorskip("openai")
+BYTES = BPETokenizer.train(["abc"], 262)  # the bytes alone: a character of Chinese is three tokens
 NO_END = {str(TOKENIZER.eos): -100}  # an answer of full length
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -33,6 +35,7 @@ def folder(tmp_path_factory):
     make_checkpoint(folder / "checkpoint" / "sft.pt")
     make_checkpoint(folder / "checkpoint" / "pretrain.pt", "pretrain", seed=1)
     make_checkpoint(folder / "checkpoint" / "experts.pt", seed=2, n_expert=4)
+    make_checkpoint(folder / "checkpoint" / "bytes.pt", seed=4, tokenizer=BYTES)
     save_adapter(folder / "checkpoint" / "polite.pt", folder / "checkpoint" / "sft.pt")
     steps = [{"type": "train", "step": i, "loss": 3 / (i + 1), "lr": 1e-3, "ms_per_step": 100.0} for i in range(50)]
     header = {"type": "header", "stage": "sft", "train_config": {"stage": "sft", "max_steps": 100}}
@@ -59,8 +62,8 @@ def save_adapter(path, base):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    models = ("-m", "sft", "-m", "pretrain", "-m", "checkpoint/experts.pt", "--lora", "checkpoint/polite.pt")
-    with serving(folder, *models, "--waiting", "8", "--rows", "4") as running:
+    models = ("-m", "sft", "-m", "pretrain", "-m", "checkpoint/experts.pt", "-m", "bytes")
+    with serving(folder, *models, "--lora", "checkpoint/polite.pt", "--waiting", "8", "--rows", "4") as running:
         yield running
 
 
@@ -81,7 +84,7 @@ def ask(client, messages=HELLO, **options):
 
 def test_models_are_listed_with_their_shape(client, server):
     listed = {model.id: model for model in client.models.list()}
-    assert list(listed) == ["sft", "pretrain", "experts", "polite"]
+    assert list(listed) == ["sft", "pretrain", "experts", "bytes", "polite"]
     nano = listed["sft"].nano
     assert (nano["block_size"], nano["n_layer"], nano["n_expert"], nano["weights"]) == (128, 2, 0, "float32")
     assert nano["vocab_size"] == TOKENIZER.vocab_size and nano["chat_template"] == "nano" and nano["instruct"]
@@ -294,6 +297,17 @@ def test_tokenize_gives_pieces(server):
     assert reply["tokens"] == TOKENIZER.encode_chat([{"role": "user", "content": "hi 你"}])[0].tolist()
     assert reply["pieces"] == ["<|InstructMark|>", "h", "i", " ", "你", "<|ResponseMark|>"]
     assert reply["count"] == 6 and reply["max_model_len"] == 128
+
+
+def test_characters_of_several_tokens_come_whole(client, server):
+    reply = server.post("/tokenize", model="bytes", prompt="a你🙂").json
+    assert reply["pieces"] == ["a", "", "", "你", "", "", "", "🙂"] and reply["count"] == 8
+    you = {str(token): 100 for token in BYTES.encode("你").tolist()}  # its three bytes, in whatever order
+    options = {"model": "bytes", "max_tokens": 12, "logprobs": True, "temperature": 1, "seed": 1, "logit_bias": you}
+    whole = ask(client, **options).choices[0]
+    pieces = [c.choices[0].delta.content or "" for c in ask(client, stream=True, **options) if c.choices[0].delta]
+    assert "".join(pieces) == whole.message.content and len(whole.logprobs.content) == 12
+    assert all(entry.bytes is None for entry in whole.logprobs.content)
 
 
 def test_inspect_shows_attention_and_experts(server, folder):

@@ -1,14 +1,17 @@
 """serve.py among strangers: malformed requests, foreign pages, slow clients, too many of them."""
 
+import asyncio
 import contextlib
 import json
 import socket
+import threading
 import time
 
 import pytest
 from servers import TOKENIZER, make_checkpoint, serving
 
-pytest.importorskip("uvicorn")
+uvicorn = pytest.importorskip("uvicorn")
+guard = pytest.importorskip("serving.guard")
 CHAT, COMPLETIONS, TOKENIZE, INSPECT = "/v1/chat/completions", "/v1/completions", "/tokenize", "/inspect"
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -316,6 +319,36 @@ def test_a_client_that_reads_nothing_costs_nothing(server):
             return
         time.sleep(0.05)
     raise AssertionError("rows are still taken")
+
+
+def test_a_client_that_reads_nothing_is_cut_off(monkeypatch):
+    """Within STALLED_SECONDS, here 0.3: the application hears that it is gone."""
+    monkeypatch.setattr(guard, "STALLED_SECONDS", 0.3)
+    heard = threading.Event()
+
+    async def endless(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        async def pour():
+            while True:
+                await send({"type": "http.response.body", "body": b"a" * 65536, "more_body": True})
+
+        pouring = asyncio.create_task(pour())
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        pouring.cancel()
+        heard.set()
+
+    config = uvicorn.Config(endless, http=guard.BoundedProtocol, lifespan="off", log_level="critical")
+    own = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=lambda: own.run(sockets=[listening]))
+        thread.start()
+        with socket.create_connection(listening.getsockname()) as sock:
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert heard.wait(20)
+        own.should_exit = True
+        thread.join()
 
 
 def test_five_hundred_connections_are_answered_or_refused(server):
