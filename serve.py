@@ -8,7 +8,9 @@ curl http://127.0.0.1:8000/v1/chat/completions -d '{"messages": [{"role": "user"
 It needs starlette and uvicorn (pip install -r requirements-serve.txt). docs/serve.md lists what can be asked for.
 """
 
+import errno
 import logging
+import os
 import secrets
 import socket
 import sys
@@ -110,8 +112,10 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=512)
     except OSError as error:
-        hint = "; another --port N may be free, and --port 0 finds one" if port else ""
-        raise UserError(f"cannot listen at {host}:{port}: {error.strerror or error}{hint}") from None
+        is_system = error.errno is not None and error.errno > 0  # and not of the look-up of a name
+        reason = os.strerror(error.errno) if is_system else error.strerror or str(error)
+        hint = "; --port 0 finds a free one" if error.errno == errno.EADDRINUSE else ""
+        raise UserError(f"cannot listen at {host}:{port}: {reason}{hint}") from None
 
 
 def make_server(app: Any, scheduler: Scheduler) -> Any:

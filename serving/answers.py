@@ -93,6 +93,8 @@ class Completion:
         if is_first and self.echoed:
             text, tokens = self.tokenizer.decode(self.echoed[index]) + text, [*piece.prompt, *tokens]
         self.lengths[index] = offset + len(text)
+        if piece.stop_token:  # clients of the harness's kind count on a token more than the prompt has
+            tokens = [*tokens, piece.stop_token]
         return {
             "index": index,
             "text": text,

@@ -110,7 +110,7 @@ async def respond(
             if piece.error:
                 raise piece.error
             one = whole[index]
-            one.text, one.finish_reason = one.text + piece.text, piece.finish_reason
+            one.text, one.finish_reason, one.stop_token = one.text + piece.text, piece.finish_reason, piece.stop_token
             one.tokens += piece.tokens
             one.prompt += piece.prompt
 

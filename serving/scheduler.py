@@ -72,6 +72,7 @@ class Piece:
     text: str = ""
     tokens: list[TokenInfo] = field(default_factory=list)
     prompt: list[TokenInfo] = field(default_factory=list)  # with the first piece, where asked for
+    stop_token: TokenInfo | None = None  # that ended the answer, with log-probabilities where asked for
     finish_reason: str | None = None  # stop, length; error: with `error`
     error: Refused | None = None
 
@@ -244,14 +245,15 @@ class Batch:
         if not generation.drawn:
             piece.prompt = generation.prompt_infos
         generation.drawn.append(token)
+        if generation.n_logprobs is None:
+            info = TokenInfo(token)
+        else:
+            (info,) = token_infos(logits, [token], generation.n_logprobs)
         if token in tokenizer.stop_tokens:
-            piece.finish_reason = "stop"
+            piece.finish_reason, piece.stop_token = "stop", info
             piece.text = generation.until.push(generation.stream.rest())
         else:
-            if generation.n_logprobs is None:
-                piece.tokens = [TokenInfo(token)]
-            else:
-                piece.tokens = token_infos(logits, [token], generation.n_logprobs)
+            piece.tokens.append(info)
             piece.text = generation.until.push(generation.stream.push(token))
             if generation.until.is_done:
                 piece.finish_reason = "stop"

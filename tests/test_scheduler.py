@@ -201,7 +201,9 @@ def test_text_that_was_held_back_comes_with_the_end():
     batch = make_batch()
     whole = Asked(batch, question(1), 9, sampling={"logit_bias": {3: -100.0}})
     run(batch)
-    held = Asked(batch, question(1), 9, sampling={"logit_bias": {3: -100.0}}, stop=[whole.text[-3:] + "never"])
+    held = Asked(
+        batch, question(1), 9, sampling={"logit_bias": {3: -100.0}}, stop=[TOKENIZER.decode(whole.ids[-3:]) + "never"]
+    )
     run(batch)
     assert held.text == whole.text and held.end == "length" and held.pieces[-2].text == ""
 

@@ -243,6 +243,18 @@ def test_echo_scores_a_text(client, folder, max_tokens):
         assert len(got.tokens) == len(got.token_logprobs) == len(got.top_logprobs) == len(ids) + max_tokens
 
 
+def test_the_token_that_ends_a_completion_is_scored_too(client):
+    """lm-evaluation-harness leaves out the last token, whatever it is: there has to be one."""
+    ends = {str(TOKENIZER.eos): 100}
+    for stream in (False, True):
+        reply = client.completions.create(
+            model="pretrain", prompt="abc", echo=True, logprobs=1, max_tokens=1, logit_bias=ends, stream=stream
+        )
+        (choice,) = [chunk.choices[0] for chunk in reply] if stream else reply.choices
+        assert choice.text == "abc" and choice.finish_reason == "stop" and choice.token_ids == []
+        assert choice.logprobs.tokens == ["a", "b", "c", "<|eos|>"] and len(choice.logprobs.token_logprobs) == 4
+
+
 def test_errors_are_the_clients_and_name_the_field(client):
     wrong = {
         "temperature": -1,
@@ -413,14 +425,14 @@ def test_a_signal_lets_running_answers_end_and_refuses_new_ones(folder, number):
         (["-m", "sft", "--port", "99999"], "--port must be 0 to 65535"),
         (["-m", "sft", "--rows", "0"], "--rows must be 1 to 1024"),
         (["-m", "sft", "--api_key", ""], "--api_key must be"),
-        (["-m", "sft", "--host", "192.0.2.1"], "cannot listen at 192.0.2.1:8000"),
+        (["-m", "sft", "--host", "192.0.2.1"], "cannot listen at 192.0.2.1:0: Cannot assign"),
         (["-m", "pretrain", "--lora", "checkpoint/polite.pt"], "another base model"),
         (["-m", "checkpoint/polite.pt"], "an adapter; -m names its model"),
     ],
 )
 def test_what_cannot_be_served_is_said_in_one_line(folder, call, monkeypatch, argv, said):
     monkeypatch.chdir(folder)
-    result = call("serve.py", *argv, "--device", "cpu")
+    result = call("serve.py", "--port", "0", *argv, "--device", "cpu")
     assert result.status == 1 and said in result.err and result.err.startswith("error: ") and result.out == ""
 
 
