@@ -160,9 +160,10 @@ def main() -> None:
     try:
         from serving import api, guard, http
     except ImportError as error:
-        if error.name not in ("starlette", "uvicorn", "h11", "anyio"):
+        name = (error.name or "").split(".")[0]
+        if name not in ("starlette", "uvicorn", "h11", "anyio"):
             raise
-        raise UserError(f"{error.name} is not installed: pip install -r requirements-serve.txt") from None
+        raise UserError(f"{name} is not installed: pip install -r requirements-serve.txt") from None
     with listen(args.host, args.port) as sock:
         batches = load_models(args)
         key = args.api_key or ("" if args.host in LOCAL else secrets.token_urlsafe(24))
