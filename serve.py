@@ -39,7 +39,9 @@ def tell(message: str) -> None:
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     repeated = {"action": "append", "default": []}
-    parser.add_argument("-m", "--model", metavar="FILE", **repeated, help="checkpoint; repeat for several")
+    parser.add_argument(
+        "-m", "--model", metavar="FILE", **repeated, help="checkpoint; repeat for several [checkpoint/sft.pt]"
+    )
     parser.add_argument("--lora", metavar="FILE", **repeated, help="an adapter of one of the models, by its own name")
     parser.add_argument("--weights", choices=("auto", *KINDS), default="float32", help="as of inference.py [float32]")
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")

@@ -205,7 +205,7 @@ def test_text_that_was_held_back_comes_with_the_end():
         batch, question(1), 9, sampling={"logit_bias": {3: -100.0}}, stop=[TOKENIZER.decode(whole.ids[-3:]) + "never"]
     )
     run(batch)
-    assert held.text == whole.text and held.end == "length" and held.pieces[-2].text == ""
+    assert held.text == whole.text and held.end == "length" and len(held.pieces[-1].text) > 1
 
 
 def test_logit_bias_forces_and_forbids_tokens():
