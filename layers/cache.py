@@ -22,11 +22,8 @@ class KVCache:
     """Keys and values of the tokens seen so far, of every layer and row.
 
     A forward pass calls begin(), then mask() for every kind of window and extend() for every layer, then advance().
-    Rows are freed by lengths[row] = 0; cache[i:j] is a cache of these rows that shares their memory. n_keys: how many
-    keys a pass over one token has room for, whatever the lengths; 0: as many as the longest row needs.
+    Rows are freed by lengths[row] = 0; cache[i:j] is a cache of these rows that shares their memory.
     """
-
-    n_keys = 0
 
     def __init__(self, config, n_rows: int, device: torch.device, dtype: torch.dtype) -> None:
         """config: a ModelConfig (windows, n_kv_head, block_size, head_dim)."""
@@ -48,8 +45,8 @@ class KVCache:
 
     def begin(self, T: int) -> torch.Tensor | slice:
         """Positions of T new tokens of every row: (B, T); a slice if they are the same in all rows."""
-        self.T, self.longest = T, self.n_keys - T if self.n_keys else int(self.lengths.max())
-        self.is_even = not self.n_keys and self.longest == self.lengths.min()
+        self.T, self.longest = T, int(self.lengths.max())
+        self.is_even = self.longest == self.lengths.min()
         device = self.keys[0].device
         lengths = self.lengths[:1] if self.is_even else self.lengths
         self.positions = torch.tensor(lengths, device=device)[:, None] + torch.arange(T, device=device)

@@ -8,7 +8,7 @@ fewer, which is tried when the model is loaded, a step takes only as many as it 
 
 import torch
 
-from layers.cache import KVCache
+from layers.cache import KVCache, StaticCache
 from model import GPT
 
 PIECE = 64  # tokens of a prompt that are read at a time
@@ -49,13 +49,13 @@ class Rows:
 
         What is read into idle rows lies behind their length, where nobody sees it and the next token takes its place.
         """
-        lengths, rows = self.cache.lengths.copy(), list(tokens)
+        rows = list(tokens)
         idx = torch.zeros(n_rows, 1, dtype=torch.long)
         idx[rows, 0] = torch.tensor(list(tokens.values()))
-        part = self.cache[:n_rows]
-        part.n_keys = n_keys
+        positions = torch.tensor(self.cache.lengths[:n_rows], device=self.device)[:, None]
+        part = StaticCache(self.cache[:n_rows], positions)
+        part.longest = n_keys - 1
         logits = self.model.lm_head(self.model.hidden(idx.to(self.device), part)[:, -1])  # (n_rows, vocab_size)
-        self.cache.lengths[:] = lengths
         self.cache.lengths[rows] += 1
         return logits[rows]
 
