@@ -1,46 +1,53 @@
-"""lm-evaluation-harness scores a model through serve.py as the model itself does."""
+"""lm-evaluation-harness scores a model through serve.py as evaluate.py does without a server."""
 
 import json
 import os
+import random
 import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import write_jsonl
-from servers import TOKENIZER, make_checkpoint, serving
+from servers import make_checkpoint, serving
+
+from evaluation.choices import fit, judge, read_choices, share_right
+from serving.text_generator import load_text_generator
+from text.tokenizer import BPETokenizer
 
 TASK = """task: letters
 dataset_path: json
-dataset_kwargs: {data_files: {test: questions.jsonl}}
+dataset_kwargs: {data_files: {test: prompts.jsonl}}
 test_split: test
 output_type: multiple_choice
-doc_to_text: question
-doc_to_choice: choices
-doc_to_target: right
+doc_to_text: context
+doc_to_choice: replies
+doc_to_target: answer
 target_delimiter: ""
 """
 
 
 @pytest.mark.real("lm-evaluation-harness is a large package, and takes long to import")
-def test_lm_evaluation_harness_measures_the_accuracy_that_the_model_has(work, call):
+def test_lm_evaluation_harness_measures_what_evaluate_measures(work, call):
     pytest.importorskip("lm_eval")
-    model = make_checkpoint(work / "m.pt", "pretrain")
+    make_checkpoint(work / "m.pt", "pretrain", BPETokenizer.train(["abc"], 262))  # every byte a token
     assert call("convert.py", "m.pt", "tokenizer/").status == 0
-    generator = torch.Generator().manual_seed(0)
-    word = lambda n: TOKENIZER.decode(torch.randint(13, 38, (n,), generator=generator).numpy())  # noqa: E731
-    questions = [{"question": word(8), "choices": [word(4) for _ in range(4)], "right": i % 4} for i in range(40)]
-    write_jsonl(work / "questions.jsonl", questions)
+    rng = random.Random(0)
+    word = lambda n: "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=n))  # noqa: E731
+    write_jsonl(
+        work / "choices.jsonl",
+        [{"question": word(8), "choices": [word(4) for _ in range(4)], "answer": i % 4} for i in range(40)],
+    )
+    questions, generator = read_choices("choices.jsonl"), load_text_generator("m.pt", "cpu", instruct=False)
+    _, likely, _ = judge(generator, questions, {}, is_chat=False)
+    accuracy = sum(map(share_right, questions, likely)) / len(questions)
+
+    prompts = []
+    for question in questions:
+        pairs, _ = fit(generator, question, [], False, False)
+        (context, *_), replies = zip(*[map(generator.tokenizer.decode, pair) for pair in pairs], strict=True)
+        prompts.append({"context": context, "replies": replies, "answer": question.answer})
+    write_jsonl(work / "prompts.jsonl", prompts)
     (work / "letters.yaml").write_text(TASK)
-
-    def score(question: str, choice: str) -> float:
-        ids = torch.tensor([TOKENIZER.encode(question + choice).tolist()])
-        logprobs = model(ids)[0][0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])
-        return logprobs[len(question) - 1 :].sum().item()
-
-    scores = [[score(question["question"], choice) for choice in question["choices"]] for question in questions]
-    chosen = [max(range(4), key=row.__getitem__) for row in scores]
-    accuracy = sum(choice == question["right"] for choice, question in zip(chosen, questions, strict=True)) / 40
     with serving(work, "-m", "m.pt") as server:
         args = f"model=m,base_url={server.url}/v1/completions,tokenizer=tokenizer,max_length=128,num_concurrent=4"
         command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", args]
@@ -53,5 +60,5 @@ def test_lm_evaluation_harness_measures_the_accuracy_that_the_model_has(work, ca
     (samples,) = work.glob("out/**/samples_*.jsonl")
     for line in samples.read_text().splitlines():
         sample = json.loads(line)
-        got = [float(pair[0]) for pair in sample["filtered_resps"]]
-        assert got == pytest.approx(scores[sample["doc_id"]], abs=1e-3)
+        got = [float(pair[0]) / 4 for pair in sample["filtered_resps"]]  # per character of the answer
+        assert got == pytest.approx(likely[sample["doc_id"]].tolist(), abs=1e-3)
