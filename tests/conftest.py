@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,6 +63,20 @@ def call(work, monkeypatch, capsys):
         return Result(status, out, err + message)
 
     return calling
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A real Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("needs a browser: apt-get install chromium")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 def asked_by(*argv: str) -> RunConfig:

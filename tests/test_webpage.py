@@ -5,14 +5,13 @@ import itertools
 import json
 import random
 import re
-import shutil
 import warnings
-from pathlib import Path
 
 import numpy as np
 import other_programs
 import pytest
 import torch
+from browsers import MARKUP, Tab, probability
 from test_foreign import KINDS, make_tokenizer
 
 from base.configuration import UserError
@@ -24,7 +23,6 @@ from text.tokenizer import EOS, SPECIAL_TOKENS, BPETokenizer, CharTokenizer
 from weights import webpage
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ABC?.,<>/()1你好世界水果🙂é\n"
-MARKUP = "<script>alert(1)</script>"
 SHAPES = {
     "grouped queries": {"n_kv_head": 2},
     "one key/value head, untied": {"n_kv_head": 1, "tie_embeddings": False},
@@ -130,6 +128,15 @@ def answer_of(
     return "".join(generator.answer(question, config, history, drawn)), drawn
 
 
+def answer_from(model: GPT, tokenizer, question: str, begun: list[int]) -> str:
+    """What Python answers, greedily, when the answer begins with these tokens."""
+    ids = tokenizer.encode_chat([{"role": "user", "content": question}])[0].tolist() + begun
+    room = model.config.block_size - len(ids)
+    rest = model.generate(torch.tensor([ids]), room, temperature=0.0, stop_tokens=tokenizer.stop_tokens)
+    tokens = [*begun, *(token.item() for token in rest)]
+    return tokenizer.decode([token for token in tokens if token not in tokenizer.stop_tokens])
+
+
 def is_tie(model: GPT, tokenizer, question: str, drawn: list[int]) -> bool:
     """Whether the two best logits of some step are so close that rounding decides."""
     ids = tokenizer.encode_chat([{"role": "user", "content": question}])[0].tolist()
@@ -141,88 +148,15 @@ def is_tie(model: GPT, tokenizer, question: str, drawn: list[int]) -> bool:
 # ------------------------------------------------------------------------------------------------------- the browser
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip("needs a browser: apt-get install chromium")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-class Page:
-    """A page that was opened from disk, and what a person does with it."""
-
-    def __init__(self, browser, path: Path, **context) -> None:
-        self.context = browser.new_context(**{"locale": "en-GB", **context})
-        self.tab = self.context.new_page()
-        self.tab.set_default_timeout(60_000)
-        self.requests, self.troubles = [], []
-        self.tab.on("request", lambda request: self.requests.append(request.url))
-        self.tab.on("pageerror", lambda error: self.troubles.append(str(error)))
-        self.tab.on("console", lambda message: self.troubles.append(message.text))
-        self.tab.on("dialog", lambda dialog: (self.troubles.append(dialog.message), dialog.dismiss()))
-        self.tab.goto(path.as_uri())
-        self.tab.wait_for_selector("#notice:empty", state="attached")
-
-    def set(self, **settings: str) -> "Page":
-        """Set fields by their ids; mode by its value."""
-        self.tab.click("#settings-button")
-        for name, value in settings.items():
-            if name == "mode":
-                self.tab.check(f'[name="mode"][value="{value}"]')
-            else:
-                self.tab.fill("#" + name.replace("_", "-"), value)
-        self.tab.click("#close")
-        return self
-
-    def start(self, question: str) -> None:
-        self.tab.fill("#question", question)
-        self.tab.press("#question", "Enter")
-
-    def ask(self, question: str) -> str:
-        """The answer's text, once it is complete."""
-        self.start(question)
-        self.tab.wait_for_selector("#stop", state="hidden")
-        assert self.notice == "", self.notice
-        return self.tab.locator(".answer").last.text_content()
-
-    def ask_anew(self, question: str) -> str:
-        self.tab.click("#new")
-        return self.ask(question)
-
-    def below(self) -> list[str]:
-        """The lines below the last answer."""
-        return self.tab.locator(".turn").last.locator(".below").all_text_contents()
-
-    @property
-    def notice(self) -> str:
-        return self.tab.locator("#notice").text_content()
-
-    def others(self) -> list[tuple[str, float]]:
-        """What the card shows: texts and probabilities."""
-        texts = self.tab.locator("#candidates .text").all_text_contents()
-        shares = self.tab.locator("#candidates .percent").all_text_contents()
-        return list(zip(texts, map(probability, shares), strict=True))
-
-
-def probability(text: str) -> float:
-    return 0.0 if text.startswith("<") else float(text.removesuffix("%")) / 100
-
-
 @pytest.fixture
 def open_page(browser, tmp_path):
-    """Write a model as a page and open it: open_page(model, tokenizer) -> Page."""
+    """Write a model as a page and open it: open_page(model, tokenizer) -> Tab."""
     pages = []
 
-    def opening(model, tokenizer, type_name: str = "float32", name: str = "answer", **context) -> Page:
+    def opening(model, tokenizer, type_name: str = "float32", name: str = "answer", **context) -> Tab:
         path = tmp_path / f"{name}.html"
         webpage.write_page(path, model, tokenizer, type_name)
-        pages.append(Page(browser, path, **context))
+        pages.append(Tab(browser.new_context(**{"locale": "en-GB", **context}), path.as_uri()))
         return pages[-1]
 
     yield opening
@@ -504,8 +438,9 @@ def test_text_inside_json_cannot_end_the_script():
     value = {"characters": "</script><!--<script>", "more": "\u2028&"}
     text = webpage.as_json(value)
     assert "<" not in text and json.loads(text) == value
-    for name in ("page.js", "tokenizer.js", "model.js", "page.css"):
-        assert not re.search("</(script|style)|<!--", webpage.read_source(name), re.IGNORECASE)
+    sources = [webpage.join_modules(), webpage.read_source("page.css", webpage.SHARED)]
+    for source in [*sources, webpage.read_source("tokenizer.js"), webpage.read_source("model.js")]:
+        assert not re.search("</(script|style)|<!--", source, re.IGNORECASE)
 
 
 @pytest.mark.parametrize("type_name, size", [("q8_0", 34 / 32), ("float32", 4)])
@@ -545,6 +480,28 @@ def test_stop_and_new(open_page, characters):
     assert page.tab.locator(".turn").count() == 1
 
 
+def test_questions_are_edited_and_answers_branch(open_page, characters):
+    model = make_model(characters.vocab_size)
+    page = open_page(model, characters).set(temperature="0")
+    first = page.ask("hello")
+    _, drawn = answer_of(model, characters, "hello")
+    page.tab.locator(".token").nth(4).click()
+    second = page.tab.locator("#candidates button").nth(1)
+    name = second.locator(".text").text_content().replace("␣", " ")
+    second.click()
+    page.tab.wait_for_selector("#stop", state="hidden")
+    (token,) = [i for i in range(characters.vocab_size) if characters.decode([i]) == name]
+    assert page.tab.locator(".answer").text_content() == answer_from(model, characters, "hello", [*drawn[:4], token])
+    page.tab.click(".edit")
+    page.tab.fill(".edit textarea", "what?")
+    page.tab.press(".edit textarea", "Enter")
+    page.tab.wait_for_selector("#stop", state="hidden")
+    assert page.tab.locator(".answer").text_content() == answer_of(model, characters, "what?")[0]
+    page.tab.locator(".previous").first.click()
+    page.tab.locator(".reply .previous").click()
+    assert page.tab.locator(".answer").text_content() == first
+
+
 def test_what_cannot_be_answered_is_said(open_page, characters):
     page = open_page(make_model(characters.vocab_size), characters).set(temperature="0")
     page.ask("¿qué? ¿qué?")
@@ -576,7 +533,8 @@ def test_tokens_can_be_read_by_keyboard_and_by_touch(open_page, characters):
     page.tab.locator("h1").tap()
     assert card.is_hidden()
     page.tab.focus("#question")
-    page.tab.keyboard.press("Shift+Tab")  # the answer stands before the question
+    while not page.tab.evaluate("document.activeElement.matches('.answer')"):  # it stands before the question
+        page.tab.keyboard.press("Shift+Tab")
     assert card.is_visible()
     for key in ("Home", "ArrowRight", "ArrowRight"):
         page.tab.keyboard.press(key)
@@ -603,7 +561,7 @@ def test_english_and_chinese_light_and_dark(open_page, characters):
     assert html.get_attribute("lang") == "en" and page.tab.locator("#new").text_content() == "New"
     assert "Not in the vocabulary" in page.below()[0]  # what was said before, too
     assert html.evaluate(paper) == "rgb(252, 251, 248)"
-    english, chinese = webpage.read_source("page.js").split("const said")[0].split("  zh: {")
+    english, chinese = webpage.read_source("words.js", webpage.SHARED).split("const said")[0].split("  zh: {")
     assert re.findall(r"^    (\w+):", english, re.MULTILINE) == re.findall(r"^    (\w+):", chinese, re.MULTILINE)
 
 

@@ -343,14 +343,15 @@ function promptIds({ tokenizer, template, network }, { is_chat, messages, settin
   return [ids, notes];
 }
 
-/* Yields {token, logits}, one step at a time: read, score, draw, append, again. When the context window is full, the
-   newest three quarters of it are kept and read again from position 0, as cached keys carry their old positions. */
-async function* generate(network, ids, n_tokens, settings, pause) {
+/* Yields {token, logits}, one step at a time: read, score, draw, append, again. The first tokens, those of begun, are not
+   drawn: the answer goes on from them. When the context window is full, the newest three quarters of it are kept and
+   read again from position 0, as cached keys carry their old positions. */
+async function* generate(network, ids, begun, n_tokens, settings, pause) {
   const window = network.config.block_size;
   let context = ids.slice(-window);
   for (let n = 0; n < n_tokens; n++) {
     const logits = network.logits(await network.read(context, pause));
-    const token = sample(logits, settings);
+    const token = n < begun.length ? begun[n] : sample(logits, settings);
     yield { token, logits };
     context.push(token);
     if (context.length > window) context = context.slice(-Math.max(1, window - Math.floor(window / 4)));
@@ -386,7 +387,7 @@ function load({ about, weights }) {
 
 /* One answer, token by token: the text that it completes, how likely it was, and the ten likeliest. */
 async function answer(request) {
-  const { number, settings } = request, { tokenizer, template, network } = model;
+  const { number, settings, begun } = request, { tokenizer, template, network } = model;
   current = number;
   const tell = (type, values) => postMessage({ type, number, ...values });
   class Stopped extends Error {}
@@ -400,7 +401,7 @@ async function answer(request) {
     const [ids, notes] = promptIds(model, request);
     for (const [key, values] of notes) tell("note", { key, values });
     const limit = settings.max_length || network.config.block_size;
-    for await (const { token, logits } of generate(network, ids, limit - ids.length, settings, pause)) {
+    for await (const { token, logits } of generate(network, ids, begun, limit - ids.length, settings, pause)) {
       first = first || performance.now();
       n_tokens++;
       const probabilities = softmax(logits), is_end = template.stop_tokens.includes(token);

@@ -2,8 +2,8 @@
 
     write_page("answer.html", model, tokenizer, "q8_0")
 
-The file holds the weights, the tokenizer and the code: page.html and page.css (what is seen), page.js (what it does),
-tokenizer.js and model.js (the model in plain JavaScript). It loads nothing; its Content-Security-Policy allows nothing.
+The file holds the weights, the tokenizer and the code: what the page of serve.py shows and does, too (page/), and the
+model in plain JavaScript (tokenizer.js, model.js). It loads nothing; its Content-Security-Policy allows nothing.
 """
 
 import base64
@@ -12,7 +12,6 @@ import html
 import json
 import re
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,16 @@ from text.tokenizer import SPECIAL_TOKENS, UNKNOWN, BPETokenizer, CharTokenizer,
 from weights.gguf import tokens_and_merges
 
 FOLDER = Path(__file__).parent
+SHARED = FOLDER.parent / "page"
+MODULES = (
+    "words",
+    "elements",
+    "settings",
+    "composer",
+    "conversation",
+    "tokens",
+    "chat",
+)  # of page/, each before its users
 TYPES = ("q8_0", "float32")
 BLOCK = 32  # numbers that share a scale in q8_0
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-14, 65504  # scales are float16: below, they lose digits, above, they are infinite
@@ -178,8 +187,18 @@ def source_hash(source: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
 
 
-def read_source(name: str) -> str:
-    return (FOLDER / name).read_text(encoding="utf-8")
+def read_source(name: str, folder: Path = FOLDER) -> str:
+    return (folder / name).read_text(encoding="utf-8")
+
+
+def join_modules() -> str:
+    """The JavaScript of the page as one script: a file that was opened from disk may import no other.
+
+    Without their imports and exports, modules one after the other are one: no two declare the same name.
+    """
+    sources = [read_source(f"{name}.js", SHARED) for name in MODULES] + [read_source("webpage.js")]
+    code = re.sub(r"^import [^;]*;\n|^export ", "", "".join(sources), flags=re.MULTILINE)
+    return f'"use strict";\n{code}'
 
 
 def make_page(name: str, model: GPT, tokenizer: Tokenizer, type_name: str) -> str:
@@ -198,20 +217,27 @@ def make_page(name: str, model: GPT, tokenizer: Tokenizer, type_name: str) -> st
     if len(encoded) > MAX_BASE64:
         size = f"{len(weights) / 1e6:,.0f} MB as {type_name}"
         raise UserError(f"a web page: the weights, {size}, are more than a browser reads in one page")
-    style, script = read_source("page.css"), read_source("page.js")
+    style, script = read_source("page.css", SHARED), join_modules()
     policy = (
         f"default-src 'none'; script-src {source_hash(script)}; style-src {source_hash(style)}; "
         "worker-src blob:; base-uri 'none'; form-action 'none'"
     )
-    return Template(read_source("page.html")).substitute(
-        title=html.escape(name),
-        policy=policy,
-        style=style,
-        about=as_json(about),
-        weights=encoded,
-        model=read_source("tokenizer.js") + read_source("model.js"),
-        script=script,
+    scripts = (
+        f"<script>{script}</script>\n"
+        f'<script type="application/json" id="about">{as_json(about)}</script>\n'
+        f'<script type="text/plain" id="weights">{encoded}</script>\n'
+        f'<script type="text/plain" id="model">{read_source("tokenizer.js")}{read_source("model.js")}</script>'
     )
+    head = f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<title>{html.escape(name)}</title>'
+    page = re.sub("<!-- served -->.*?<!-- end -->\n", "", read_source("index.html", SHARED), flags=re.DOTALL)
+    for served, here in {
+        "<title>Nano</title>": head,
+        '<link rel="stylesheet" href="page.css">': f"<style>{style}</style>",
+        '<script type="module" src="served.js"></script>': scripts,
+    }.items():
+        before, after = page.split(served)
+        page = before + here + after
+    return page
 
 
 def write_page(path: str | Path, model: GPT, tokenizer: Tokenizer, type_name: str) -> None:
