@@ -224,7 +224,8 @@ def tests(case: Case) -> list[Line]:
     if importlib.util.find_spec("pytest") is None:
         raise NotHere("pytest is not installed")
     files = [str(ROOT / "tests" / name) for name in ("test_gpu.py", "test_masks.py")]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-k", "gpu", "-rs", *files]
+    options = ["-o", "addopts=--strict-markers", "-p", "no:cacheprovider", "-k", "gpu", "-rfE"]
+    command = [sys.executable, "-m", "pytest", *options, *files]
     job = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     print(job.stdout, job.stderr)
     failed = [line.split(" - ")[0].removeprefix("FAILED ") for line in job.stdout.splitlines() if "FAILED" in line]
@@ -300,7 +301,7 @@ def masked(case: Case) -> list[Line]:
 
     def line(name: str, window: int, ids: torch.Tensor | None) -> Line:
         mask, make = (
-            attention_mask(T, 0, window, True, ids, device),
+            attention_mask(T, window, True, ids, device),
             lambda: block_masks(T, {window}, True, ids, device),
         )
         by_mask = seconds_of(lambda: F.scaled_dot_product_attention(q, k, v, mask).sum().backward(), device)

@@ -282,5 +282,5 @@ def test_a_cache_lies_beside_the_weights():
     weight = model.token_embedding.weight
     cache = KVCache(model.config, 2, weight.device, weight.dtype)
     model.hidden(random_batch().idx[:2, :7].to(DEVICE), cache)
-    assert cache.length == 7
+    assert cache.lengths.tolist() == [7, 7]
     assert all(t.device.type == DEVICE and t.dtype == torch.bfloat16 for t in (*cache.keys, *cache.values))
