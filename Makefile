@@ -2,12 +2,13 @@
 # make test: all tests but those that take minutes each; make test-real: those (it trains the quickstart's model and
 # talks to it, runs SmolLM2, asks lm-evaluation-harness, has DeepSpeed compile what offloading needs)
 # make test-cluster: those on two hosts made of network namespaces alone | make bench: speed
+# make gpu: everything on one graphics card, tests, speed and memory, in one table (bench/gpu.py)
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: setup quickstart test test-real test-cluster bench lint clean
+.PHONY: setup quickstart test test-real test-cluster bench gpu lint clean
 
 setup: $(VENV)/.requirements
 
@@ -55,6 +56,9 @@ bench: $(VENV)/.requirements-dev
 	$(PY) bench/data_speed.py
 	$(PY) bench/scaling.py
 	@echo; echo "on a text of yours: $(PY) bench/time_to_loss.py FILE; bench/comparing.py FILE --b OPTIONS"
+
+gpu: $(VENV)/.requirements-dev
+	$(PY) bench/gpu.py
 
 lint: $(VENV)/.requirements-dev
 	$(PY) -m ruff check .

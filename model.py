@@ -23,7 +23,7 @@ from layers.cache import KVCache
 from layers.experts import MixtureOfExperts, Routing
 from layers.generation import generate
 from layers.head import Head
-from layers.masks import attention_mask, block_masks, positions_inside
+from layers.masks import attention_mask, block_masks, positions_inside, takes_groups
 from layers.norm import NORMS, RMSNorm, make_norm, rms_norm
 from layers.rope import ROPE_SCALING, apply_rope, rope_table
 from layers.sampling import check_token_ids
@@ -175,14 +175,16 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # T new tokens see the cached ones too
         # a single token comes last and sees every key: causal without a mask
-        is_causal = config.is_causal and mask is None and T > 1
+        is_causal = config.is_causal and mask is None and (cache is None or T > 1)
         dropout = config.dropout if self.training else 0.0
+        is_grouped = config.n_kv_head < config.n_head  # every key/value head serves a group of query heads
         if isinstance(mask, BlockMask):
-            y = flex_attention(q, k, v, block_mask=mask, enable_gqa=config.n_kv_head < config.n_head)
+            y = flex_attention(q, k, v, block_mask=mask, enable_gqa=is_grouped)
         else:
-            if config.n_kv_head < config.n_head:  # every key/value head serves a group of query heads
+            if is_grouped and not takes_groups(q, mask):
                 k, v = (t.repeat_interleave(config.n_head // config.n_kv_head, dim=1) for t in (k, v))
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+                is_grouped = False
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=is_grouped)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, n_head, T, head_dim) -> heads side by side again
         return self.residual_dropout(self.out(y))
 
@@ -255,9 +257,7 @@ class GPT(nn.Module):
             raise UserError("vocab_size is not set: it comes from the tokenizer")
         self.config, self.sdp_kernel, self.windows = config, sdp_kernel, config.windows
         self.restart_positions = True  # in every document
-        self.router_loss: torch.Tensor | float = (
-            0.0  # of the last forward pass with targets, weighted, mean over layers
-        )
+        self.router_loss: torch.Tensor | float = 0.0  # of the last pass with targets, weighted, mean over layers
         self.use_flex = False  # flex attention where there are masks, once compiled
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.use_rope:

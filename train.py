@@ -49,7 +49,8 @@ def train(run: Run, log: RunLog) -> State:
     config, engine, state = run.config, run.engine, run.state
     steps = prefetch_steps(run.batches, state.samples, pin_memory=engine.device.type == "cuda")
     evaluated = saved = -1
-    skipped_in_a_row = 0
+    skipped_in_a_row, waited = 0, 0.0  # waited: seconds, for batches
+    since = time.perf_counter(), state.step, state.tokens, waited  # from where on the speed is measured
     done = config.max_steps is not None and state.step >= config.max_steps
     with StopRequest() as stop, contextlib.closing(steps):
         while not done:
@@ -58,7 +59,7 @@ def train(run: Run, log: RunLog) -> State:
             # the loop on all of them at the same step, as everything below that saves or evaluates takes all processes.
             step_began, clock = time.perf_counter(), run.seconds()
             micro_batches = next(steps)
-            data_seconds = time.perf_counter() - step_began
+            waited += time.perf_counter() - step_began
             local = sum(batch.count for batch in micro_batches), sum(batch.idx.numel() for batch in micro_batches)
             count, n_tokens, stopping, state.seconds = engine.sum_over_ranks(
                 *local, float(stop.requested), clock if engine.is_main else 0.0
@@ -71,20 +72,19 @@ def train(run: Run, log: RunLog) -> State:
             loss = torch.zeros((), device=engine.device)
             for i, batch in enumerate(micro_batches, 1):
                 loss += engine.forward_backward(run.loss, batch, count, is_last=i == len(micro_batches))
-            (loss,) = engine.sum_over_ranks(loss.item())
+            loss = engine.sum_tensor(loss)
             grad_norm = engine.step(lr_scale)  # clips; leaves the weights alone where the norm is not finite
             count_experts(run)
 
-            # one bad batch is skipped; many in a row mean that the run has diverged
-            skipped_in_a_row = 0 if math.isfinite(loss) and math.isfinite(grad_norm) else skipped_in_a_row + 1
-            state.skipped_steps += skipped_in_a_row > 0
-            if skipped_in_a_row == 1 and engine.dtype != torch.float16:  # there the scaler overflows on purpose
-                log.message(f"step {state.step + 1:,}: skipped: loss {loss:g}, gradient norm {grad_norm:g}")
-            if skipped_in_a_row > config.max_skipped_steps:
-                raise diverged(run, loss, grad_norm)
+            # One bad batch is skipped; many in a row mean that the run has diverged. They are counted on the device:
+            # to read a number from a GPU is to wait until it has computed it, so only what is logged is read.
+            is_bad = ~(loss.isfinite() & grad_norm.isfinite())
+            skipped_in_a_row = is_bad * (skipped_in_a_row + 1)
+            state.skipped_steps += is_bad
             state.samples += run.batches.samples_per_step
-            if has_spiked(run, loss if math.isfinite(grad_norm) else math.inf) and go_back(run, log, loss):
-                skipped_in_a_row = 0
+            watches = config.on_spike == "rollback"  # over every loss
+            if watches and has_spiked(run, math.inf if is_bad else loss.item()) and go_back(run, log, loss.item()):
+                skipped_in_a_row, since = 0, (time.perf_counter(), state.step, state.tokens, waited)
                 continue  # from the step of a save, with the data that comes next
             state.step += 1
             state.tokens += int(n_tokens)
@@ -92,11 +92,13 @@ def train(run: Run, log: RunLog) -> State:
 
             # every now and then: log, evaluate (and save the best), save
             if state.step == 1 and not config.from_checkpoint and config.loss == "next_token":
-                preflight.check_first_loss(loss, run.model.config.vocab_size)
+                preflight.check_first_loss(loss.item(), run.model.config.vocab_size)
             log.bar.update()
             if state.step % config.log_interval == 0 or done:
-                seconds = time.perf_counter() - step_began
-                log.step(train_record(run, loss, grad_norm, lr_scale, n_tokens, seconds, data_seconds))
+                loss, grad_norm = loss.item(), grad_norm.item()
+                check_skipped(run, log, loss, grad_norm, int(skipped_in_a_row))
+                log.step(train_record(run, loss, grad_norm, lr_scale, since, waited))
+                since = time.perf_counter(), state.step, state.tokens, waited
             if state.step % config.eval_interval == 0 or done:
                 evaluate_and_save(run, log)
                 evaluated = state.step
@@ -104,6 +106,8 @@ def train(run: Run, log: RunLog) -> State:
             is_good = not state.spikes.above  # else a spike may have begun: the save from before is to stay
             if state.step % config.save_interval == 0 and is_good and save_or_warn(run, run.last_path, log):
                 saved = state.step
+            if state.step in (evaluated, saved):  # what that took is not the steps'
+                since = time.perf_counter(), state.step, state.tokens, waited
         (stopping,) = engine.sum_over_ranks(float(stop.requested))
         if state.step and not stopping and evaluated != state.step:
             evaluate_and_save(run, log)
@@ -116,15 +120,24 @@ def train(run: Run, log: RunLog) -> State:
 def count_experts(run: Run) -> None:
     """Add up the tokens of every expert; a mixture that is balanced by biases adjusts them."""
     if run.model.config.n_expert:
-        counts = count_expert_tokens(run.model, run.engine.sum_over_ranks)
+        counts = count_expert_tokens(run.model, run.engine.sum_tensor)
         run.expert_counts = counts if run.expert_counts is None else run.expert_counts + counts
+
+
+def check_skipped(run: Run, log: RunLog, loss: float, grad_norm: float, in_a_row: int) -> None:
+    """Say that steps are skipped, when that begins; raises UserError where there are too many in a row."""
+    is_new = 0 < in_a_row <= run.config.log_interval
+    if is_new and run.engine.dtype != torch.float16:  # there the scaler overflows on purpose
+        log.message(f"step {run.state.step:,}: skipped: loss {loss:g}, gradient norm {grad_norm:g}")
+    if in_a_row > run.config.max_skipped_steps:
+        raise diverged(run, loss, grad_norm)
 
 
 def diverged(run: Run, loss: float, grad_norm: float) -> UserError:
     best = run.best_path
     kept = f"; the best checkpoint is kept in {best}" if best in run.written else ""
     return UserError(
-        f"step {run.state.step + 1}: the loss is {loss:g}, the gradient's norm {grad_norm:g}, "
+        f"step {run.state.step}: the loss is {loss:g}, the gradient's norm {grad_norm:g}, "
         f"{run.config.max_skipped_steps} steps before were skipped too (max_skipped_steps){kept}; "
         "try a lower learning_rate, more warmup_iters or float32"
     )
@@ -139,9 +152,11 @@ def go_back(run: Run, log: RunLog, loss: float) -> bool:
 
 
 def train_record(
-    run: Run, loss: float, grad_norm: float, lr_scale: float, n_tokens: float, seconds: float, data_seconds: float
+    run: Run, loss: float, grad_norm: float, lr_scale: float, since: tuple[float, int, int, float], waited: float
 ) -> dict[str, Any]:
-    """n_tokens: of this step; seconds: that it took; data_seconds: of these, those spent waiting for the batch."""
+    """What the log says of a step. since: time, step, tokens and `waited` from which on the speed is measured."""
+    now = time.perf_counter(), run.state.step, run.state.tokens, waited
+    seconds, n_steps, n_tokens, data_seconds = (after - before for before, after in zip(since, now, strict=True))
     tokens_per_s = n_tokens / seconds
     flops = tokens_per_s * run.model.flops_per_token()
     return {
@@ -151,10 +166,10 @@ def train_record(
         "grad_norm": grad_norm,
         "tokens": run.state.tokens,
         "seconds": run.seconds(),
-        "skipped_steps": run.state.skipped_steps or None,
+        "skipped_steps": int(run.state.skipped_steps) or None,
         "tokens_per_s": tokens_per_s,
-        "ms_per_step": 1000 * seconds,
-        "data_ms": 1000 * data_seconds,
+        "ms_per_step": 1000 * seconds / n_steps,
+        "data_ms": 1000 * data_seconds / n_steps,
         "gflops": flops / 1e9,
         # model FLOPs utilization (Chowdhery et al. 2022): of what a matrix product alone reaches on this device
         "mfu": flops / run.matmul_flops / run.engine.world_size if run.matmul_flops else None,
@@ -309,7 +324,7 @@ def save(run: Run, path: Path, log: RunLog) -> None:
                 "samples": state.samples,
                 "tokens": state.tokens,
                 "evals_without_gain": state.evals_without_gain,
-                "skipped_steps": state.skipped_steps,
+                "skipped_steps": int(state.skipped_steps),
                 "seconds": run.seconds(),
                 "spikes": dataclasses.asdict(state.spikes),
             },

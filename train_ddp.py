@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,7 +28,7 @@ from base.configuration import UserError, run_main
 from model import GPT
 from text.batches import Batch
 from training.distributed import DistributedEngine, check_launcher, run_process
-from training.engine import Engine, Loss
+from training.engine import Loss
 from weights.checkpointing import find_checkpoint, set_aside
 from weights.lora import attach, settings_of
 
@@ -91,21 +91,34 @@ class FSDPEngine(DDPEngine):
 
     def prepare(self, model: GPT) -> None:
         mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
+        # Blocks are gathered in the precision of their products: half the bytes to send, and nothing left to cast.
+        # Gradients are summed in float32; embedding, residual stream and output layer stay in float32, as without FSDP.
+        blocks = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
         for block in model.blocks:
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=blocks)
         fully_shard(model, mesh=mesh)
         super().prepare(model)
 
     def wrap(self, model: GPT) -> torch.nn.Module:
-        return Engine.wrap(self, model)  # no DDP around it: the hooks of fully_shard communicate
+        self.compile()
+        if self.use_compile:  # block by block, for the hooks around them, by which fully_shard communicates, cannot be
+            for block in model.blocks:
+                block.forward = torch.compile(block.forward)
+            model.use_flex = False  # which is for a model that is compiled as a whole
+        return model  # no DDP around it
+
+    def stop_compiling(self, error: Exception) -> None:
+        super().stop_compiling(error)
+        for block in self.model.blocks:
+            block.__dict__.pop("forward", None)  # that of the class again
 
     def gradient_sync(self, is_last: bool) -> contextlib.AbstractContextManager:
         self.model.set_requires_gradient_sync(is_last)
         return contextlib.nullcontext()
 
-    def clip_gradients(self, max_norm: float) -> float:
+    def clip_gradients(self, max_norm: float) -> torch.Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)  # a DTensor of partial norms
-        return norm.full_tensor().item()
+        return norm.full_tensor()
 
     def state_dict(self) -> dict[str, Any]:
         return full_tensors(super().state_dict())

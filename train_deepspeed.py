@@ -147,14 +147,14 @@ class DeepSpeedEngine(DistributedEngine):
         self.network.backward(share * self.world_size, scale_wrt_gas=False)
         return share.detach()
 
-    def step(self, lr_scale: float) -> float:
+    def step(self, lr_scale: float) -> torch.Tensor:
         scale_learning_rates(self.optimizer, lr_scale)
         if self.zero:
             self.network.step()
-            return float(self.network.get_global_grad_norm())
+            return torch.as_tensor(self.network.get_global_grad_norm(), device=self.device)
         self.scaler.unscale_(self.optimizer)  # without ZeRO, DeepSpeed does not report the norm: clip here
         grad_norm = self.clip_gradients(self.config.grad_clip or math.inf)
-        if math.isfinite(grad_norm) or self.scaler.is_enabled():  # a scaler skips bad steps by itself
+        if grad_norm.isfinite() or self.scaler.is_enabled():  # a scaler skips bad steps by itself
             self.network.step()
         else:
             self.network.zero_grad()  # skip the step

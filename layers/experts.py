@@ -14,6 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from layers.head import matmul_dtype
+
 
 def grouped_mm(x: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Grouped matrix product: rows x (N, in), sorted by group, times their group's matrix of weights (E, in, out).
@@ -110,7 +112,7 @@ class MixtureOfExperts(nn.Module):
         order = experts.flatten().argsort(stable=True)  # (N k,) indices of (token, expert) pairs
         rows = order // k  # each pair's token
         counts = self.count(experts)  # (E,) pairs per expert
-        gate, up = self.project("up", tokens[rows], counts).chunk(2, dim=-1)  # (N k, n_hidden) each
+        gate, up = self.project("up", tokens.index_select(0, rows), counts).chunk(2, dim=-1)  # (N k, n_hidden) each
         outputs = self.project("down", F.silu(gate) * up, counts)  # (N k, n_embd)
 
         # combine: the weighted sum of each token's k outputs, back in the order of the tokens
@@ -155,6 +157,7 @@ class MixtureOfExperts(nn.Module):
 
     def project(self, name: str, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Rows x (N k, in), sorted by expert, times their expert's matrix of this name ("up" or "down")."""
+        x = x.to(matmul_dtype(x))  # autocast does not know grouped products, whose kernel on a GPU takes bfloat16 alone
         y = grouped_mm(x, getattr(self, name).mT.to(x.dtype), counts)
         return y + self.adapters[name](x, counts) if name in self.adapters else y
 
@@ -164,14 +167,13 @@ def mixture_layers(model: nn.Module) -> list[MixtureOfExperts]:
 
 
 @torch.no_grad()
-def count_expert_tokens(model: nn.Module, sum_over_ranks: Callable[..., list[float]]) -> torch.Tensor:
-    """Tokens routed to each expert since the last call, (n_layer, n_expert), summed over all processes.
+def count_expert_tokens(model: nn.Module, sum_tensor: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Tokens routed to each expert since the last call, (n_layer, n_expert), summed over all processes by sum_tensor.
 
     Call it once after every optimizer step: with expert_balance "bias" it also updates the router biases.
     """
     layers = mixture_layers(model)
-    local = torch.stack([layer.tokens_per_expert for layer in layers])
-    counts = torch.tensor(sum_over_ranks(*local.flatten().tolist())).view_as(local)
+    counts = sum_tensor(torch.stack([layer.tokens_per_expert for layer in layers]))
     for layer, row in zip(layers, counts, strict=True):
         layer.tokens_per_expert.zero_()
         is_frozen = not layer.router.weight.requires_grad  # with LoRA: an adapter's file does not hold the biases

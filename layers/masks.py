@@ -8,6 +8,8 @@ mask to flex attention (Dong et al. 2024, arXiv:2412.05496), which skips blocks 
 entirely: the shorter the documents or the window, the more blocks it skips.
 """
 
+import functools
+
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
@@ -41,17 +43,33 @@ def block_masks(
     """attention_mask() of T tokens as flex attention's BlockMask, one per distinct window."""
 
     def block_mask(window: int) -> BlockMask | None:
-        if documents is None and not (window and window < T):
-            return None
+        if documents is None:
+            return window_mask(T, window, is_causal, device) if window and window < T else None
 
         def mask_mod(b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            mask = is_visible(query, key, window, is_causal)
-            return mask if documents is None else mask & (documents[b, query] == documents[b, key])
+            return is_visible(query, key, window, is_causal) & (documents[b, query] == documents[b, key])
 
-        B = None if documents is None else len(documents)  # None: the same mask for every sequence, and every head
-        return create_block_mask(mask_mod, B, None, T, T, device=device)
+        return create_block_mask(mask_mod, len(documents), None, T, T, device=device)  # None: one for all heads
 
     return {window: block_mask(window) for window in windows}
+
+
+@functools.lru_cache(maxsize=16)
+def window_mask(T: int, window: int, is_causal: bool, device: torch.device) -> BlockMask:
+    """The mask of a sliding window alone: of every sequence, every head and every batch, so it is made once."""
+    return create_block_mask(
+        lambda b, h, query, key: is_visible(query, key, window, is_causal), None, None, T, T, device=device
+    )
+
+
+def takes_groups(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether SDPA has a kernel for fewer key/value heads than query heads; else they have to be repeated.
+
+    On a CPU it has. On a GPU flash attention is one, which takes bfloat16 without a mask; with enable_gqa and others,
+    torch would compute and store all attention weights (T, T).
+    """
+    is_flash = q.is_cuda and q.dtype == torch.bfloat16 and mask is None and torch.backends.cuda.flash_sdp_enabled()
+    return q.device.type == "cpu" or is_flash
 
 
 def positions_inside(documents: torch.Tensor) -> torch.Tensor:

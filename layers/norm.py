@@ -21,7 +21,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm of x (..., D); weight: (D,), or (n_head, D) for a weight per head, x then (..., n_head, D)."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         if weight.dim() == 1:
-            return F.rms_norm(x, weight.shape, weight, eps)
+            return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)  # (FSDP gathers weights in half precision)
         return (F.rms_norm(x, x.shape[-1:], eps=eps) * weight).to(x.dtype)
     if torch.is_grad_enabled():
         return RMSNormFunction.apply(x, weight, eps)

@@ -7,12 +7,13 @@ from torch._dynamo.utils import counters
 
 from layers.experts import gradient_by_group, loop_over_groups, product_by_group
 from model import GPT, ModelConfig
-from text.batches import TrainBatches
+from text.batches import Batch, TrainBatches
 from text.token_files import TokenFile
 from training.config import TrainConfig
 from training.engine import Engine
 from training.losses import next_token
 from training.setup import build_run, problem_config
+from training.sources import pad_to
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32}
 EXPERTS = {"n_expert": 4, "n_hidden": 24}
@@ -95,6 +96,7 @@ def test_a_model_that_must_be_compiled_too_often_goes_on_without_and_says_so(cap
     model = GPT(ModelConfig(vocab_size=11, **SHAPE))
     engine.model = engine.network = model
     model.compile(backend="eager")
+    engine.compiled.append(model)
     idx = torch.arange(30)[None] % 11
     loss = lambda network, batch, reduction: network(idx[:, :batch], idx[:, :batch])[1]  # noqa: E731
     values = [engine.compute_loss(loss, length, "sum").item() for length in (5, 6, 7, 8, 9)]
@@ -129,3 +131,36 @@ def test_only_the_training_step_is_compiled(work, call):
     batches = [run.batches.at(i * run.batches.samples_per_step)[0] for i in range(8)]
     assert 0 <= accuracy <= 1 and len({batch.idx.shape for batch in batches}) > 3
     assert counters["stats"]["unique_graphs"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "masked"),
+    [({}, False), ({"attention_window": [24]}, True), (EXPERTS, False)],
+    ids=["plain", "masked", "experts"],
+)
+def test_batches_of_few_lengths_take_few_graphs(options, masked):
+    """Fine-tuning's: a quarter of the window each. One graph for the first length, one for all that follow."""
+    assert [pad_to(block_size, True) for block_size in (16, 64, 100, 1024)] == [16, 16, 32, 256]
+    assert pad_to(1024, False) == 16
+    config = {**SHAPE, "n_layer": 1, "block_size": 64, "vocab_size": 50, **options}
+    torch.manual_seed(0)
+    model, plain = GPT(ModelConfig(**config)), GPT(ModelConfig(**config))
+    plain.load_state_dict(model.state_dict())
+    torch._dynamo.reset()
+    counters.clear()
+    model.compile(backend="aot_eager")
+    graphs = []
+    for T in (64, 16, 48, 32, 64):
+        idx, targets = torch.randint(1, 50, (2, 5, T))
+        documents = (torch.rand(5, T) < 0.1).cumsum(1) if masked else None
+        batch = Batch(idx, targets, (torch.rand(5, T) < 0.5).float(), 1, documents)
+        losses = []
+        for network in (model, plain):
+            network.zero_grad()
+            losses.append(loss := next_token(network, batch, "sum"))
+            loss.backward()
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+        for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[2] == graphs[-1] <= 3, graphs

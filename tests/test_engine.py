@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import DATA, FAST, TINY, asked_by, read_log
 from processes import newest_log
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from base.configuration import UserError
@@ -50,7 +51,7 @@ def learn(engine: Engine, seed: int = 0) -> float:
     """A whole step on a random batch; the gradient's norm."""
     idx, targets = torch.randint(0, 20, (2, 4, 8), generator=torch.Generator().manual_seed(seed))
     engine.forward_backward(next_token, Batch(idx, targets, None, 32), 32, True)
-    return engine.step(1.0)
+    return engine.step(1.0).item()
 
 
 # ------------------------------------------------------------------------------------------------------ a step
@@ -61,7 +62,7 @@ def test_the_gradient_is_clipped_to_grad_clip_and_0_means_not_at_all(grad_clip):
     engine = make_engine(optimizer="sgd", learning_rate=1.0, beta1=0.0, weight_decay=0.0, grad_clip=grad_clip)
     gradient, before = set_gradients(engine), weights_of(engine)
     norm = gradient.norm().item()
-    assert engine.step(0.5) == pytest.approx(norm, rel=1e-5)  # that of before
+    assert engine.step(0.5).item() == pytest.approx(norm, rel=1e-5)  # that of before
     clipped = gradient * (min(grad_clip, norm) / norm if grad_clip else 1)
     torch.testing.assert_close(weights_of(engine), before - 0.5 * clipped, rtol=1e-4, atol=1e-5)
 
@@ -279,3 +280,72 @@ def test_the_experts_load_is_that_since_the_last_evaluation(prepared, call, monk
     loads = [record["expert_load"] for record in read_log(newest_log(prepared), "val")]
     assert loads == [[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.25, 0.75]]]
     assert result.out.count("busiest expert 2.00x the mean") == 2
+
+
+def test_one_process_of_a_host_reads_the_token_files_for_their_checksums(prepared, monkeypatch):
+    """The others map them alone; where that one finds damage, all of them end."""
+    read = []
+    monkeypatch.setattr(
+        "text.token_files.chunks_of", lambda file: read.append(file.name) or iter(lambda: file.read(), b"")
+    )
+    engines = [Engine(asked_by(*PRETRAIN).training) for _ in range(2)]
+    engines[1].local_rank = 1
+    runs = []
+    for engine in engines:
+        runs.append(build_run(asked_by(*PRETRAIN), engine))
+        assert len(read) == 2  # training and validation
+    assert torch.equal(*(run.batches.at(0)[0].idx for run in runs))
+    path = Path("dataset/pretrain_train.bin")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="wrong checksum"):
+        build_run(asked_by(*PRETRAIN), engines[0])
+    monkeypatch.setattr(engines[1], "sum_over_ranks", lambda *values: [value + 1 for value in values])
+    with pytest.raises(UserError, match="another process cannot go on"):
+        build_run(asked_by(*PRETRAIN), engines[1])
+
+
+# ------------------------------------------------------------------------------------------------------ waiting
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that Python reads from tensors: on a GPU it would wait for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.n += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], 0),
+        (["--dtype", "float16"], 0),
+        (["--n_expert", "4", "--n_hidden", "16", "--expert_balance", "bias"], 0),
+        (["--optimizer", "muon"], 1),  # whose step is not one kernel that could decide by itself
+    ],
+    ids=["adamw", "float16", "experts", "muon"],
+)
+def test_between_log_records_a_step_reads_nothing_from_the_device(prepared, call, monkeypatch, options, expected):
+    monkeypatch.setattr("model.check_token_ids", lambda *_: None)  # for CPUs alone
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: [value.item() for value in tensor.flatten()])
+    options = ["--optimizer", "adamw", *options, "--log_interval", "1000", "--eval_interval", "1000"]
+    counts = []
+    for n_steps in ("5", "15"):
+        with Reads() as reads:
+            ok(call, *PRETRAIN, *options, "--max_steps", n_steps)
+        counts.append(reads.n)
+    assert counts[0] > 0 and counts[1] - counts[0] == 10 * expected
+
+
+def test_the_speed_of_a_record_is_that_since_the_one_before(prepared, call):
+    """Of all steps since then, without what evaluations and saves took."""
+    options = ["--max_steps", "12", "--eval_interval", "6", "--save_interval", "6"]
+    ok(call, *PRETRAIN, *options, "--log_interval", "4")
+    records = read_log(newest_log(prepared), "train")
+    assert [record["step"] for record in records] == [4, 8, 12]
+    for record in records:
+        assert record["tokens_per_s"] == pytest.approx(2 * 4 * 16 / (record["ms_per_step"] / 1000), rel=1e-6)

@@ -6,7 +6,8 @@ from conftest import DATA, FAST, TINY, read_log
 from processes import newest_log
 
 from base.configuration import UserError
-from layers.experts import MixtureOfExperts, Routing, mixture_layers
+from layers import experts
+from layers.experts import MixtureOfExperts, Routing, grouped_mm, mixture_layers
 from model import GPT, ModelConfig
 from text.batches import Batch
 from training.config import TrainConfig
@@ -159,3 +160,16 @@ def test_an_adapter_leaves_the_router_biases_of_its_base_alone(prepared, call):
         call("train.py", *plain, *resume, "--max_steps", "1", "--learning_rate", "1e-30", "--min_lr", "0").status == 0
     )
     assert read_log(newest_log(prepared), "val")[-1]["val_loss"] == pytest.approx(trained, rel=1e-5)
+
+
+def test_under_autocast_experts_compute_in_half_precision(monkeypatch):
+    """As a GPU's kernel for grouped products needs them: their rows are cast, which autocast does not do for it."""
+    model, idx = make(), torch.randint(1, 40, (3, 16))
+    exact = model(idx, idx)[1]
+    seen = []
+    monkeypatch.setattr(experts, "grouped_mm", lambda x, *a: seen.append(x.dtype) or grouped_mm(x, *a))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(idx, idx)[1]
+    loss.backward()
+    assert set(seen) == {torch.bfloat16} and loss.item() == pytest.approx(exact.item(), rel=0.01)
+    assert all(layer.up.grad.dtype == torch.float32 and layer.up.grad.norm() > 0 for layer in mixture_layers(model))

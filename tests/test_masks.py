@@ -70,6 +70,16 @@ def test_blocks_in_which_nothing_sees_anything_are_passed_over():
     assert windowed.kv_num_blocks.sum() + windowed.full_kv_num_blocks.sum() == 7
 
 
+def test_the_blocks_of_a_window_are_made_once_those_of_documents_for_every_batch():
+    device = torch.device("cpu")
+    first, second = (block_masks(200, {50, 0}, True, None, device) for _ in range(2))
+    assert first[50] is second[50] and first[0] is None
+    assert block_masks(200, {50}, False, None, device)[50] is not first[50]
+    of_batches = [block_masks(200, {50}, True, torch.zeros(1, 200) + torch.arange(200) // n, device) for n in (60, 90)]
+    shown = [blocks[50].mask_mod(*map(torch.tensor, (0, 0, 70, 55))).item() for blocks in of_batches]
+    assert shown == [False, True]
+
+
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("window", [0, 1, 7, 50])
 def test_both_forms_allow_the_same(window, is_causal):

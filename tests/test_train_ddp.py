@@ -13,15 +13,18 @@ import torch
 import torch.distributed as dist
 from conftest import DATA, FAST, TINY, asked_by, read_log
 from processes import FORKS, assert_close, curves, end_of, finish, newest_log, start, train_on, wait_for, worker
+from torch._dynamo.utils import counters
 
 from base.configuration import UserError
 from base.files import hold_lock
-from text.batches import ValidationBatches
+from model import GPT, ModelConfig
+from text.batches import Batch, ValidationBatches
 from text.token_files import TokenFile
-from train_ddp import DDPEngine
+from train_ddp import DDPEngine, FSDPEngine
 from training import optimizer
 from training.config import TrainConfig
 from training.distributed import DistributedEngine, check_accumulation, is_communication_error
+from training.engine import Engine
 from training.losses import next_token
 from training.setup import build_run
 from weights.checkpointing import load_checkpoint
@@ -234,6 +237,41 @@ def test_gradients_are_exchanged_with_the_last_micro_batch_only(prepared, monkey
             taken.append(batch)
             engine.forward_backward(next_token, batch, 100, is_last=len(taken) == 4)
         assert set(exchanged) == {4}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_sharded_blocks_learn_as_without_shards(dtype, is_compiled, monkeypatch):
+    """In half precision, and compiled: one graph for all blocks. A gradient that is not finite changes nothing."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "0")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    config = {"device": "cpu", "dtype": dtype, "warmup_iters": 0}
+    plain = Engine(TrainConfig(**config))
+    sharded = FSDPEngine(TrainConfig(**config, fsdp=True, compile=str(is_compiled).lower()))
+    try:
+        curves = []
+        for engine in (plain, sharded):
+            torch.manual_seed(0)
+            engine.prepare(GPT(ModelConfig(vocab_size=61, block_size=16, n_layer=10, n_head=2, n_embd=16)))
+            curves.append([])
+            for seed in range(4):
+                idx, targets = torch.randint(1, 61, (2, 4, 16), generator=torch.Generator().manual_seed(seed))
+                loss = engine.forward_backward(next_token, Batch(idx, targets, None, 64), 64, is_last=True)
+                curves[-1] += [loss.item(), engine.step(1.0).item()]
+        assert curves[1] == pytest.approx(curves[0], rel=1e-6 if dtype == "float32" else 1e-3)
+        assert sharded.use_compile == is_compiled and not counters["graph_break"]
+        assert counters["stats"]["unique_graphs"] == (2 if is_compiled else 0)  # that of a block, that of the trial
+        before = sharded.state_dict()["model"]
+        sharded.forward_backward(next_token, Batch(idx, targets, None, 64), 64, is_last=True)
+        next(iter(sharded.model.parameters())).grad.to_local()[0, 0] = torch.nan
+        assert sharded.step(1.0).isnan()
+        assert all(torch.equal(before[name], value) for name, value in sharded.state_dict()["model"].items())
     finally:
         torch.distributed.destroy_process_group()
 

@@ -1,6 +1,6 @@
 """Token files: tokenised text in the safetensors format, written by data.py, memory-mapped by batches.py.
 
-    file = TokenFile("dataset/sft_train.bin")   # verifies the checksum
+    file = TokenFile("dataset/sft_train.bin")   # verifies the checksum; of several processes, on the first of each host
     file.tokens                                 # (n_tokens,) uint16 or uint32
     file.loss_mask, file.starts                 # (n_tokens,), (n_samples + 1,) for fine-tuning; None for pretraining
     file.header                                 # dict: counts, tokenizer fingerprint, source files, baseline losses
@@ -143,7 +143,8 @@ def arguments_for_all(folder: Path) -> list[str]:
 class TokenFile:
     """A token file opened for reading. Arrays are memory-mapped: the OS loads the pages that are used."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, is_verified: bool = True) -> None:
+        """is_verified: read all of it once, for the checksum; of several processes one is enough."""
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(
@@ -157,7 +158,8 @@ class TokenFile:
                     raise ValueError("header length")
                 layout = json.loads(file.read(length))
                 file.seek(8 + length)
-                checksum = functools.reduce(lambda crc, chunk: zlib.crc32(chunk, crc), chunks_of(file), 0)
+                chunks = chunks_of(file) if is_verified else ()
+                checksum = functools.reduce(lambda crc, chunk: zlib.crc32(chunk, crc), chunks, 0)
             self.header = json.loads(layout["__metadata__"]["header"])
             if self.header["format"] != FORMAT:
                 raise UserError(
@@ -166,7 +168,8 @@ class TokenFile:
             end = 8 + length + max(entry["data_offsets"][1] for name, entry in layout.items() if name != "__metadata__")
             if end != size:
                 raise UserError(f"{path}: damaged: {size} bytes, but its header says {end}; run data.py again")
-            if int(layout["__metadata__"].pop("crc32")) != add_header_to_checksum(layout, checksum):
+            stored = int(layout["__metadata__"].pop("crc32"))
+            if is_verified and stored != add_header_to_checksum(layout, checksum):
                 raise UserError(f"{path}: damaged: wrong checksum; run data.py again")
             self.delimiters = self.header.get("bos", BOS), self.header.get("eos", EOS)  # of documents
             self.tokens = self._map(layout["tokens"], 8 + length)

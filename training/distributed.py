@@ -26,7 +26,8 @@ class DistributedEngine(Engine):
     """An engine in a torch.distributed process group: one process, one device."""
 
     def __init__(self, config: Any) -> None:
-        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+        self.rank, self.world_size, self.local_rank = (int(os.environ[name]) for name in names)
         check_accumulation(config.gradient_accumulation_steps, self.world_size)
         super().__init__(config)
         backend = config.backend if config.backend != "auto" else "nccl" if self.device.type == "cuda" else "gloo"
@@ -38,10 +39,12 @@ class DistributedEngine(Engine):
         # after a restart torchrun reuses its store, with the addresses of dead processes in it: one prefix per attempt
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=self.timeout)
+        # Python's numbers are summed on the CPUs: over NCCL, the sum would be read after all that the GPU has yet to do
+        self.host_group = dist.new_group(backend="gloo", timeout=self.timeout) if backend == "nccl" else None
 
     def choose_device(self, name: str) -> torch.device:
         if name in ("auto", "cuda") and torch.cuda.is_available():
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
+            name = f"cuda:{self.local_rank}"
         device = super().choose_device(name)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -57,9 +60,14 @@ class DistributedEngine(Engine):
             torch.manual_seed(self.config.random_seed + self.rank)
 
     def sum_over_ranks(self, *values: float) -> list[float]:
-        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(sums)
+        sums = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(sums, group=self.host_group)
         return sums.tolist()
+
+    def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
 
     def random_states(self) -> dict[str, Any]:
         """States of all ranks, so that a run resumed on the same number of processes is exact."""

@@ -34,7 +34,7 @@ Loss = Callable[[torch.nn.Module, Batch, str], torch.Tensor]  # (model, batch, r
 class Engine:
     """One process, one device. config: a TrainConfig (device, dtype, compile, random_seed, grad_clip, optimizer's)."""
 
-    rank, world_size = 0, 1
+    rank, world_size, local_rank = 0, 1, 0  # local_rank: among the processes of this host
     launcher = "python"  # the command that starts a script on this engine
     can_shard = False  # supports the config field fsdp
     shards_parameters = False  # no process holds all parameters: FSDP, ZeRO stage 3
@@ -46,6 +46,7 @@ class Engine:
         self.config = config
         self.device = self.choose_device(config.device)
         self.dtype = find_dtype(config.dtype, self.device)
+        self.compiled: list[torch.nn.Module] = []
         self.use_compile = config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda")
         torch.manual_seed(config.random_seed)
         if self.device.type == "cuda":
@@ -73,22 +74,30 @@ class Engine:
 
     def wrap(self, model: GPT) -> torch.nn.Module:
         """The module that training calls: the model, compiled if config.compile says so and a compiler works here."""
-        if self.use_compile:
-            try:
-                torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=self.device))
-                # instead of running uncompiled without a word once a function has been compiled too often
-                torch._dynamo.config.fail_on_recompile_limit_hit = True
-                model.compile()  # in place: at the first call
-            except Exception as error:  # no C compiler, no triton, an unsupported platform: the type varies
-                self.stop_compiling(model, error)
+        self.compile(model)
         return model
 
-    def stop_compiling(self, model: GPT, error: Exception) -> None:
-        """Go on with the uncompiled model, and say so in one line."""
+    def compile(self, *modules: torch.nn.Module) -> None:
+        """Compile modules that a loss calls, in place, at their first call; without a compiler, say so and go on."""
+        if not self.use_compile:
+            return
+        try:
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=self.device))
+            # instead of running uncompiled without a word once a function has been compiled too often
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
+            for module in modules:
+                module.compile()
+                self.compiled.append(module)
+        except Exception as error:  # no C compiler, no triton, an unsupported platform: the type varies
+            self.stop_compiling(error)
+
+    def stop_compiling(self, error: Exception) -> None:
+        """Go on with uncompiled models, and say so in one line."""
         if self.is_main:
             print(f"compile: not possible here ({type(error).__name__}); continuing without", file=sys.stderr)
         self.use_compile = False
-        model._compiled_call_impl = None
+        for module in self.compiled:
+            module._compiled_call_impl = None
 
     def compute_loss(self, loss: Loss, batch: Batch, reduction: str) -> torch.Tensor:
         """The loss of a batch on the network, in the precision of training."""
@@ -97,7 +106,7 @@ class Engine:
                 try:
                     return loss(self.network, batch, reduction)
                 except COMPILER_ERRORS as error:
-                    self.stop_compiling(self.model, error)
+                    self.stop_compiling(error)
             return loss(self.network, batch, reduction)
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -123,28 +132,36 @@ class Engine:
         self.scaler.scale(part).backward()  # adds to .grad, which step() sets to zero
         return part.detach()
 
-    def step(self, lr_scale: float) -> float:
+    def step(self, lr_scale: float) -> torch.Tensor:
         """Clip the gradients and update the weights, unless the gradient norm, which is returned, is not finite."""
         scale_learning_rates(self.optimizer, lr_scale)
         self.scaler.unscale_(self.optimizer)  # the norm to clip by is that of the true gradients
         max_norm = self.config.grad_clip or math.inf
         grad_norm = self.clip_gradients(max_norm)
-        if math.isfinite(grad_norm):
+        if self.device.type != "mps" and getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            # a fused kernel decides by itself whether to step: to read the norm here would be to wait for the GPU
+            self.optimizer.found_inf = (~grad_norm.isfinite()).float()
+            self.optimizer.step()
+        elif grad_norm.isfinite():
             self.optimizer.step()
         self.scaler.update()  # lowers the scale after an overflow
         self.optimizer.zero_grad()
         return grad_norm
 
-    def clip_gradients(self, max_norm: float) -> float:
+    def clip_gradients(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients so that their joint norm is at most max_norm; returns the norm before.
 
         Pascanu et al. 2012 (arXiv:1211.5063): one bad batch cannot throw the weights far off.
         """
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm).item()
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
     def sum_over_ranks(self, *values: float) -> list[float]:
         """Every value summed over all processes (all-reduce)."""
         return list(values)
+
+    def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor summed over all processes, on its device: nothing waits for the sum."""
+        return tensor
 
     def together(self, work: Callable[[], Any]) -> Any:
         """The result of work(); where it fails on some process, all of them end here, and none waits for another."""

@@ -75,7 +75,7 @@ class DistillationLoss:
         logits, losses = model(batch.idx, batch.targets, batch.loss_mask, "none", batch.documents)
         cross_entropy = losses.sum()
         with torch.no_grad():
-            teacher_logits = self.teacher.lm_head(self.teacher.hidden(batch.idx, documents=batch.documents))
+            teacher_logits = self.teacher(batch.idx, documents=batch.documents)[0]
         T = self.temperature
         kl = F.kl_div(  # kl_div(log q, log p) is KL(p || q): the student's distribution comes first
             (logits.float() / T).log_softmax(-1),
@@ -92,6 +92,7 @@ class DistillationLoss:
 def make_distillation(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[Any]) -> DistillationLoss:
     teacher = load_frozen_model("teacher", config.teacher, tokenizer, engine.device, longest_sample(data))
     teacher.restart_positions = config.restart_positions
+    engine.compile(teacher)
     return DistillationLoss(teacher, config.distill_temperature, config.distill_weight)
 
 

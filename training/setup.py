@@ -38,7 +38,7 @@ class State:
     tokens: int = 0
     best_val_loss: float = math.inf
     evals_without_gain: int = 0
-    skipped_steps: int = 0  # those whose loss or gradient was not finite
+    skipped_steps: int | torch.Tensor = 0  # those whose loss or gradient was not finite; counted on the device
     seconds: float = 0.0  # that training has taken in all, by the main process's clock at the beginning of the step
     spikes: Spikes = field(default_factory=Spikes)
 

@@ -6,6 +6,7 @@ end); validation batches are an iterable of the same batches every time.
 """
 
 import functools
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,10 @@ class TokenFiles:
                 "is_causal is false: with full attention a model sees the very token it is to predict; set it to true"
             )
         model.restart_positions = config.restart_positions
-        pairs = [(TokenFile(train_path), TokenFile(val_path)) for train_path, val_path in config.dataset_path]
+        # every host's first process reads the files once for their checksums; a damaged one ends all processes
+        is_verified = engine.local_rank == 0
+        opened = lambda: [[TokenFile(path, is_verified) for path in pair] for pair in config.dataset_path]  # noqa: E731
+        pairs = engine.together(opened)
         train_files, val_files = [train for train, _ in pairs], [val for _, val in pairs]
         for file in (*train_files, *val_files):
             check_vocabulary(file, self.tokenizer, config)
@@ -70,7 +74,7 @@ class TokenFiles:
             "overlong": config.overlong,
             "rank": engine.rank,
             "world_size": engine.world_size,
-            "pad_to": shape.block_size if engine.use_compile else 16,  # one shape: a compiled model is compiled once
+            "pad_to": pad_to(shape.block_size, engine.use_compile),
             "mask_documents": config.mask_documents,
             "is_compiled": engine.use_compile,
         }
@@ -100,6 +104,14 @@ class TokenFiles:
         options = ["-i"] if self.has_questions else []
         options += ["-m", base, "--lora", str(path)] if base else ["-m", str(path)]
         return command_line("inference.py", *options)
+
+
+def pad_to(block_size: int, is_compiled: bool) -> int:
+    """The number of which the lengths of batches are multiples: 16; for a compiled model few lengths, four at most.
+
+    A quarter of the window: another length is compiled anew, one for any length after that, and answers are short.
+    """
+    return 16 * math.ceil(block_size / 64) if is_compiled else 16
 
 
 def mean_baselines(headers: list[dict[str, Any]]) -> dict[str, float]:
