@@ -81,12 +81,14 @@ def log_probabilities(
         yield chunk, torch.log_softmax(logits[:n], -1, dtype, out=log_p[:n])
 
 
-@torch.compiler.disable  # traced, the loop would be fixed to one number of tokens
 def losses_by_chunks(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The cross-entropy of every target, (N,), of hidden (N, n_embd).
 
     Without gradients, one chunk of logits exists at a time; with them, autograd keeps the log-probabilities of all.
     """
+    if torch.compiler.is_compiling():  # traced, the loop would be fixed to one number of tokens
+        # (not as a decorator: that imports the compiler, which takes a second, where nothing is compiled, too)
+        return torch.compiler.disable(losses_by_chunks)(hidden, weight, targets)
     chunk_size = max(1, logits_per_chunk(hidden.device) // len(weight))  # in tokens
     if not torch.is_grad_enabled():
         chunks = log_probabilities(hidden, weight, chunk_size)

@@ -36,11 +36,12 @@ def is_visible(query: torch.Tensor, key: torch.Tensor, window: int, is_causal: b
     return mask & (distance.abs() < window) if window else mask  # a window counts the token itself
 
 
-@torch.compiler.disable  # compiling this may take minutes (github.com/pytorch/pytorch/issues/182060)
 def block_masks(
     T: int, windows: set[int], is_causal: bool, documents: torch.Tensor | None, device: torch.device
 ) -> dict[int, BlockMask | None]:
     """attention_mask() of T tokens as flex attention's BlockMask, one per distinct window."""
+    if torch.compiler.is_compiling():  # which may take minutes (github.com/pytorch/pytorch/issues/182060)
+        return torch.compiler.disable(block_masks)(T, windows, is_causal, documents, device)
 
     def block_mask(window: int) -> BlockMask | None:
         if documents is None:
