@@ -120,6 +120,15 @@ def test_dropped_texts_are_reported_and_not_in_the_files(work, call):
     assert "业" not in json.loads((work / "dataset" / "tokenizer.json").read_text(encoding="utf-8"))["characters"]
 
 
+def test_of_preference_pairs_the_prompt_counts_once(work, call):
+    """36 characters with both answers and the line ends between; 64 with the prompt of both."""
+    rows = [{"prompt": f"a prompt of many letters {i:02}", "chosen": f"yes{i:02}", "rejected": "no"} for i in range(20)]
+    write_jsonl(work / "d.jsonl", [*rows, {**rows[0], "rejected": "no, " * 20}])
+    result = call("data.py", "d.jsonl", "--max_characters", "36", "--block_size", "64")
+    assert result.status == 0 and "dropped: 1 longer" in result.out, result.err + result.out
+    assert sum(len(TokenFile(f"dataset/dpo_{split}.bin").starts) - 1 for split in ("train", "val")) == 40
+
+
 def test_fine_tuning_samples_are_filtered_too(work, call):
     rows = [{"question": f"what is {i}?", "answer": f"it is number {i}"} for i in range(20)]
     write_jsonl(work / "s.jsonl", [*rows, {"question": "?", "answer": "!"}])

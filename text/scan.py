@@ -165,7 +165,9 @@ def scan_documents(scan: CorpusScan, documents: Iterator[tuple[str, bool, bool, 
 
 def scan_chats(scan: CorpusScan, records: Iterator[list[Messages]]) -> None:
     for record in records:
-        texts = "\n".join(message["content"] for messages in record for message in messages)
+        first, *others = record
+        messages = [*first, *(m for other in others for i, m in enumerate(other) if first[i : i + 1] != [m])]
+        texts = "\n".join(message["content"] for message in messages)  # of a preference pair, the prompt once
         is_accepted = scan.cleaner.accept(texts)
         content_hash = hash64("".join(map(conversation_text, record)))
         answer_hash = hash64(record[0][-1]["content"])
