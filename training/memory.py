@@ -94,6 +94,8 @@ def activations(run: Any, rows: int, length: int) -> float:
         mask_size = 4 if run.engine.device.type == "cpu" else 1
         total += rows * length * config.n_embd * (2 * config.n_layer + 1) * mask_size
     total += attention_weights(run, rows, length)
+    if config.n_kv_head < config.n_head and not (run.engine.device.type == "cpu" or run.engine.dtype == torch.bfloat16):
+        total += rows * length * config.n_layer * size * 2 * config.n_head * config.head_dim  # masks.takes_groups
     if size < 4:  # autocast keeps copies of the weights of the products
         total += size * sum(p.numel() for p in run.model.blocks.parameters() if p.dim() >= 2)
     return total
@@ -105,8 +107,6 @@ def attention_activations(config: ModelConfig, size: int) -> int:
     kept = 4 * C + size * (C + (q + 2 * kv) + q)  # the norm's input and output; queries, keys, values; the result
     if config.use_rope or config.qk_norm:  # new queries and keys, normalised and rotated
         kept += size * (q + kv)
-    if kv < q:  # keys and values repeated for the query heads
-        kept += size * 2 * q
     return kept + 4 * 3 * config.n_head  # root mean squares of queries and keys, and the softmax's denominator
 
 
