@@ -15,6 +15,7 @@ Perplexity by position shows whether a long context helps, and how far a model r
 
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -221,6 +222,7 @@ def evaluate_questions(args: Namespace) -> None:
         for path, generator in generators.items():
             tell_unknown(generator.tokenizer, turns)
             ask_all(generator, turns, answers[path], args.show)
+        print_answers(args, answers, training)
     except KeyboardInterrupt:
         if asked := [given for given in answers.values() if given]:
             share = share_of([answer.is_exact for answer in asked[-1]])
@@ -229,6 +231,10 @@ def evaluate_questions(args: Namespace) -> None:
     finally:  # what was asked is kept, whatever ended it
         if args.out and any(answers.values()):
             write_records(args.out, [answer.describe(path) for path in answers for answer in answers[path]])
+
+
+def print_answers(args: Namespace, answers: dict[str, list[Answer]], training: list[Source]) -> None:
+    """The shares right of every model, what is copied from training texts, and how the models compare."""
     for path, given in answers.items():
         if len(args.model) > 1:
             print(f"{path}:")
@@ -463,8 +469,12 @@ def check_asking(args: Namespace) -> None:
         raise UserError(f"command line: --limit must be at least 1, got {args.limit}")
     if args.choices and (args.shots < 0 or bool(args.shots) != bool(args.dev)):
         raise UserError("command line: --shots N (at least 1) and --dev FOLDER go together")
-    if args.out and not Path(args.out).parent.is_dir():
-        raise UserError(f"{args.out}: no such folder")
+    if args.out:  # looked at before the first question is asked, not when all have been
+        place, folder = Path(args.out), Path(args.out).parent
+        if not folder.is_dir():
+            raise UserError(f"{args.out}: no such folder")
+        if (place.exists() and not place.is_file()) or not os.access(folder, os.W_OK):
+            raise UserError(f"{args.out}: no file can be written there")
 
 
 EVALUATE = {"text": evaluate_text, "questions": evaluate_questions, "choices": evaluate_choices, "runs": evaluate_runs}

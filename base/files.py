@@ -1,6 +1,7 @@
 """Atomic file writes and file locks."""
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -13,9 +14,12 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a binary file so that a crash at any time leaves either the old contents or the new ones, never a part.
 
     Writes go to a temporary file in the same folder (renaming is atomic only within a file system), which is flushed
-    to disk and renamed over the target when the block ends without an error.
+    to disk and renamed over the target when the block ends without an error. Raises FileExistsError for a target that
+    is no file: renaming over /dev/null would take it away from everyone.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "exists, and is not a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

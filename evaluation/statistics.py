@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 N_RESAMPLES = 5000
+FEWEST = 6  # units that show anything: five differences of one sign come about by chance in one of 16 tries, not of 20
 RESAMPLED_AT_ONCE = 1 << 20  # units drawn at a time: bounds the memory
 POWER_80 = (1.960 + 0.842) / 1.960  # over what makes a difference of this size just show: four of five texts then do
 
@@ -25,7 +26,7 @@ class Comparison(NamedTuple):
     low: float
     high: float
     n_units: int
-    n_needed: float  # units that would show a difference of this size, four times of five; inf where there is none
+    n_needed: float  # units that would show a difference of this size, four times of five (or any); inf without one
 
     @property
     def is_shown(self) -> bool:
@@ -69,12 +70,13 @@ def compare(a: np.ndarray, b: np.ndarray, weights: np.ndarray, seed: int = 0) ->
 
     Units are drawn with replacement, as often as there are units, and the difference is computed anew; the middle 95%
     of these are the interval. With few units it would be too narrow; its ends are moved outwards by what t and n - 1
-    ask for (Hesterberg 2015, arXiv:1411.5279: the expanded percentile interval).
+    ask for (Hesterberg 2015, arXiv:1411.5279: the expanded percentile interval). They cannot lie beyond the smallest
+    and the largest difference of a unit, so fewer than FEWEST units have no interval: it goes from -inf to inf.
     """
     differences, n = a - b, len(a)
     difference, error = ratio(differences, weights)
-    if n < 2:
-        return Comparison(difference, -math.inf, math.inf, n, math.inf)
+    if n < FEWEST:
+        return Comparison(difference, -math.inf, math.inf, n, FEWEST)
     rng = np.random.default_rng(seed)
     resampled = []
     for start in range(0, N_RESAMPLES, step := max(1, RESAMPLED_AT_ONCE // n)):
@@ -94,8 +96,9 @@ def verdict(a: str, b: str, found: Comparison, unit: str, size: float, what: str
     printed, 100 for percentage points.
     """
     difference, low, high = (scale * value for value in found[:3])
-    if found.n_units < 2:
-        return f"{b} against {a}: one unit alone has no error: nothing can be said"
+    if found.n_units < FEWEST:
+        units = f"{found.n_units} unit{'s' * (found.n_units > 1)}"
+        return f"nothing can be said of {b} against {a} from {units}: at least {FEWEST} are needed"
     if low == high == 0:
         return f"no difference between {a} and {b}"
     digits = max(0, 1 - math.floor(math.log10((high - low) / 2))) if high > low else 4

@@ -1,6 +1,7 @@
 """Exact match of answers; perplexity by position: against slow versions, and their refusals."""
 
 import copy
+import errno
 import gzip
 import json
 import math
@@ -16,6 +17,7 @@ from conftest import DATA, FAST, TINY, is_harmless, make_text, write_jsonl
 from rigged import bigram_model, chain_model, save_rigged, unigram_model
 from test_inference import CHARACTERS, answer, save_model
 
+import evaluate
 from evaluation.copied import copied
 from evaluation.questions import simplify
 from evaluation.statistics import ratio
@@ -238,6 +240,16 @@ def test_ctrl_c_says_what_was_right_so_far(call, chat, monkeypatch):
     result = ask(call, rows)
     assert result.status == 130
     assert result.out.splitlines()[-1] == "stopped after 3 of 4 questions: 33.3% right (1/3)"
+
+
+def test_a_full_disk_keeps_the_answers_file_back_but_not_the_result(call, chat, monkeypatch):
+    def full(path, records):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(evaluate, "write_records", full)
+    result = ask(call, [pair("aa", answer(chat, "aa"))], "--out", "said.jsonl")
+    assert result.status == 1 and "No space left" in result.err
+    assert result.out.endswith("held-out exact match: 100.0% (1/1)\n")
 
 
 def test_wrong_answers_are_exact_in_a_pipe_and_harmless_in_a_terminal(call, chat, monkeypatch):
@@ -468,13 +480,15 @@ def test_a_difference_too_small_for_the_text_is_not_claimed(call, work):
     save_rigged(work / "p.pt", unigram_model(p), tokenizer)
     (work / "t.txt").write_text("".join(rng.choice(list("abc"), 40_000, p=p[6:])), encoding="utf-8")
     command = ("evaluate.py", "t.txt", "-m", "q.pt", "p.pt", "--windows")
-    last = call(*command, "4").out.splitlines()[-1]
+    too_few = "nothing can be said of p.pt against q.pt from 4 units: at least 6 are needed (this text has them: "
+    assert call(*command, "4").out.splitlines()[-1] == too_few + "--windows 6)"
+    last = call(*command, "6").out.splitlines()[-1]
     found = re.search(
         "^no difference that this text can show: .*; about ([0-9,]+) more characters would "
         r"\(this text has them: --windows ([0-9]+)\)$",
         last,
     )
-    assert int(found[1].replace(",", "")) == pytest.approx(64 * (int(found[2]) - 4), rel=0.1)
+    assert int(found[1].replace(",", "")) == pytest.approx(64 * (int(found[2]) - 6), rel=0.1)
     assert call(*command, found[2]).out.splitlines()[-1].startswith("p.pt is better than q.pt by ")
     (work / "short.txt").write_text((work / "t.txt").read_text()[:65], encoding="utf-8")
     single = call("evaluate.py", "short.txt", "-m", "q.pt", "p.pt").out.splitlines()[-1]
@@ -595,6 +609,8 @@ def test_a_model_reads_beyond_its_window(prepared, call):
         ("new.txt", "--out", "x.jsonl"): "--out is for --questions FILE or --choices FILE",
         ("--questions", "new.txt", "--stride", "8"): "--stride is for a text",
         ("--questions", "new.txt", "--out", "none/x.jsonl"): "none/x.jsonl: no such folder",
+        ("--questions", "new.txt", "--out", "."): ".: no file can be written there",
+        ("--choices", "new.txt", "--out", "/dev/null"): "/dev/null: no file can be written there",
         ("--questions", "new.txt", "--shots", "2"): "--shots is for --choices FILE",
         ("--choices", "new.txt", "--shots", "2"): "--shots N (at least 1) and --dev FOLDER go together",
         ("--choices", "new.txt", "--copied", "x"): "--copied is for --questions FILE",

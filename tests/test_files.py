@@ -125,3 +125,14 @@ def test_of_saves_in_shards_the_newest_two_are_kept(work):
         finish_sharded(work / "run_last", 1, {"step": step})
     assert sorted(path.name for path in (work / "run_last").glob("step_*")) == ["step_2_of_1", "step_3_of_1"]
     assert [(work / "run_last" / name).read_text() for name in ("previous", "latest")] == ["step_2_of_1", "step_3_of_1"]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """A device, a pipe, and a link to one: /dev/null would be gone for every program of the machine."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        with pytest.raises(FileExistsError, match="not a file"), atomic_write(path) as file:
+            file.write(b"x")
+    assert pipe.is_fifo() and link.is_symlink() and sorted(tmp_path.iterdir()) == [link, pipe]

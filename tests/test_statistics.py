@@ -46,6 +46,15 @@ def test_intervals_contain_the_true_difference_95_times_of_100(n, n_simulations)
     assert 0.93 <= covered / n_simulations <= 0.97
 
 
+@pytest.mark.parametrize("n", range(1, 9))
+def test_few_units_claim_no_difference_where_there_is_none(n):
+    """A coin falls five times alike in one of 16 tries, which is more than one of 20, and six times in one of 32."""
+    rng = np.random.default_rng(n)
+    claims = [compare(rng.choice([-1.0, 1.0], n), np.zeros(n), np.ones(n)).is_shown for _ in range(300)]
+    assert np.mean(claims) < 0.07
+    assert compare(np.full(n, 2.0), np.ones(n), np.ones(n)).is_shown == (n >= 6)
+
+
 def test_as_many_units_as_it_asks_for_show_the_difference_four_times_of_five():
     rng = np.random.default_rng(1)
     differences = rng.normal(size=200)
@@ -80,6 +89,8 @@ def test_verdicts_say_what_they_found():
     assert hopeless.endswith("a hundred times as many characters would hardly show it")
     same = compare(np.ones(9), np.ones(9), np.ones(9))
     assert verdict("A", "B", same, "nats", 9000, "characters") == "no difference between A and B"
-    single = compare(np.ones(1), np.zeros(1), np.ones(1))
-    assert "nothing can be said" in verdict("A", "B", single, "nats", 9000, "characters")
+    few = compare(np.ones(5), np.zeros(5), np.ones(5))
+    assert verdict("A", "B", few, "nats", 9000, "characters") == (
+        "nothing can be said of B against A from 5 units: at least 6 are needed"
+    )
     assert [two_digits(value) for value in (0.2, 7.4, 38_765, 40_400_000)] == [1, 7, 39_000, 40_000_000]
