@@ -39,7 +39,7 @@ from training.losses import PER_TOKEN_LOSSES
 from training.run_log import Console, RunLog, StopRequest
 from training.setup import Run, RunConfig, State, build_run, read_configs
 from training.spikes import has_spiked, roll_back
-from weights.checkpointing import SaveError, keep_previous, set_aside
+from weights.checkpointing import SaveError, keep_previous, previous_of, set_aside
 
 # ------------------------------------------------------------------------------------------------------ the loop
 
@@ -84,7 +84,7 @@ def train(run: Run, log: RunLog) -> State:
             state.samples += run.batches.samples_per_step
             watches = config.on_spike == "rollback"  # over every loss
             if watches and has_spiked(run, math.inf if is_bad else loss.item()) and go_back(run, log, loss.item()):
-                skipped_in_a_row, since = 0, (time.perf_counter(), state.step, state.tokens, waited)
+                saved, skipped_in_a_row, since = -1, 0, (time.perf_counter(), state.step, state.tokens, waited)
                 continue  # from the step of a save, with the data that comes next
             state.step += 1
             state.tokens += int(n_tokens)
@@ -103,7 +103,7 @@ def train(run: Run, log: RunLog) -> State:
                 evaluate_and_save(run, log)
                 evaluated = state.step
                 done = done or bool(limits_reached(config, state))  # early stopping, or good enough
-            is_good = not state.spikes.above  # else a spike may have begun: the save from before is to stay
+            is_good = not (watches and state.spikes.above)  # else a spike may have begun: the save before is to stay
             if state.step % config.save_interval == 0 and is_good and save_or_warn(run, run.last_path, log):
                 saved = state.step
             if state.step in (evaluated, saved):  # what that took is not the steps'
@@ -289,7 +289,7 @@ def save_or_warn(run: Run, path: Path, log: RunLog, must: bool = False) -> bool:
                 raise failure
             log.message(f"warning: {failure}; training goes on to the next save")
             return False
-    run.written.add(path)
+    run.written |= {path, previous_of(path)} if path in run.written else {path}
     return True
 
 

@@ -15,6 +15,7 @@ from base import logs
 from base.configuration import UserError
 from text.batches import TrainBatches
 from train_deepspeed import DeepSpeedEngine
+from training import spikes
 from training.config import TrainConfig
 from training.spikes import Spikes
 from weights.checkpointing import load_checkpoint
@@ -154,6 +155,48 @@ def test_it_goes_back_to_the_best_where_that_is_newer_and_never_to_a_save_of_the
     assert "no rollback: there is no save of before (save_interval)" in result.out
     (spike,) = read_log(newest_log(corpus), "spike")
     assert spike["back_to"] is None and read_log(newest_log(corpus), "train")[-1]["step"] == 70
+
+
+def test_saves_at_every_step_leave_one_to_go_back_to(corpus, call, poison):
+    """The newest is of the step whose loss was the first to spike: the one before it is good."""
+    options = ["--save_interval", "1", "--eval_interval", "1000", "--max_steps", "64"]
+    assert call("train.py", *ARGUMENTS, *ROLLBACK, *options).status == 0
+    assert [spike["back_to"] for spike in read_log(newest_log(corpus), "spike")] == [59, 59]
+
+
+def test_a_save_that_cannot_be_read_is_left_out(corpus, call, poison, monkeypatch):
+    looking = spikes.last_good_save
+
+    def after_damage(*arguments):
+        (corpus / "checkpoint" / "pretrain_last.pt").write_bytes(b"damaged")
+        return looking(*arguments)
+
+    monkeypatch.setattr(spikes, "last_good_save", after_damage)
+    result = call("train.py", *ARGUMENTS, *ROLLBACK, "--max_rollbacks", "1")
+    assert result.status == 0 and "pretrain_last.pt: not a checkpoint, or a damaged one" in result.out
+    best = [
+        record["step"]
+        for record in read_log(newest_log(corpus), "val")
+        if record["val_loss"] == record["best_val_loss"]
+    ]
+    assert read_log(newest_log(corpus), "spike")[0]["back_to"] == best[2] == 48
+
+
+def test_a_run_stopped_amid_a_spike_is_saved_as_it_goes_without_on_spike(corpus, call, poison):
+    assert call("train.py", *ARGUMENTS, *ROLLBACK, "--max_steps", "62").status == 0
+    assert load_checkpoint("checkpoint/pretrain_last.pt")["data"]["spikes"]["above"] == 2
+    resume = ["--from_checkpoint", "checkpoint/pretrain_last.pt", "--save_interval", "5"]
+    assert call("train.py", *ARGUMENTS, *resume).status == 0
+    assert load_checkpoint("checkpoint/pretrain_last.pt.previous")["step"] == 75
+
+
+def test_evaluations_that_were_taken_back_do_not_count_for_patience(corpus, call, poison, monkeypatch):
+    """Of eight evaluations up to step 80 the first one is the best; that of step 60 was done twice."""
+    monkeypatch.setattr(train, "evaluate", lambda run: (2.0, 0.1))
+    assert call("train.py", *ARGUMENTS, *ROLLBACK, "--eval_interval", "10", "--patience", "8").status == 0
+    assert read_log(newest_log(corpus), "spike")[0]["back_to"] == 50
+    last = load_checkpoint("checkpoint/pretrain_last.pt")
+    assert (last["step"], last["data"]["evals_without_gain"]) == (80, 7)
 
 
 def test_rollbacks_are_limited(corpus, call, poison):

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weights.checkpointing import load_checkpoint
+from base.configuration import UserError
+from weights.checkpointing import load_checkpoint, previous_of
 
 WINDOW = 100  # losses that say what is normal: long enough for a spread, short enough to follow a loss that falls
 ENOUGH = 20  # of them, before anything is called a spike: the first losses fall too fast to tell
@@ -67,7 +68,7 @@ def roll_back(run: Any, log: Any, loss: float) -> bool:
     what = f"step {step:,}: loss {loss:.4f}, above {spikes.limit():.4f} since step {first:,}: a spike"
     checkpoint, reason = None, f"max_rollbacks ({config.max_rollbacks}) is reached"
     if spikes.rollbacks < config.max_rollbacks:
-        checkpoint, reason = last_good_save(run), "there is no save of before (save_interval)"
+        checkpoint, reason = last_good_save(run, log), "there is no save of before (save_interval)"
     event = {"type": "spike", "step": step, "loss": loss, "first": first, "limit": spikes.limit()}
     log.write(event | {"back_to": checkpoint and checkpoint["step"]})
     if checkpoint is None:
@@ -76,8 +77,9 @@ def roll_back(run: Any, log: Any, loss: float) -> bool:
         return False
     run.engine.load_weights(checkpoint["model"])
     run.engine.load_state_dict(checkpoint)
-    state.step, state.tokens = checkpoint["step"], checkpoint["data"]["tokens"]
-    before = Spikes(**checkpoint["data"].get("spikes", {}))
+    data = checkpoint["data"]
+    state.step, state.tokens, state.evals_without_gain = checkpoint["step"], data["tokens"], data["evals_without_gain"]
+    before = Spikes(**data.get("spikes", {}))
     state.spikes = dataclasses.replace(before, above=0, good=state.step, rollbacks=spikes.rollbacks + 1)
     run.expert_counts = None
     log.go_back(state.step)
@@ -88,18 +90,27 @@ def roll_back(run: Any, log: Any, loss: float) -> bool:
     return True
 
 
-def last_good_save(run: Any) -> dict[str, Any] | None:
+def last_good_save(run: Any, log: Any) -> dict[str, Any] | None:
     """The newest checkpoint of this run that is good, or None; read by all processes.
 
-    The best is, by its validation loss; the last, if the loss after it was below the limit.
+    The best is, by its validation loss; the last, and the one before it, if the loss after it was below the limit. One
+    that a process cannot read is left out, with a warning: the run need not end by it.
     """
     resumed = [Path(run.config.from_checkpoint)] if run.is_resumed else []
-    good = []
-    for path in dict.fromkeys([run.last_path, run.best_path, *resumed]):
+    newest = None
+    for path in dict.fromkeys([run.last_path, previous_of(run.last_path), run.best_path, *resumed]):
         is_ours = path in run.written or path in resumed or (path == run.best_path and run.owns_best)
         (n_processes,) = run.engine.sum_over_ranks(float(is_ours))  # all look at the same files, or none does
-        if n_processes == run.engine.world_size:
+        if n_processes < run.engine.world_size:
+            continue
+        try:
             checkpoint = run.engine.together(functools.partial(load_checkpoint, path))
-            is_good = path == run.best_path or checkpoint["step"] <= run.state.spikes.good
-            good += [checkpoint] if is_good else []
-    return max(good, key=lambda checkpoint: checkpoint["step"], default=None)
+        except (UserError, OSError) as error:  # on all processes
+            log.message(f"warning: {error}; looking for another save")
+            continue
+        spikes = Spikes(**checkpoint["data"].get("spikes", {}))  # fewer rollbacks: its steps may have been taken back
+        is_on_the_way = checkpoint["step"] <= run.state.spikes.good and spikes.rollbacks == run.state.spikes.rollbacks
+        is_good = path == run.best_path or is_on_the_way
+        if is_good and (newest is None or checkpoint["step"] > newest["step"]):
+            newest = checkpoint
+    return newest

@@ -150,9 +150,14 @@ def set_aside(path: Path) -> Path:
     return backup
 
 
+def previous_of(path: Path) -> Path:
+    """NAME.previous, where the save before that of a checkpoint file is kept."""
+    return path.with_name(path.name + ".previous")
+
+
 def keep_previous(path: Path, only_if_none: bool = False) -> None:
     """Keep a checkpoint file that is about to be replaced as NAME.previous (a hard link, or a copy)."""
-    previous = path.with_name(path.name + ".previous")
+    previous = previous_of(path)
     if only_if_none and previous.is_file():
         return
     previous.unlink(missing_ok=True)
@@ -165,7 +170,7 @@ def keep_previous(path: Path, only_if_none: bool = False) -> None:
 def load_checkpoint_or_previous(path: str | Path) -> dict[str, Any]:
     """load_checkpoint(), falling back with a warning to NAME.previous if the newest one is damaged."""
     path = find_checkpoint(path)
-    previous = path / "previous" if path.is_dir() else Path(f"{path}.previous")
+    previous = path / "previous" if path.is_dir() else previous_of(path)
     try:
         return load_checkpoint(path)
     except UserError as error:
