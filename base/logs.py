@@ -8,7 +8,8 @@ import numpy as np
 
 from base.configuration import UserError
 
-OF_ONE_RUN = ("random_seed", "save_checkpoint_to", "from_checkpoint", "log_to")  # fields that runs of a group differ in
+# fields that runs of a group differ in
+OF_ONE_RUN = ("random_seed", "stage", "save_checkpoint_to", "from_checkpoint", "log_to")
 MAX_NUMBER = 1e100  # no larger one is of use, and sums of them stay finite
 
 
@@ -50,13 +51,13 @@ def read_log(path: str | Path) -> dict[str, list[dict[str, Any]]]:
 def group_by_config(headers: dict[str, dict[str, Any]]) -> list[list[str]]:
     """The names of runs {name: header of its log}, grouped: those of a group differ in nothing but their seed.
 
-    Nor do the files make a difference that each of them starts from and writes: they are from runs with other seeds.
+    Nor do the files make a difference that each of them starts from, and those that it writes, which the stage names.
     """
     groups: dict[str, list[str]] = {}
     for name, header in headers.items():
         config = header.get("train_config")
         config = {k: v for k, v in config.items() if k not in OF_ONE_RUN} if isinstance(config, dict) else {}
-        key = json.dumps([header.get("stage"), config, header.get("model_config")], sort_keys=True)
+        key = json.dumps([config, header.get("model_config")], sort_keys=True)
         groups.setdefault(key, []).append(name)
     return list(groups.values())
 

@@ -151,6 +151,8 @@ def parse_choice(values: dict[str, Any], file: str, where: str, subject: str) ->
         if letter.lower() not in values:
             break
         options.append(to_text(values[letter.lower()], letter).strip())
+    while options and not options[-1]:  # a table has as many columns as the question with the most options
+        options.pop()
     if len(options) < 2:
         raise UserError('no options: they are in the columns A, B, C, D, or in the list "choices"')
     question = to_text(values.get("question"), "question").strip()

@@ -218,6 +218,15 @@ def test_options_that_are_equally_likely_share_the_point(call, work):
     assert "in the questions: not in the vocabulary, read as <|unknown|>: " in result.err
 
 
+def test_a_question_has_no_more_options_than_it_names(call, work):
+    """In a table with columns for four: the two that are left empty are not chosen, and chance is one of two."""
+    save_rigged(work / "m.pt", rigged_for("D"), TOKENIZER)
+    (work / "a.csv").write_text("question,A,B,C,D,answer\nq,b,z,,,B\n", encoding="utf-8")
+    assert rows_of(call("evaluate.py", "--choices", "a.csv", "-m", "m.pt").out)["a"][1:] == ["50.0%", "100.0%", "50.0%"]
+    (work / "a.csv").write_text("question,A,B,C,D,answer\nq,b,z,,,D\n", encoding="utf-8")
+    assert 'the answer is "D", not one of A, B' in call("evaluate.py", "--choices", "a.csv", "-m", "m.pt").err
+
+
 def test_answers_go_to_a_file_and_models_are_compared(call, work):
     save_rigged(work / "b.pt", rigged_for("B"), TOKENIZER)
     save_rigged(work / "c.pt", rigged_for("C"), TOKENIZER)

@@ -632,8 +632,9 @@ def test_a_model_reads_beyond_its_window(prepared, call):
 
 
 def write_run(name, seed, losses, lr=1e-3):
-    header = {"type": "header", "stage": "pretrain", "resumed_from_step": 0, "model_config": {"n_layer": 2}}
-    header["train_config"] = {"random_seed": seed, "learning_rate": lr, "save_checkpoint_to": f"seed{seed}"}
+    header = {"type": "header", "stage": f"seed{seed}", "resumed_from_step": 0, "model_config": {"n_layer": 2}}
+    header["train_config"] = {"random_seed": seed, "learning_rate": lr, "stage": f"seed{seed}"}
+    header["train_config"]["save_checkpoint_to"] = f"checkpoint{seed}"
     records = [header, *({"type": "train", "step": step, "loss": 3 / step} for step in range(1, 31))]
     records += [{"type": "val", "step": 10 * i, "val_loss": loss} for i, loss in enumerate(losses, 1)]
     write_jsonl(Path(name), records)
