@@ -152,7 +152,7 @@ def evaluate_text(args: Namespace) -> None:
         strides = [min(args.stride or max(1, size // 2), size) for size in sizes]
         if args.stride is None:
             why = "windows" if is_one_tokenizer else "tokenizers"
-            tell(f"the models have different {why}: every token is judged (--stride {strides[0]})")
+            tell(f"the models have different {why}: every token is judged, in strides of half a window")
         judged = [(model, tokenizer, tokens) for (_, model, tokenizer), tokens in zip(contestants, ids, strict=True)]
         units, what, n_unread = judge_pieces(judged, characters, strides), "piece", 0
     n, size = len(units[0].nats), units[0].characters.mean()

@@ -102,13 +102,12 @@ def verdict(a: str, b: str, found: Comparison, unit: str, size: float, what: str
     if low == high == 0:
         return f"no difference between {a} and {b}"
     digits = max(0, 1 - math.floor(math.log10((high - low) / 2))) if high > low else 4
+    if difference < 0:
+        a, b, difference, low, high = b, a, -difference, -high, -low
+    text = f"{b} is better than {a} by {difference:.{digits}f} {unit}, 95% {low:.{digits}f} to {high:.{digits}f}"
     if found.is_shown:
-        better, worse = (b, a) if difference > 0 else (a, b)
-        low, high = sorted((abs(low), abs(high)))
-        interval = f"{low:.{digits}f} to {high:.{digits}f}"
-        return f"{better} is better than {worse} by {abs(difference):.{digits}f} {unit}, 95% {interval}"
-    text = f"no difference that {'this text' if what == 'characters' else 'these questions'} can show: "
-    text += f"{b} is better than {a} by {difference:.{digits}f} {unit}, 95% {low:.{digits}f} to {high:.{digits}f}"
+        return text
+    text = f"no difference that {'this text' if what == 'characters' else 'these questions'} can show: {text}"
     times = found.n_needed / found.n_units - 1
     if times > 100:
         return text + f"; a hundred times as many {what} would hardly show it"

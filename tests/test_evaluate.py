@@ -395,7 +395,7 @@ def test_models_with_other_windows_are_judged_on_every_token(call, work):
     save_rigged(work / "p.pt", unigram_model(p, 64), tokenizer)
     (work / "t.txt").write_text(text, encoding="utf-8")
     result = call("evaluate.py", "t.txt", "-m", "q.pt", "p.pt")
-    assert "the models have different windows: every token is judged (--stride 16)" in result.err
+    assert "the models have different windows: every token is judged, in strides of half a window" in result.err
     of = tokenizer.encode(text)[1:]
     for line, name, weights in zip(result.out.splitlines(), "qp", (q, p), strict=False):
         assert line.startswith(f"overall, {name}.pt: loss {-np.log(weights[of]).mean():.4f} ± ")

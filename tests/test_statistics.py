@@ -84,6 +84,10 @@ def test_verdicts_say_what_they_found():
         "no difference that these questions can show: B is better than A by 3.0 percentage points, 95% -1.0 to 7.0; "
         "about 440 more questions would"
     )
+    other_way = Comparison(-0.03, -0.07, 0.01, 100, 541)
+    assert "show: A is better than B by 3.0 percentage points, 95% -1.0 to 7.0; about 440" in (
+        verdict("A", "B", other_way, "percentage points", 100, "questions", scale=100)
+    )
     assert "this text can show" in verdict("A", "B", unsure, "nats", 9000, "characters")
     hopeless = verdict("A", "B", Comparison(0.001, -1, 1, 10, 9e6), "nats", 9000, "characters")
     assert hopeless.endswith("a hundred times as many characters would hardly show it")
