@@ -32,10 +32,12 @@ def join_runs(paths: list[str]) -> dict[str, dict[str, list[dict]]]:
         stage = str(header.get("stage") or "")
         earlier = [name for name, run in runs.items() if run["stage"] == stage and run["train"][-1]["step"] >= start]
         if start and earlier:
-            run = runs[earlier[-1]]
+            run, spikes = runs[earlier[-1]], records.get("spike", [])
+            back_to = [spike["back_to"] for spike in spikes if is_step(spike.get("back_to"))]  # may be before its start
             for kind in ("train", "val"):
-                run[kind] = [record for record in run[kind] if record["step"] <= start] + records[kind]
-            run["header"], run["spike"] = records["header"], run.get("spike", []) + records.get("spike", [])
+                kept = [record for record in run[kind] if record["step"] <= min([start, *back_to])]
+                run[kind] = kept + records[kind]
+            run["header"], run["spike"] = records["header"], run.get("spike", []) + spikes
         else:
             stem = Path(path).stem
             is_unique = [Path(other).stem for other in dict.fromkeys(paths)].count(stem) == 1

@@ -42,6 +42,19 @@ def test_a_resumed_log_takes_over_from_its_first_step(work):
     assert [record["step"] for record in runs["a"]["val"]] == [10, 20, 30, 40, 50, 60]
 
 
+def test_a_resumed_log_that_went_back_before_its_start_takes_over_from_there(work):
+    write_log(work / "a.log", range(1, 41))
+    write_log(work / "b.log", range(41, 44), resumed=40)
+    write_log(work / "c.log", range(26, 61))
+    spike = {"type": "spike", "step": 43, "first": 41, "back_to": 25}
+    with open(work / "b.log", "a", encoding="utf-8") as file:
+        again = (work / "c.log").read_text(encoding="utf-8").splitlines(keepends=True)
+        file.writelines([json.dumps(spike) + "\n", *(line for line in again if '"header"' not in line)])
+    (run,) = plot_loss.join_runs([str(work / "a.log"), str(work / "b.log")]).values()
+    assert [record["step"] for record in run["train"]] == list(range(1, 61))
+    assert [record["step"] for record in run["val"]] == [10, 20, 30, 40, 50, 60]
+
+
 def test_a_resumed_log_goes_on_from_that_of_its_own_stage(work):
     write_log(work / "a.log", range(1, 41), stage="pretrain")
     write_log(work / "b.log", range(31, 61), resumed=30, stage="sft")
