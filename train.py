@@ -38,7 +38,7 @@ from training.engine import Engine
 from training.losses import PER_TOKEN_LOSSES
 from training.run_log import Console, RunLog, StopRequest
 from training.setup import Run, RunConfig, State, build_run, read_configs
-from training.spikes import has_spiked, roll_back
+from training.spikes import check_skipped, has_spiked, roll_back
 from weights.checkpointing import SaveError, keep_previous, previous_of, set_aside
 
 # ------------------------------------------------------------------------------------------------------ the loop
@@ -50,6 +50,7 @@ def train(run: Run, log: RunLog) -> State:
     steps = prefetch_steps(run.batches, state.samples, pin_memory=engine.device.type == "cuda")
     evaluated = saved = -1
     skipped_in_a_row, waited = 0, 0.0  # waited: seconds, for batches
+    told = int(state.skipped_steps)  # skipped steps that the log has told of
     since = time.perf_counter(), state.step, state.tokens, waited  # from where on the speed is measured
     done = config.max_steps is not None and state.step >= config.max_steps
     with StopRequest() as stop, contextlib.closing(steps):
@@ -77,7 +78,7 @@ def train(run: Run, log: RunLog) -> State:
             count_experts(run)
 
             # One bad batch is skipped; many in a row mean that the run has diverged. They are counted on the device:
-            # to read a number from a GPU is to wait until it has computed it, so only what is logged is read.
+            # to read a number from a GPU is to wait until it has computed it, so only logs and evaluations do.
             is_bad = ~(loss.isfinite() & grad_norm.isfinite())
             skipped_in_a_row = is_bad * (skipped_in_a_row + 1)
             state.skipped_steps += is_bad
@@ -94,12 +95,14 @@ def train(run: Run, log: RunLog) -> State:
             if state.step == 1 and not config.from_checkpoint and config.loss == "next_token":
                 preflight.check_first_loss(loss.item(), run.model.config.vocab_size)
             log.bar.update()
-            if state.step % config.log_interval == 0 or done:
+            is_logged, is_evaluated = (done or state.step % n == 0 for n in (config.log_interval, config.eval_interval))
+            if is_logged or is_evaluated:
                 loss, grad_norm = loss.item(), grad_norm.item()
-                check_skipped(run, log, loss, grad_norm, int(skipped_in_a_row))
+                told = check_skipped(run, log, loss, grad_norm, int(skipped_in_a_row), told)
+            if is_logged:
                 log.step(train_record(run, loss, grad_norm, lr_scale, since, waited))
                 since = time.perf_counter(), state.step, state.tokens, waited
-            if state.step % config.eval_interval == 0 or done:
+            if is_evaluated:
                 evaluate_and_save(run, log)
                 evaluated = state.step
                 done = done or bool(limits_reached(config, state))  # early stopping, or good enough
@@ -122,25 +125,6 @@ def count_experts(run: Run) -> None:
     if run.model.config.n_expert:
         counts = count_expert_tokens(run.model, run.engine.sum_tensor)
         run.expert_counts = counts if run.expert_counts is None else run.expert_counts + counts
-
-
-def check_skipped(run: Run, log: RunLog, loss: float, grad_norm: float, in_a_row: int) -> None:
-    """Say that steps are skipped, when that begins; raises UserError where there are too many in a row."""
-    is_new = 0 < in_a_row <= run.config.log_interval
-    if is_new and run.engine.dtype != torch.float16:  # there the scaler overflows on purpose
-        log.message(f"step {run.state.step:,}: skipped: loss {loss:g}, gradient norm {grad_norm:g}")
-    if in_a_row > run.config.max_skipped_steps:
-        raise diverged(run, loss, grad_norm)
-
-
-def diverged(run: Run, loss: float, grad_norm: float) -> UserError:
-    best = run.best_path
-    kept = f"; the best checkpoint is kept in {best}" if best in run.written else ""
-    return UserError(
-        f"step {run.state.step}: the loss is {loss:g}, the gradient's norm {grad_norm:g}, "
-        f"{run.config.max_skipped_steps} steps before were skipped too (max_skipped_steps){kept}; "
-        "try a lower learning_rate, more warmup_iters or float32"
-    )
 
 
 def go_back(run: Run, log: RunLog, loss: float) -> bool:

@@ -76,6 +76,8 @@ class CompiledStep:
         return self.model.lm_head(self.model.hidden(tokens, cache)[:, -1])
 
     def run(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        for places in (*cache.keys, *cache.values):  # else no CUDA graph is recorded, as the step writes there
+            torch._dynamo.mark_static_address(places)
         positions = torch.tensor(cache.lengths, device=tokens.device)[:, None]
         logits = self.compiled(tokens.clone(memory_format=torch.contiguous_format), positions, cache)  # equal strides
         cache.lengths += 1

@@ -7,6 +7,8 @@ import warnings
 import pytest
 import torch
 from other_programs import make_model
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext
 
 from layers import compiled_step
 from layers.compiled_step import CompiledStep
@@ -83,3 +85,18 @@ def test_what_cannot_be_compiled_is_said_and_generates_all_the_same(traced):
         assert any("generation goes on uncompiled" in str(w.message) for w in said)
     answers = [torch.stack(list(model.generate(idx, 20, temperature=0.0, step=s))) for s in (step, None)]
     assert torch.equal(*answers)
+
+
+def test_the_step_writes_into_tensors_of_a_fixed_address_alone(monkeypatch):
+    """Else PyTorch leaves CUDA graphs out without an error: they replay with the addresses they were made with."""
+    compile, written, fixed = torch.compile, set(), set()
+
+    def look(graph, inputs):
+        metadata = TracingContext.get().fw_metadata
+        written.update(metadata.mutated_inp_runtime_indices), fixed.update(metadata.static_input_indices)
+        return graph
+
+    backend = aot_autograd(fw_compiler=look)
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend=backend, **options))
+    assert make_step(make_model(50, n_layer=2)).is_ready
+    assert len(written) == 2 * 2 and written <= fixed  # keys and values of every layer

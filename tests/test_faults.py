@@ -242,6 +242,25 @@ def test_a_run_that_only_skips_stops_and_keeps_the_best(prepared, call, break_th
     assert load_checkpoint("checkpoint/run.pt")["step"] == 5
 
 
+def test_steps_skipped_between_two_logs_are_told_and_counted(prepared, call, break_the_loss):
+    """Step 3 alone, and 7 to 16 in a row, which are told of once."""
+    break_the_loss({2, *range(6, 16)})
+    result = trained(call, "--max_steps", "16", "--log_interval", "4", "--eval_interval", "100")
+    said = [line for line in (result.out + result.err).replace("\r", "\n").splitlines() if "skipped" in line]
+    assert [line.strip() for line in said] == [
+        "step 4: 1 of the last steps skipped: loss or gradient not finite",
+        "step 8: 2 of the last steps skipped: loss or gradient not finite",
+    ]
+    assert read_log(newest_log(prepared), "train")[-1]["skipped_steps"] == 11
+
+
+def test_a_run_that_only_skips_is_ended_by_an_evaluation_where_logs_are_rare(prepared, call, break_the_loss):
+    break_the_loss(range(6, 1000))
+    often = ["--max_steps", "100", "--eval_interval", "5", "--log_interval", "100"]
+    result = call("train.py", *ARGUMENTS, *often, "--max_skipped_steps", "3")
+    assert result.status == 1 and "step 10: the loss is nan" in result.err and "3 steps before were" in result.err
+
+
 def test_changed_fields_are_listed_and_changed_data_is_refused(prepared, call):
     trained(call, "--max_steps", "2", "--learning_rate", "0.001", "--min_lr", "0")
     result = trained(call, "--max_steps", "4", "--learning_rate", "0.002", "--min_lr", "0", *ON)

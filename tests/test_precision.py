@@ -1,13 +1,14 @@
 """The precision that `dtype: auto` chooses on a CPU: by a trial, one for all processes, kept when a run is resumed."""
 
 import functools
+import math
 import os
 import types
 
 import pytest
 import torch
-from conftest import DATA, FAST, TINY, asked_by
-from processes import end_of
+from conftest import DATA, FAST, TINY, asked_by, read_log, write_jsonl
+from processes import end_of, newest_log
 
 from base import devices
 from model import GPT, ModelConfig
@@ -92,6 +93,20 @@ def test_runs_of_earlier_versions_go_on_in_float32(prepared, call, gain):
     assert ", float32 (as before), " in call("train.py", *ARGUMENTS, "--max_steps", "4", *LAST).out
     started = ["--stage", "next", "--max_steps", "2", "--from_checkpoint", "checkpoint/pretrain.pt"]
     assert ", bfloat16 (bfloat16 trains 2.00 x" in call("train.py", *ARGUMENTS, *started).out  # another run is free
+
+
+def test_a_reference_has_the_precision_of_training(prepared, call, gain):
+    """The margin of a model against itself is zero in bfloat16, and the first loss ln 2."""
+    rows = [{"prompt": f"say {i}", "chosen": f"yes {i % 7}", "rejected": f"no, not {i % 5}"} for i in range(60)]
+    write_jsonl(prepared / "dataset" / "dpo.jsonl", rows)
+    prepare = ["data.py", "dataset/pretrain.txt", "dataset/dpo.jsonl", "--block_size", "32"]
+    assert call(*prepare).status == 0
+    assert call("train.py", *ARGUMENTS, "--block_size", "32", "--max_steps", "2", "--dtype", "float32").status == 0
+    gain(2.0)
+    start = ["--from_checkpoint", "checkpoint/pretrain.pt", "--dpo_chosen_weight", "0", "--max_steps", "1"]
+    result = call("train.py", "-t", "dpo", *FAST, *start)
+    assert ", bfloat16 (bfloat16 trains 2.00 x" in result.out
+    assert read_log(newest_log(prepared), "train")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def disagree(is_capable: bool) -> None:

@@ -1,6 +1,6 @@
 """The precision that `dtype: auto` stands for on a CPU: bfloat16 where training gains enough by it, else float32.
 
-    choose_dtype(run, earlier)          # sets the engine's dtype, and run.dtype_reason for the summary
+    why = choose_dtype(engine, model, earlier)      # sets the engine's dtype; why: for the summary
 
 A CPU with instructions for bfloat16 (AVX512-BF16, AMX, ARM's) multiplies matrices two to eight times as fast as in
 float32. The rest of a training step gains nothing, and of a narrow model's step most is the rest.
@@ -14,32 +14,31 @@ import torch
 
 from base.devices import DTYPES, has_bfloat16
 from model import GPT
+from training.engine import Engine
 
 MIN_GAIN = 1.3  # less is not worth a mantissa of 8 bits instead of 24
 MIN_WIDTH = 256  # n_embd; narrower, the gain is smaller, or so near MIN_GAIN that the clock's noise would decide
 TRIAL_FLOPS = 5e9  # of a pass: 0.05 s at 100 GFLOP/s
 
 
-def choose_dtype(run: Any, earlier: dict[str, Any] | None) -> None:
-    """Choose the precision of a training.setup.Run, before its engine wraps the model.
+def choose_dtype(engine: Engine, model: GPT, earlier: dict[str, Any] | None) -> str:
+    """Choose the precision of training, and say why; before the engine is used: a reference's margins have it, too.
 
-    earlier: the checkpoint of the run that it resumes, whose precision it keeps; None: a new run. Of several processes
+    earlier: the checkpoint of the run that is resumed, whose precision it keeps; None: a new run. Of several processes
     the first one decides for all: others could have another clock, or another CPU.
     """
-    config, engine, width = run.config, run.engine, run.model.config.n_embd
-    if config.dtype != "auto" or engine.device.type != "cpu":
-        return
+    if engine.config.dtype != "auto" or engine.device.type != "cpu":
+        return ""
     before = earlier and earlier.get("environment", {"device": "cpu", "dtype": "float32"})  # as earlier versions had it
     if before and before["device"] == "cpu" and before["dtype"] != "float16":
         engine.set_dtype(DTYPES[before["dtype"]])
-        run.dtype_reason = "as before"
-    elif width < MIN_WIDTH:
-        run.dtype_reason = f"n_embd is below {MIN_WIDTH}"
-    else:
-        measures = engine.is_main and has_bfloat16(engine.device)
-        (gain,) = engine.sum_over_ranks(bfloat16_gain(run.model, config.batch_size) if measures else 0.0)
-        engine.set_dtype(torch.bfloat16 if gain >= MIN_GAIN else torch.float32)
-        run.dtype_reason = f"bfloat16 trains {gain:.2f} x as fast" if gain else "no instructions for bfloat16"
+        return "as before"
+    if model.config.n_embd < MIN_WIDTH:
+        return f"n_embd is below {MIN_WIDTH}"
+    measures = engine.is_main and has_bfloat16(engine.device)
+    (gain,) = engine.sum_over_ranks(bfloat16_gain(model, engine.config.batch_size) if measures else 0.0)
+    engine.set_dtype(torch.bfloat16 if gain >= MIN_GAIN else torch.float32)
+    return f"bfloat16 trains {gain:.2f} x as fast" if gain else "no instructions for bfloat16"
 
 
 def bfloat16_gain(model: GPT, batch_size: int) -> float:

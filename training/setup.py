@@ -304,10 +304,10 @@ def build_run(asked: RunConfig, engine: Engine) -> Run:
     choose_reference(config, checkpoint)
     batches, validation = source.make_batches(model, engine)
     datasets = [*batches.datasets, *getattr(validation, "datasets", ())]
+    earlier = checkpoint if checkpoint and is_same_run(config, checkpoint) else None
+    dtype_reason = choose_dtype(engine, model, earlier)
     loss = make_loss(config, engine, source.tokenizer, datasets)
-    run = Run(config, source, model, batches, validation, engine, loss, adapter)
-    earlier = checkpoint if checkpoint and is_same_run(run, checkpoint) else None
-    choose_dtype(run, earlier)
+    run = Run(config, source, model, batches, validation, engine, loss, adapter, dtype_reason=dtype_reason)
     preflight.choose_attention(config, model, engine)
     engine.prepare(model)
     if earlier:
@@ -329,10 +329,10 @@ def choose_reference(config: TrainConfig, checkpoint: dict[str, Any] | None) -> 
     config.reference = before or config.from_checkpoint
 
 
-def is_same_run(run: Run, checkpoint: dict[str, Any]) -> bool:
+def is_same_run(config: TrainConfig, checkpoint: dict[str, Any]) -> bool:
     """Whether a checkpoint is to be resumed; one of another stage only gives the initial weights."""
-    is_same_kind = ("lora" in checkpoint) == run.config.use_lora
-    return is_same_kind and checkpoint["train_config"].get("stage") == run.config.stage
+    is_same_kind = ("lora" in checkpoint) == config.use_lora
+    return is_same_kind and checkpoint["train_config"].get("stage") == config.stage
 
 
 def resume(run: Run, checkpoint: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """Loss spikes: how they are told from noise, and the way back to the last good save (the field on_spike).
 
+Also losses that are not finite: such steps are skipped, and a run that does nothing else is ended.
+
 Now and then the loss jumps and stays up, after bad data or a step too long. The remedy of PaLM (Chowdhery et al. 2022,
 arXiv:2204.02311, section 5.1): go back to a checkpoint from before, and skip the data that was read since. Here the
 first time lowers the learning rate, too.
@@ -13,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from base.configuration import UserError
 from weights.checkpointing import load_checkpoint, previous_of
 
@@ -21,6 +25,28 @@ ENOUGH = 20  # of them, before anything is called a spike: the first losses fall
 IN_A_ROW = 3  # losses above the limit: one alone is an odd batch, and the next step goes on as before it
 DEVIATIONS = 6.0  # the limit, in standard deviations: of normal noise one loss in 10^9 is above it
 SMALLEST = 0.1  # the least distance of the limit in nats: a smaller jump costs less than going back
+
+
+def check_skipped(run: Any, log: Any, loss: float, grad_norm: float, in_a_row: int, told: int) -> int:
+    """Say that steps were skipped, once for those in a row; raises UserError where these are too many.
+
+    run: a training.setup.Run; loss, grad_norm: of the last step; in_a_row: skipped steps up to it; told: how many in
+    all were known of when this was last called. Returns how many are now.
+    """
+    config, skipped = run.config, int(run.state.skipped_steps)
+    new = skipped - told
+    if new and in_a_row <= new and run.engine.dtype != torch.float16:  # there the scaler overflows on purpose
+        one = f"skipped: loss {loss:g}, gradient norm {grad_norm:g}"
+        several = f"{new} of the last steps skipped: loss or gradient not finite"
+        log.message(f"step {run.state.step:,}: {one if new == in_a_row == 1 else several}")
+    if in_a_row > config.max_skipped_steps:
+        kept = f"; the best checkpoint is kept in {run.best_path}" if run.best_path in run.written else ""
+        raise UserError(
+            f"step {run.state.step}: the loss is {loss:g}, the gradient's norm {grad_norm:g}, "
+            f"{in_a_row - 1} steps before were skipped too (max_skipped_steps {config.max_skipped_steps}){kept}; "
+            "try a lower learning_rate, more warmup_iters or float32"
+        )
+    return skipped
 
 
 @dataclass
