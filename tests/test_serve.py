@@ -422,12 +422,13 @@ def test_a_client_that_goes_away_frees_its_row(server, stream):
     wait_until(lambda: server.number("nano_running") == server.number("nano_waiting") == 0)
 
 
-def test_too_many_waiting_are_told_when_to_come_back(client):
+def test_too_many_waiting_are_told_when_to_come_back(client, server):
     with ask(client, n=12, logit_bias=NO_END, stream=True) as running:
         next(iter(running))
         with pytest.raises(openai.RateLimitError) as refused:
             ask(client, n=9)
     assert int(refused.value.response.headers["retry-after"]) > 0
+    wait_until(lambda: server.number("nano_running") == server.number("nano_waiting") == 0)
 
 
 def test_metrics_are_prometheus_text(server):
