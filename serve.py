@@ -11,6 +11,7 @@ It needs starlette and uvicorn (pip install -r requirements-serve.txt). docs/ser
 import errno
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
@@ -64,6 +65,7 @@ def make_parser() -> Parser:
 def check_arguments(args: Namespace) -> None:
     """Raises UserError for what the server could not start with."""
     key = args.api_key or ""
+    origin = next((text for text in args.cors if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*A-Z]+", text)), None)
     is_key = key.isascii() and key.isprintable() and "" != key == key.strip()
     rules = {
         "port": (args.port, 0 <= args.port < 1 << 16, "0 to 65535"),
@@ -71,6 +73,7 @@ def check_arguments(args: Namespace) -> None:
         "waiting": (args.waiting, args.waiting >= 0, "at least 0"),
         "seconds": (args.seconds, args.seconds >= 1, "at least 1"),
         "max_body": (args.max_body, args.max_body >= 1024, "at least 1024"),
+        "cors": (origin, origin is None, "as browsers send it: http://name.example:8080, no path, no capitals"),
         "api_key": (args.api_key, args.api_key is None or is_key, "letters, digits and signs of ASCII without spaces"),
     }
     for name, (value, holds, rule) in rules.items():

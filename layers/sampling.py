@@ -57,7 +57,9 @@ def penalise_repetition(logits: torch.Tensor, context: torch.Tensor, penalty: fl
         return logits
     seen = logits.gather(1, context)
     # dividing a negative logit would make its token likelier
-    return logits.scatter(1, context, torch.where(seen > 0, seen / penalty, seen * penalty))
+    penalised = torch.where(seen > 0, seen / penalty, seen * penalty)
+    largest = torch.finfo(logits.dtype).max  # a penalty near 0 gives infinity, and inf - inf is not a number
+    return logits.scatter(1, context, penalised.clamp(-largest, largest))
 
 
 def filter_logits(
@@ -75,7 +77,8 @@ def filter_logits(
         ordered, order = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities  # probability of all likelier tokens together
-        is_outside = (before >= top_p).scatter(1, order, before >= top_p)  # back to the vocabulary's order
+        is_outside = before >= max(top_p, torch.finfo(before.dtype).tiny)  # smaller ones are 0 in this dtype
+        is_outside = is_outside.scatter(1, order, is_outside)  # back to the vocabulary's order
         logits = logits.masked_fill(is_outside, -math.inf)
     if min_p is not None and min_p > 0.0:
         threshold = logits.max(-1, keepdim=True).values + math.log(min_p)

@@ -167,7 +167,7 @@ function textTokens({ logprobs, token_ids }) {
     others: Object.entries(logprobs.top_logprobs[i])
       .sort((one, other) => other[1] - one[1])
       .map(([other, logprob]) => {
-        const text = /\ufffd|^<\|.*\|>$/.test(other) ? null : other;
+        const text = /^token_id:\d+$|^<\|.*\|>$/.test(other) ? null : other;
         return [other, Math.exp(logprob), other === name ? token_ids[i] : null, text];
       }),
   }));

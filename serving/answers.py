@@ -6,11 +6,12 @@ https://platform.openai.com/docs/api-reference; beside what is there, tokens com
 import json
 import secrets
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from serving.scheduler import Generation, Piece, TokenInfo
-from text.tokenizer import Tokenizer
+from text.tokenizer import TextStream, Tokenizer
 
 
 def to_json(value: Any) -> bytes:
@@ -78,7 +79,8 @@ class Completion:
     echoed: list[list[int]] = field(default_factory=list)  # the prompts of all answers, where they are to be repeated
     id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
-    lengths: dict[int, int] = field(default_factory=dict)  # characters of each answer so far
+    read: dict[int, TextStream] = field(default_factory=dict)  # the tokens of each answer so far
+    offsets: Counter = field(default_factory=Counter)  # characters that these have completed
     whole = chunk = "text_completion"
 
     head = Chat.head
@@ -88,34 +90,38 @@ class Completion:
 
     def choice(self, index: int, piece: Piece, in_stream: bool) -> dict[str, Any]:
         """A piece of the answer with this index, or all of it."""
-        is_first, offset = index not in self.lengths, self.lengths.get(index, 0)
         text, tokens = piece.text, piece.tokens
-        if is_first and self.echoed:
-            text, tokens = self.tokenizer.decode(self.echoed[index]) + text, [*piece.prompt, *tokens]
-        self.lengths[index] = offset + len(text)
+        if index not in self.read:  # the first piece
+            self.read[index] = TextStream(self.tokenizer)
+            if self.echoed:
+                text, tokens = self.tokenizer.decode(self.echoed[index]) + text, [*piece.prompt, *tokens]
         if piece.stop_token:  # clients of the harness's kind count on a token more than the prompt has
             tokens = [*tokens, piece.stop_token]
         return {
             "index": index,
             "text": text,
-            "logprobs": self.logprobs(tokens, offset) if self.with_logprobs else None,
+            "logprobs": self.logprobs(index, tokens) if self.with_logprobs else None,
             "finish_reason": piece.finish_reason,
             "token_ids": [info.id for info in piece.tokens],
         }
 
-    def logprobs(self, tokens: list[TokenInfo], offset: int) -> dict[str, Any]:
-        texts = [self.tokenizer.decode([info.id]) for info in tokens]
+    def logprobs(self, index: int, tokens: list[TokenInfo]) -> dict[str, Any]:
         offsets = []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
+        for info in tokens:
+            offsets.append(self.offsets[index])
+            self.offsets[index] += len(self.read[index].push(info.id))
         top = [
-            None if info.logprob is None else {self.tokenizer.decode([token]): logprob for token, logprob in info.top}
+            None if info.logprob is None else {self.name(token): logprob for token, logprob in info.top}
             for info in tokens
         ]
         return {
-            "tokens": texts,
+            "tokens": [self.name(info.id) for info in tokens],
             "token_logprobs": [info.logprob for info in tokens],
             "top_logprobs": top,
             "text_offset": offsets,
         }
+
+    def name(self, token: int) -> str:
+        """The text of a token; of a part of a character, where many have the same, its id, in vLLM's form."""
+        text = self.tokenizer.decode([token])
+        return f"token_id:{token}" if not text or "\ufffd" in text else text

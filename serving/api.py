@@ -68,9 +68,11 @@ async def tokenize(request: Request) -> Response:
     generator = request.app.state.server.batch(body.get("model")).generator
 
     def prepare() -> dict[str, Any]:
+        fields = requests.read_fields(requests.TOKENIZE_FIELDS, body)
         if body.get("messages") is not None:
-            ids = requests.conversation_ids(generator, requests.read_messages(body), body.get("add_generation_prompt"))
-        elif body.get("is_chat"):
+            messages = requests.read_messages(body)
+            ids = requests.conversation_ids(generator, messages, fields.add_generation_prompt)
+        elif fields.is_chat:
             question = {"role": "user", "content": requests.read_text(body.get("prompt"), "prompt")}
             ids = requests.conversation_ids(generator, [question], True)
         else:

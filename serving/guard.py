@@ -52,7 +52,7 @@ class Guard:
 
         key: that requests must have, "" for none; is_open(path): whether it is not needed there.
         """
-        self.app, self.hosts, self.origins = app, {"localhost", *hosts}, set(origins)
+        self.app, self.hosts, self.origins = app, {"localhost", *map(str.lower, hosts)}, set(origins)
         self.key, self.is_open = key, is_open
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
@@ -117,8 +117,8 @@ def protect(
     guarded = Guard(app, hosts, origins, key, is_open)
     if not origins:
         return guarded
-    allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["authorization", "content-type"]}
-    return CORSMiddleware(guarded, allow_origins=origins, **allowed)
+    # OpenAI's client for browsers sends a dozen headers of its own
+    return CORSMiddleware(guarded, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
 
 
 def urlsplit_netloc(origin: str) -> str:
@@ -145,26 +145,27 @@ class BoundedProtocol(H11Protocol):
             transport.write(f"{head}Retry-After: 5\r\nConnection: close\r\n\r\n".encode() + body)
             transport.close()
             return
-        self.watch_header()
+        self.watch_client()
 
     def data_received(self, data: bytes) -> None:
         if not self.is_refused:
             super().data_received(data)
-            self.watch_header()
+            self.watch_client()
 
-    def watch_header(self) -> None:
-        """Run a clock while the headers of a request are not complete."""
-        is_complete = self.conn.their_state is not h11.IDLE
-        if is_complete and self.header_timer:
+    def watch_client(self) -> None:
+        """Run a clock while the headers of a request are not complete, or the rest of one is that was answered."""
+        theirs, ours = self.conn.their_state, self.conn.our_state
+        is_awaited = theirs is h11.IDLE or (theirs is h11.SEND_BODY and ours in (h11.DONE, h11.MUST_CLOSE))
+        if not is_awaited and self.header_timer:
             self.header_timer.cancel()
             self.header_timer = None
-        elif not is_complete and not self.header_timer:
+        elif is_awaited and not self.header_timer:
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if not self.transport.is_closing() and self.conn.trailing_data[0]:
-            self.watch_header()
+        if not self.transport.is_closing() and (self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]):
+            self.watch_client()
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -12,7 +12,7 @@ def metrics_text(batches: Iterable[Batch], requests: Counter) -> str:
 
     def add(name: str, kind: str, text: str, values: dict[str, float]) -> None:
         lines.extend((f"# HELP nano_{name} {text}", f"# TYPE nano_{name} {kind}"))
-        lines.extend(f"nano_{name}{labels} {value:g}" for labels, value in values.items())
+        lines.extend(f"nano_{name}{labels} {value}" for labels, value in values.items())
 
     answered = {f'{{path="{path}",status="{status}"}}': n for (path, status), n in sorted(requests.items())}
     add("requests_total", "counter", "HTTP requests answered", answered)
@@ -30,7 +30,7 @@ def metrics_text(batches: Iterable[Batch], requests: Counter) -> str:
     lines.append("# HELP nano_first_token_seconds seconds from request to first token")
     lines.append("# TYPE nano_first_token_seconds summary")
     for model, batch in by_model.items():
-        lines.append(f"nano_first_token_seconds_sum{model} {batch.sum_first:g}")
+        lines.append(f"nano_first_token_seconds_sum{model} {batch.sum_first}")
         lines.append(f"nano_first_token_seconds_count{model} {batch.n_first}")
     return "\n".join(lines) + "\n"
 

@@ -68,7 +68,15 @@ class CompletionFields(AnswerFields):
     echo: bool = option(False, "repeat the prompt before the answer")
 
 
-CHAT_FIELDS, COMPLETION_FIELDS = fields_of(ChatFields), fields_of(CompletionFields)
+@dataclass
+class TokenizeFields(Config):
+    """Fields of /tokenize."""
+
+    is_chat: bool = option(False, "the prompt is a question")
+    add_generation_prompt: bool = option(False, "the messages are ready for the answer")
+
+
+CHAT_FIELDS, COMPLETION_FIELDS, TOKENIZE_FIELDS = map(fields_of, (ChatFields, CompletionFields, TokenizeFields))
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -113,7 +121,7 @@ def read_text(value: Any, name: str) -> str:
 
 def read_sampling(fields: SimpleNamespace, body: dict[str, Any], vocab_size: int) -> Sampling:
     """How the request's answers are sampled; raises BadRequest."""
-    bias = body.get("logit_bias") or {}
+    bias = {} if body.get("logit_bias") is None else body["logit_bias"]
     wrong = BadRequest(
         f"logit_bias must be an object of token ids (0..{vocab_size - 1}) with numbers from -100 to 100", "logit_bias"
     )
@@ -140,18 +148,21 @@ def read_stop(body: dict[str, Any]) -> list[str]:
     """The texts that end an answer; raises BadRequest."""
     stop = body.get("stop")
     texts = [] if stop is None else stop if isinstance(stop, list) else [stop]
-    if len(texts) > MAX_STOPS or not all(isinstance(text, str) and 0 < len(text) <= MAX_STOP_LENGTH for text in texts):
-        rule = f"a text of 1 to {MAX_STOP_LENGTH:,} characters, or a list of up to {MAX_STOPS} of them"
-        raise BadRequest(f"stop must be {rule}", "stop")
-    return [read_text(text, "stop") for text in texts]
+    if len(texts) <= MAX_STOPS and all(isinstance(text, str) and len(text) <= MAX_STOP_LENGTH for text in texts):
+        texts = [read_text(text, "stop") for text in texts]
+        if all(texts):  # an empty one would end every answer before it begins
+            return texts
+    rule = f"a text of 1 to {MAX_STOP_LENGTH:,} characters, or a list of up to {MAX_STOPS} of them"
+    raise BadRequest(f"stop must be {rule}", "stop")
 
 
 def read_usage_option(body: dict[str, Any]) -> bool:
     """Whether a stream ends with the usage; raises BadRequest."""
-    options = body.get("stream_options") or {}
-    if not isinstance(options, dict) or not isinstance(options.get("include_usage") or False, bool):
+    options = {} if body.get("stream_options") is None else body["stream_options"]
+    wanted = options.get("include_usage") if isinstance(options, dict) else options
+    if not isinstance(options, dict) or not (wanted is None or isinstance(wanted, bool)):
         raise BadRequest('stream_options must be {"include_usage": true or false}', "stream_options")
-    return bool(options.get("include_usage"))
+    return bool(wanted)
 
 
 def read_messages(body: dict[str, Any]) -> Messages:
@@ -207,7 +218,7 @@ def chat_prompt(
     return [*generator.chat_ids(asked, max(0, window * 3 // 4 - len(begun))), *begun]
 
 
-def conversation_ids(generator: TextGenerator, messages: Messages, for_answer: Any) -> list[int]:
+def conversation_ids(generator: TextGenerator, messages: Messages, for_answer: bool) -> list[int]:
     """Token ids (T,) of a conversation as it stands; for_answer: ready for the answer. Raises BadRequest."""
     if for_answer:
         return chat_prompt(generator, messages)
@@ -216,8 +227,16 @@ def conversation_ids(generator: TextGenerator, messages: Messages, for_answer: A
 
 def token_pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     """What each token adds to the text; a character that is spread over several tokens comes with the last of them."""
-    stream = TextStream(tokenizer)
-    pieces = [stream.push(token) for token in ids]
+    stream, pieces = TextStream(tokenizer), []
+    whole: dict[int, str] = {}  # of tokens that are whole characters: a text of a million has few different ones
+    for token in ids:
+        begins = not stream.pending
+        if not begins or token not in whole:
+            pieces.append(stream.push(token))
+            if begins and not stream.pending:
+                whole[token] = pieces[-1]
+        else:
+            pieces.append(whole[token])
     return [*pieces[:-1], pieces[-1] + stream.rest()] if pieces else []
 
 

@@ -97,8 +97,11 @@ class Rows:
         return self.length(row)
 
     def has(self, row: int, length: int) -> bool:
-        """Whether the first tokens of a row are all there still: a sliding window that came round has lost them."""
-        return length == self.length(row) or length < self.length(row) <= self.n_kept
+        """Whether the first tokens of a row are all there still: a sliding window that came round has lost them.
+
+        In a full one the first has made place for what was read into the row while it was idle.
+        """
+        return length == self.length(row) or length < self.length(row) < self.n_kept
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Let a row begin with the first tokens of another one."""

@@ -147,7 +147,8 @@ class Batch:
 
     def everything(self) -> list[Generation]:
         while self.arrived:
-            self.waiting.append(self.arrived.popleft())
+            self.waiting.append(self.arrived[0])
+            self.arrived.popleft()
         return [*self.waiting, *([self.reading] if self.reading else []), *self.running.values()]
 
     @torch.inference_mode()
@@ -157,7 +158,7 @@ class Batch:
         budget = PROMPT_TOKENS_PER_TURN
         while budget > 0 and (self.reading or (self.waiting and self.free)):
             if self.reading is None:
-                self.begin(self.waiting.popleft())
+                self.begin()
             budget -= max(self.read_piece(self.reading), PIECE // 2)  # shorter pieces take as long
         if self.running:
             tokens = {row: generation.drawn[-1] for row, generation in self.running.items()}
@@ -176,19 +177,21 @@ class Batch:
                 message = f"the answer has taken more than {self.seconds:g} seconds"
                 self.end(generation, Piece(finish_reason="error", error=Refused(message, 504)))
 
-    def begin(self, generation: Generation) -> None:
-        """Give the prompt a row, which begins with what another row has read of it already."""
+    def begin(self) -> None:
+        """Give the next prompt a row, which begins with what another row has read of it already."""
+        self.reading = generation = self.waiting[0]  # before it leaves: is_idle is asked for by other threads
+        self.waiting.popleft()
         generation.prepare(self.generator, self.rows.device)
         shared = [(self.n_shared(row, generation), row) for row in range(self.rows.n_rows)]
         n_shared, source = max(shared, key=lambda pair: pair[0])
         lowest = min(self.free, key=self.rows.size_with)  # the longest unused of those that make the smallest step
         row = source if n_shared and source in self.free else lowest
         self.free.remove(row)
+        generation.row = row
         self.rows.copy(source, row, n_shared)
         self.read_in_pieces[row] = generation.ids[:n_shared]
-        generation.row, generation.n_read, generation.n_reused = row, n_shared, n_shared
+        generation.n_read = generation.n_reused = n_shared
         self.counts["reused_tokens"] += n_shared
-        self.reading = generation
 
     def n_shared(self, row: int, generation: Generation) -> int:
         """Tokens of a prompt that a row has read already: whole pieces, without the prompt's last token."""
@@ -212,8 +215,8 @@ class Batch:
             logits = self.model.lm_head(hidden[: len(following)])
             generation.prompt_infos += token_infos(logits, following, generation.n_logprobs or 0)
         if generation.n_read == len(ids):
-            self.reading = None
             self.running[generation.row] = generation
+            self.reading = None
             if generation.max_new_tokens == 0:
                 self.end(generation, Piece(prompt=generation.prompt_infos, finish_reason="length"))
             else:
@@ -321,6 +324,10 @@ class Scheduler:
         """Have answers generated; raises Refused where too many wait, or the server is about to end."""
         if self.is_draining:
             raise Refused("the server is shutting down", 503)
+        most = batch.max_waiting + batch.rows.n_rows
+        if len(generations) > most:
+            message = f"{len(generations)} answers at a time: this server generates and keeps waiting {most} at most"
+            raise Refused(message, 400)
         if batch.n_waiting + len(generations) > batch.max_waiting + len(batch.free):
             message = f"{batch.n_waiting} answers are waiting for {batch.name} already: try again later"
             raise Refused(message, 429, retry_after=5)
@@ -352,14 +359,13 @@ class Scheduler:
     def run(self) -> None:
         while not self.is_stopped:
             self.wake.clear()
-            while self.jobs:
+            if self.jobs:  # one in a turn: many would stall the answers
                 job, future = self.jobs.popleft()
-                if not future.set_running_or_notify_cancel():  # nobody waits for it any more
-                    continue
-                try:
-                    future.set_result(job())
-                except Exception as error:
-                    future.set_exception(error)
+                if future.set_running_or_notify_cancel():  # else nobody waits for it any more
+                    try:
+                        future.set_result(job())
+                    except Exception as error:
+                        future.set_exception(error)
             busy = [batch for batch in self.batches if not batch.is_idle]
             for batch in busy:
                 try:
@@ -367,5 +373,5 @@ class Scheduler:
                 except Exception:  # the others go on
                     traceback.print_exc(file=sys.stderr)
                     batch.fail(Refused("internal error", 500))
-            if not busy:
+            if not busy and not self.jobs:
                 self.wake.wait()

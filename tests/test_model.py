@@ -535,13 +535,14 @@ def test_filters_equal_their_definitions(top_k, top_p, min_p):
 
 def test_top_p_keeps_no_more_than_sums_to_p_exactly():
     """Four equally likely tokens, whose sums are exact in binary: half of them have half of the probability."""
-    for p, n in ((0.25, 1), (0.5, 2), (0.75, 3), (0.51, 3)):
+    for p, n in ((1e-300, 1), (0.25, 1), (0.5, 2), (0.75, 3), (0.51, 3)):
         assert filter_logits(torch.zeros(1, 4), top_p=p).isfinite().sum() == n
 
 
 def test_repetition_penalty_lowers_what_was_seen():
     logits = torch.tensor([[2.0, -2.0, 1.0]])
     assert penalise_repetition(logits, torch.tensor([[0, 1, 1]]), 2.0).tolist() == [[1.0, -4.0, 1.0]]
+    assert penalise_repetition(logits, torch.tensor([[0, 1, 1]]), 1e-300).isfinite().all()
 
 
 def test_parameter_count_and_flops_are_those_counted_by_hand():

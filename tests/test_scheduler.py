@@ -2,12 +2,14 @@
 
 import math
 import time
+from collections import Counter
 
 import pytest
 import torch
 from other_programs import make_model
 from servers import TOKENIZER
 
+from serving.metrics import metrics_text
 from serving.rows import PIECE
 from serving.scheduler import Batch, Generation, Refused, Sampling, Scheduler
 from serving.text_generator import TextGenerator
@@ -139,6 +141,24 @@ def test_a_shared_beginning_is_read_once_and_changes_nothing(shape, n_shared):
     assert len(scored.pieces[0].prompt) == len(system) and scored.end == "length"
 
 
+@pytest.mark.parametrize("window", [PIECE, 2 * PIECE])
+def test_a_window_that_is_just_full_does_not_give_what_it_has_lost(window):
+    """While its row is idle, the others' steps write into it: behind its end, and so over its first token."""
+    shape = {"attention_window": [window, 0]}
+    batch = make_batch(n_rows=4, **shape)
+    Asked(batch, question(1, window), 1)
+    run(batch)
+    Asked(batch, question(2), 3)
+    run(batch)
+    ids = [*question(1, window)[:PIECE], *question(3, 20)]
+    asked = Asked(batch, ids, 4, n_logprobs=1)
+    run(batch)
+    fresh = make_batch(n_rows=4, **shape)
+    alone = Asked(fresh, ids, 4, n_logprobs=1)
+    run(fresh)
+    assert [(t.id, t.logprob) for t in asked.tokens] == [(t.id, t.logprob) for t in alone.tokens]
+
+
 def test_a_prompt_of_whole_pieces_that_is_known_already_is_still_answered():
     batch = make_batch()
     ids = question(1, 2 * PIECE)
@@ -241,9 +261,13 @@ def test_too_many_waiting_are_refused_and_nothing_after_the_end():
     batch = make_batch(n_rows=4, max_waiting=2)
     scheduler = Scheduler([batch])
     try:
+        batch.free.clear()  # as if all rows were taken
         with pytest.raises(Refused) as refused:
-            scheduler.submit(batch, [Generation([7], 1, Sampling(), print) for _ in range(7)])
+            scheduler.submit(batch, [Generation([7], 1, Sampling(), print) for _ in range(3)])
         assert refused.value.status == 429 and refused.value.retry_after > 0
+        with pytest.raises(Refused) as refused:  # it would not help to try again
+            scheduler.submit(batch, [Generation([7], 1, Sampling(), print) for _ in range(7)])
+        assert refused.value.status == 400
         scheduler.is_draining = True
         with pytest.raises(Refused) as refused:
             scheduler.submit(batch, [Generation([7], 1, Sampling(), print)])
@@ -266,9 +290,10 @@ def test_work_between_turns_is_done_and_what_nobody_waits_for_is_not():
         scheduler.stop()
 
 
-def test_an_error_of_one_model_does_not_end_the_others(capsys):
+@pytest.mark.parametrize("step", ["copy", "read", "step"])
+def test_an_error_of_one_model_does_not_end_the_others(capsys, step):
     good, bad = make_batch(), make_batch()
-    bad.rows.read = lambda *_: 1 / 0
+    setattr(bad.rows, step, lambda *_: 1 / 0)
     scheduler = Scheduler([bad, good])
     try:
         asked = [Asked(batch, question(1)) for batch in (bad, good)]
@@ -279,6 +304,35 @@ def test_an_error_of_one_model_does_not_end_the_others(capsys):
                     break
                 scheduler.thread.join(0.02)
         assert [answer.end for answer in asked] == ["error", "length"]
-        assert asked[0].pieces[-1].error.status == 500
+        assert asked[0].pieces[-1].error.status == 500 and len(bad.free) == bad.rows.n_rows
     finally:
         scheduler.stop()
+
+
+def test_a_model_is_not_idle_between_waiting_and_reading(monkeypatch):
+    """Another thread asks whether the server may end."""
+    batch, seen = make_batch(), []
+    asked = Asked(batch, question(1))
+    prepare = Generation.prepare
+    monkeypatch.setattr(Generation, "prepare", lambda *args: seen.append(batch.is_idle) or prepare(*args))
+    run(batch)
+    assert seen == [False] and asked.end
+
+
+def test_many_jobs_do_not_stall_the_answers():
+    batch = make_batch()
+    scheduler = Scheduler([batch])
+    try:
+        scheduler.between_turns(lambda: time.sleep(0.2))  # until all that follows is there
+        asked = Asked(batch, question(1), 100, sampling={"logit_bias": {3: -100.0}})
+        jobs = [scheduler.between_turns(lambda: len(asked.tokens)) for _ in range(10)]
+        seen = [job.result(20) for job in jobs]
+        assert len(set(seen)) == len(jobs)
+    finally:
+        scheduler.stop()
+
+
+def test_metrics_count_beyond_six_digits():
+    batch = make_batch(n_rows=1)
+    batch.counts["generated_tokens"] = 1_234_567
+    assert 'nano_generated_tokens_total{model="m"} 1234567\n' in metrics_text([batch], Counter())

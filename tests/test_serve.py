@@ -16,6 +16,7 @@ from servers import TOKENIZER, make_checkpoint, serving
 
 import serving as serving_package
 from layers.attention_maps import attention_maps
+from serving.requests import token_pieces
 from serving.text_generator import GenerationConfig, load_text_generator
 from text.tokenizer import BPETokenizer
 from training.config import TrainConfig
@@ -279,6 +280,24 @@ def test_errors_are_the_clients_and_name_the_field(client):
     assert ask(client, max_tokens=1, extra_body={"no_such_field": {"a": 1}}).choices
 
 
+def test_settings_of_whatever_size_are_answered_and_disturb_nobody(client):
+    others = []
+    running = threading.Thread(target=lambda: others.append(ask(client, n=2, logit_bias=NO_END, max_tokens=60)))
+    running.start()
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        for value in (5e-324, 1e-46, 1e-30, 1.0):
+            body = {"temperature": 1, name: value}
+            assert ask(client, max_tokens=3, logit_bias=NO_END, extra_body=body).usage.completion_tokens == 3
+    running.join()
+    assert others[0].usage.completion_tokens == 120
+
+
+def test_more_answers_than_the_server_ever_takes_are_an_error(client):
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, n=13, max_tokens=1)
+    assert "12 at most" in refused.value.message
+
+
 def test_an_adapter_answers_as_inference_with_it(client, folder):
     adapter = folder / "checkpoint" / "polite.pt"
     local = load_text_generator(str(folder / "checkpoint" / "sft.pt"), "cpu", True, adapter=str(adapter))
@@ -320,6 +339,31 @@ def test_characters_of_several_tokens_come_whole(client, server):
     pieces = [c.choices[0].delta.content or "" for c in ask(client, stream=True, **options) if c.choices[0].delta]
     assert "".join(pieces) == whole.message.content and len(whole.logprobs.content) == 12
     assert all(entry.bytes is None for entry in whole.logprobs.content)
+
+
+def test_tokens_are_found_in_the_text_by_their_offsets(client):
+    """Parts of a character, too, and where a text that may become a stop text is held back."""
+    you = {str(token): 100 for token in BYTES.encode("你").tolist()}
+    prompt = "a你b🙂c"
+    reply = client.completions.create(model="bytes", prompt=prompt, echo=True, logprobs=3, max_tokens=3, logit_bias=you)
+    (choice,) = reply.choices
+    assert choice.logprobs.text_offset[:11] == [0, 1, 1, 1, 2, 3, 3, 3, 3, 4, 5] and choice.text.startswith(prompt)
+    assert choice.logprobs.tokens[:2] == ["a", f"token_id:{BYTES.encode('你')[0]}"]
+    assert [len(top) for top in choice.logprobs.top_logprobs[1:]] == [3] * (len(choice.logprobs.tokens) - 1)
+    options = {"model": "pretrain", "temperature": 0, "max_tokens": 6, "logit_bias": NO_END, "logprobs": 1}
+    whole = client.completions.create(prompt="ab", **options).choices[0]
+    streamed = client.completions.create(prompt="ab", stop=[whole.text[:3] + "你好你"], stream=True, **options)
+    offsets = [offset for chunk in streamed for offset in chunk.choices[0].logprobs.text_offset]
+    assert offsets == whole.logprobs.text_offset == list(range(6))
+
+
+def test_pieces_of_a_long_text_are_found_quickly(monkeypatch):
+    ids, n_decoded, decode = BYTES.encode("a你b🙂" * 1000).tolist(), [], BPETokenizer.decode
+    monkeypatch.setattr(BPETokenizer, "decode", lambda self, ids: n_decoded.append(1) or decode(self, ids))
+    assert token_pieces(BYTES, ids) == ["a", "", "", "你", "b", "", "", "", "🙂"] * 1000
+    assert len(n_decoded) < 7010  # seven parts of characters in each
+    n_decoded.clear()
+    assert token_pieces(BYTES, BYTES.encode("abc" * 1000).tolist()) == list("abc" * 1000) and len(n_decoded) < 5
 
 
 def test_inspect_shows_attention_and_experts(server, folder):
@@ -378,10 +422,13 @@ def test_a_client_that_goes_away_frees_its_row(server, stream):
     wait_until(lambda: server.number("nano_running") == server.number("nano_waiting") == 0)
 
 
-def test_too_many_waiting_are_told_when_to_come_back(client):
-    with pytest.raises(openai.RateLimitError) as refused:
-        ask(client, n=13, max_tokens=100)
+def test_too_many_waiting_are_told_when_to_come_back(client, server):
+    with ask(client, n=12, logit_bias=NO_END, stream=True) as running:
+        next(iter(running))
+        with pytest.raises(openai.RateLimitError) as refused:
+            ask(client, n=9)
     assert int(refused.value.response.headers["retry-after"]) > 0
+    wait_until(lambda: server.number("nano_running") == server.number("nano_waiting") == 0)
 
 
 def test_metrics_are_prometheus_text(server):
@@ -428,6 +475,8 @@ def test_a_signal_lets_running_answers_end_and_refuses_new_ones(folder, number):
         (["-m", "sft", "--port", "99999"], "--port must be 0 to 65535"),
         (["-m", "sft", "--rows", "0"], "--rows must be 1 to 1024"),
         (["-m", "sft", "--api_key", ""], "--api_key must be"),
+        (["-m", "sft", "--cors", "*"], "--cors must be"),
+        (["-m", "sft", "--cors", "http://a.example/"], "--cors must be"),
         (["-m", "sft", "--host", "192.0.2.1"], "cannot listen at 192.0.2.1:0: Cannot assign"),
         (["-m", "pretrain", "--lora", "checkpoint/polite.pt"], "another base model"),
         (["-m", "checkpoint/polite.pt"], "an adapter; -m names its model"),

@@ -93,16 +93,22 @@ MALFORMED = [
     chat(stop=5),
     chat(stop=[5]),
     chat(stop=""),
+    chat(stop="\ufeff"),
     chat(stop=["a"] * 100),
     chat(stop=["a" * 10_000]),
     chat(stream="yes"),
     chat(stream_options=[1]),
+    chat(stream_options=[]),
+    chat(stream_options=0),
+    chat(stream_options={"include_usage": 0}),
     chat(stream_options={"include_usage": "yes"}),
     chat(logprobs=1),
     chat(top_logprobs=5),
     chat(logprobs=True, top_logprobs=21),
     chat(logprobs=True, top_logprobs=-1),
     chat(logit_bias=[1]),
+    chat(logit_bias=[]),
+    chat(logit_bias=False),
     chat(logit_bias={"7": "a"}),
     chat(logit_bias={"7": 101}),
     chat(logit_bias={"7": True}),
@@ -143,6 +149,8 @@ MALFORMED = [
     (TOKENIZE, {"messages": 5}),
     (TOKENIZE, {"messages": [5]}),
     (TOKENIZE, {"prompt": None, "is_chat": True}),
+    (TOKENIZE, {"prompt": "a", "is_chat": "no"}),
+    (TOKENIZE, {"messages": HELLO, "add_generation_prompt": "no"}),
     (INSPECT, {}),
     (INSPECT, {"tokens": "abc"}),
     (INSPECT, {"tokens": []}),
@@ -271,6 +279,11 @@ def test_other_names_and_other_pages_are_refused(server):
     assert preflight.status == 403
 
 
+def test_names_of_the_server_are_names_in_whatever_case():
+    allowed = guard.Guard(None, ["MyLaptop.local"], [], "", bool)
+    assert allowed.knows("mylaptop.local:8000") and allowed.knows("MYLAPTOP.LOCAL") and not allowed.knows("laptop")
+
+
 def test_two_hosts_or_keys_are_refused(server):
     twice = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nHost: evil\r\n\r\n"
     assert raw(server, twice).startswith(b"HTTP/1.1 400")
@@ -351,6 +364,31 @@ def test_a_client_that_reads_nothing_is_cut_off(monkeypatch):
         thread.join()
 
 
+def test_a_client_that_never_ends_an_answered_request_is_cut_off(monkeypatch):
+    """However many bytes of its body keep coming."""
+    monkeypatch.setattr(guard, "HEADER_SECONDS", 0.3)
+
+    async def refuse(scope, receive, send):
+        await send({"type": "http.response.start", "status": 404, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    own = uvicorn.Server(uvicorn.Config(refuse, http=guard.BoundedProtocol, lifespan="off", log_level="critical"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=lambda: own.run(sockets=[listening]))
+        thread.start()
+        try:
+            with socket.create_connection(listening.getsockname()) as sock:
+                sock.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9999\r\n\r\n")
+                assert sock.recv(4096).startswith(b"HTTP/1.1 404")
+                with pytest.raises(ConnectionError):
+                    for _ in range(100):
+                        sock.sendall(b"a")
+                        time.sleep(0.05)
+        finally:
+            own.should_exit = True
+            thread.join()
+
+
 def test_five_hundred_connections_are_answered_or_refused(server):
     socks = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(500)]
     request = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -401,7 +439,10 @@ def test_other_machines_need_the_key(guarded):
 def test_cors_is_for_the_origins_that_were_given(guarded):
     allowed = guarded.get("/v1/models", Authorization="Bearer sesame", Origin="http://a.example")
     assert allowed.status == 200 and allowed.headers["access-control-allow-origin"] == "http://a.example"
-    asks = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "authorization,content-type"}
+    asks = {
+        "Access_Control_Request_Method": "POST",
+        "Access_Control_Request_Headers": "authorization,content-type,x-stainless-lang",
+    }
     preflight = guarded.ask("OPTIONS", CHAT, None, Origin="http://a.example", **asks)
     assert preflight.status == 200 and "POST" in preflight.headers["access-control-allow-methods"]
     other = guarded.get("/v1/models", Authorization="Bearer sesame", Origin="http://b.example")
