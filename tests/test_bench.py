@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -35,6 +36,7 @@ def test_rows_are_lines_of_one_table_which_is_also_in_a_file(tmp_path):
     assert (tmp_path / "table.log").exists()
 
 
+@pytest.mark.real("waits for rows that hang")
 def test_a_row_that_fails_hangs_or_dies_says_so(tmp_path):
     program = """
 import os, sys, time

@@ -36,6 +36,7 @@ def trained(call, *options) -> Result:
     return result
 
 
+@pytest.mark.real("kills a run 50 times")
 def test_killed_at_any_moment_a_run_goes_on_as_if_it_had_not_been(prepared, call):
     """50 times kill -9, some of them in the middle of a save: every second step is one."""
     rng, last = random.Random(0), prepared / "checkpoint" / "run_last.pt"

@@ -23,6 +23,7 @@ ARGUMENTS = ["-t", "pretrain", *TINY, *FAST, *DATA, "--gradient_accumulation_ste
 ENDLESS = [*ARGUMENTS, "--max_steps", "1000000", "--save_interval", "50"]
 
 
+@pytest.mark.real("trains for thousands of steps")
 def test_memory_and_step_time_stay_flat(prepared, long):
     n = 10_000 if long else 2_000
     options = ["--max_steps", str(n), "--eval_interval", "200", "--save_interval", "500", "--eval_iters", "1"]

@@ -371,6 +371,7 @@ def test_a_diverging_run_stops_and_keeps_the_best_checkpoint(call, prepared):
     assert math.isfinite(load_checkpoint("checkpoint/pretrain.pt")["best_val_loss"])
 
 
+@pytest.mark.real("compiles in C++ for half a minute")
 def test_compile_leaves_no_trace(call, prepared, monkeypatch):
     path = config(prepared, max_steps=6)
     compiled = call("train.py", "-t", path, "--compile", "true", "--save_checkpoint_to", "compiled")

@@ -164,4 +164,7 @@ def run_process(work: Callable[[], None]) -> None:
         raise UserError(f"process {rank}: {error}") from None
     finally:
         if dist.is_initialized():
+            # The thread of gloo needs Python to let go of the last sum's tensors, and the end of DDP waits for that
+            # thread without letting Python go: if that came at once, both would wait for ever (torch 2.13).
+            time.sleep(0.1)
             dist.destroy_process_group()
