@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import flex_attention
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from generate_speed import speed  # noqa: E402
 from plain_gpt import plain_step  # noqa: E402
 
 from base.devices import find_dtype, synchronise  # noqa: E402
@@ -438,34 +439,21 @@ def generation(case: Case) -> list[Line]:
     limit = bandwidth(case) / n_bytes
     n_tokens = min(200, shape.block_size // 2)
 
-    def speed(batch_size: int, n: int, **options: Any) -> float:
-        idx = torch.zeros(batch_size, 4, dtype=torch.long, device=device)
-        best = 0.0
-        for _ in range(3):  # the first warms up
-            steps = model.generate(idx, n, temperature=0.8, top_k=50, seed=0, **options)
-            next(steps)
-            synchronise(device)
-            start = time.perf_counter()
-            count = sum(1 for _ in steps)
-            synchronise(device)
-            best = max(best, batch_size * count / (time.perf_counter() - start))
-        return best
-
     lines = []
 
-    def measure(batch_size: int, how: str, **options: Any) -> None:
-        tokens, plain = speed(batch_size, n_tokens, **options), without_cache[batch_size]
+    def measure(batch_size: int, how: str, step: CompiledStep | None = None) -> None:
+        tokens, plain = speed(model, batch_size, n_tokens, True, step), without_cache[batch_size]
         here = f"{tokens:,.0f} tokens/s" + (f", {tokens / limit:.0%} of the bandwidth" if batch_size == 1 else "")
         what = f"generation, batch {batch_size}, {how}"
         lines.append((what, here, f"without a cache {plain:,.0f}, ratio {tokens / plain:.1f}"))
 
-    without_cache = {batch_size: speed(batch_size, min(n_tokens, 50), use_cache=False) for batch_size in (1, 32)}
+    without_cache = {batch_size: speed(model, batch_size, min(n_tokens, 50), False) for batch_size in (1, 32)}
     for batch_size in (1, 32):
         measure(batch_size, "as it is")
     step = CompiledStep(model)  # by CUDA graphs, on a card
     step.thread.join(60)
     if step.is_ready:
-        measure(1, "compiled step", step=step)
+        measure(1, "compiled step", step)
     else:  # gpu.log may say why
         lines.append(("generation, batch 1, compiled step", "was not compiled within a minute", ""))
     return lines
