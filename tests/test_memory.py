@@ -14,9 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 from base import devices
 from layers import head
+from layers.rope import apply_rope, rope_table
 from training import memory
 from training.engine import Engine
 from training.setup import build_run
+from weights import lora
 
 
 class LiveTensors(TorchDispatchMode):
@@ -111,6 +113,27 @@ def test_the_estimate_counts_the_gradients_that_ddp_keeps(texts, monkeypatch):
     assert estimate == pytest.approx(tensors.peak, rel=0.05)
     run.engine.network = run.engine.model
     assert memory.memory_estimate(run, asked.training.batch_size) < 0.95 * tensors.peak
+
+
+def test_adapters_add_to_the_layer_in_place():
+    """Of all that an adapted layer makes, its update, into which the base's part is added, and that part are large."""
+    layer, x = lora.LoRALinear(torch.nn.Linear(8, 4096, bias=False), 2, 4.0, 0.0), torch.randn(64, 8)
+    torch.nn.init.normal_(layer.B)
+    with LiveTensors() as tensors:
+        y = layer(x)
+    expected = x @ (layer.base.weight + 2.0 * layer.B @ layer.A).T
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    assert tensors.made < 2.5 * y.nbytes  # the two, and the weights, of which the products make views
+
+
+def test_a_rotation_makes_one_tensor():
+    x, (cos, sin) = torch.randn(4, 16, 2, 32), rope_table(16, 32, 1e4)
+    with LiveTensors() as tensors:
+        y = apply_rope(x, cos, sin)
+    a, b = x.double().chunk(2, -1)
+    c, s = cos[..., :16].double(), sin[..., 16:].double()
+    torch.testing.assert_close(y.double(), torch.cat((a * c - b * s, b * c + a * s), -1), rtol=1e-5, atol=1e-5)
+    assert tensors.made == y.nbytes
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
