@@ -55,6 +55,15 @@ class KVCache:
         part.keys, part.values = ([layer[rows] for layer in layers] for layers in (self.keys, self.values))
         return part
 
+    def first(self, n: int) -> "KVCache":
+        """The same cache for texts of at most n tokens: no layer has more places; they share their memory."""
+        if n == self.block_size:
+            return self
+        part = self[:]
+        part.block_size = n
+        part.keys, part.values = ([layer[:, :, :n] for layer in layers] for layers in (self.keys, self.values))
+        return part
+
     def begin(self, T: int) -> torch.Tensor | slice:
         """Positions of T new tokens of every row: (B, T); a slice if they are the same in all rows."""
         self.T, self.longest = T, int(self.lengths.max())
