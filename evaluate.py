@@ -47,6 +47,7 @@ from text.tokenizer import Tokenizer, normalise
 from training.run_log import print_table
 from weights import lora
 from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
+from weights.quantise import KINDS, with_weights
 
 N_RANGES = 8  # rows of the table of perplexities
 
@@ -108,6 +109,8 @@ def load_contestants(args: Namespace) -> list[Contestant]:
                 lora.load_adapter(load_checkpoint(args.lora), model, args.lora)
             if not model.config.is_causal:
                 raise UserError(f"{path}: with full attention there is no next token to predict")
+                lora.merge(model)
+            model, _ = with_weights(model, args.weights)
             label = f", {path}" if len(args.model) > 1 else "" if scaling == "none" else f", {scaling}"
             found.append(Contestant(label, model.eval(), tokenizer))
     return found
@@ -216,7 +219,8 @@ def evaluate_questions(args: Namespace) -> None:
     if not turns:
         raise UserError(f"{args.questions}: no questions in it")
     training = find_sources([args.copied], args.encoding, parse_fields(args.fields))[0] if args.copied else []
-    generators = {path: load_text_generator(path, args.device, True, adapter=args.lora) for path in args.model}
+    rest = args.device, True, [], args.lora, args.weights
+    generators = {path: load_text_generator(path, *rest) for path in args.model}
     answers: dict[str, list[Answer]] = {path: [] for path in args.model}
     try:
         for path, generator in generators.items():
@@ -306,7 +310,8 @@ def evaluate_choices(args: Namespace) -> None:
     examples = {}
     if args.shots:
         examples = choices.examples_for(questions, choices.read_choices(args.dev, args.encoding), args.shots)
-    generators = {path: load_text_generator(path, args.device, True, adapter=args.lora) for path in args.model}
+    rest = args.device, True, [], args.lora, args.weights
+    generators = {path: load_text_generator(path, *rest) for path in args.model}
     results, records = [], []
     for path, generator in generators.items():
         texts = (question.ask(by_letter=True) for question in questions)
@@ -370,6 +375,7 @@ def make_parser() -> Parser:
     parser.add_argument("--runs", nargs="+", metavar="LOG", help="logs of train.py: mean and spread of their losses")
     parser.add_argument("-m", "--model", nargs="+", metavar="FILE", help="checkpoints; further ones against the first")
     parser.add_argument("--lora", metavar="FILE", help="evaluate the model with this adapter")
+    parser.add_argument("--weights", choices=KINDS, help="evaluate them rounded to fewer bytes [float32]")
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
     parser.add_argument("--fields", metavar="OURS=NAME", nargs="+", help="other names of fields: question=Q")
     parser.add_argument("--encoding", metavar="NAME", default="utf-8", help="of the file: gbk, utf-16 [utf-8]")
@@ -404,16 +410,16 @@ class Mode(NamedTuple):
 
 OF_TEXT = {"output": None, "stride": None, "factor": 1.0, "scaling": [], "windows": None, "plain_text": False}
 MODES = {
-    "text": Mode("a text", "checkpoint/pretrain.pt", OF_TEXT | {"lora": "", "fields": []}),
+    "text": Mode("a text", "checkpoint/pretrain.pt", OF_TEXT | {"lora": "", "fields": [], "weights": "float32"}),
     "questions": Mode(
         "--questions FILE",
         "checkpoint/sft.pt",
-        {"limit": None, "show": 5, "copied": None, "out": None, "lora": "", "fields": []},
+        {"limit": None, "show": 5, "copied": None, "out": None, "lora": "", "fields": [], "weights": "float32"},
     ),
     "choices": Mode(
         "--choices FILE",
         "checkpoint/pretrain.pt",
-        {"limit": None, "shots": 0, "dev": None, "chat": False, "out": None, "lora": ""},
+        {"limit": None, "shots": 0, "dev": None, "chat": False, "out": None, "lora": "", "weights": "float32"},
     ),
     "runs": Mode("--runs LOG", "", {}),
 }

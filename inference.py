@@ -4,6 +4,7 @@ python inference.py -m checkpoint/pretrain.pt -p "Once upon a time"     continue
 python inference.py -i -m checkpoint/sft.pt                             a conversation; /help lists its commands
 python inference.py -i -m checkpoint/sft.pt -p "你好" -t 0              one answer, on standard output alone
 cat questions.txt | python inference.py -i -m checkpoint/sft.pt         one answer for every line; --encoding gbk
+python inference.py -i -m checkpoint/sft.pt --draft lookup --profile    guesses tokens: the same answers, sooner
 python inference.py -m checkpoint/pretrain.pt --lora A.pt --merge B.pt  one checkpoint of a model and its adapter
 """
 
@@ -67,6 +68,9 @@ def print_answer(
             f"{len(drawn)} tokens, {(len(drawn) - n_first) / max(end - first, 1e-9):.1f} tokens/s after the first, "
             f"first after {1000 * (first - began):.0f} ms"
         )
+        if drafter := generator.drafter:
+            rate, share = len(drawn) / max(1, drafter.n_passes), drafter.n_right / max(1, drafter.n_guesses)
+            tell(f"{rate:.2f} tokens a pass; {share:.0%} of {drafter.n_guesses} guesses were right")
     return "".join(pieces)
 
 
@@ -233,6 +237,7 @@ def make_parser() -> Parser:
     parser.add_argument("--weights", choices=kinds, default="float32", help="rounded to fewer bytes; auto: the fastest")
     switch = {"metavar": "true|false", "choices": BOOLEANS, "nargs": "?", "const": "true", "default": "false"}
     parser.add_argument("--compile", **switch, help="compile the step of a token in the background [%(default)s]")
+    parser.add_argument("--draft", metavar="lookup|FILE", default="", help="guess tokens: by look-up, a small model")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="also end at this; may be repeated")
     parser.add_argument("--encoding", metavar="NAME", default="utf-8", help="of standard input: gbk, utf-16 [utf-8]")
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
@@ -256,6 +261,10 @@ def check_arguments(parser: Parser, args: Namespace) -> GenerationConfig:
         (args.system and not args.instruct, "--system is part of a conversation: add -i"),
         (args.num_samples > 1 and args.prompt is None, "--num_samples is for one prompt: add -p"),
         (args.num_samples < 1, f"--num_samples must be at least 1, got {args.num_samples}"),
+        (
+            args.draft and BOOLEANS[args.compile],
+            "--compile is for passes of one token, --draft for more: leave one out",
+        ),
         ("" in args.stop, "--stop must not be empty"),
         ("encoding" in not_default and not is_pipe, "--encoding is for questions from a pipe: leave it out"),
     ]
@@ -280,7 +289,8 @@ def main() -> None:
         merge(args.model, args.lora, args.merge)
         return
     generator = load_text_generator(
-        *(args.model, args.device, args.instruct, args.stop, args.lora, args.weights), BOOLEANS[args.compile]
+        *(args.model, args.device, args.instruct, args.stop, args.lora, args.weights),
+        *(BOOLEANS[args.compile], args.draft),
     )
     if generator.step and args.prompt is not None:  # a conversation begins at once, and is faster when that is done
         generator.step.thread.join()

@@ -181,10 +181,13 @@ class Attention(nn.Module):
         if isinstance(mask, BlockMask):
             y = flex_attention(q, k, v, block_mask=mask, enable_gqa=is_grouped)
         else:
+            if is_grouped and T == 1 and not is_causal:  # a group's queries as rows: they see the same keys
+                q, is_grouped = q.reshape(B, config.n_kv_head, -1, config.head_dim), False
             if is_grouped and not takes_groups(q, mask):
                 k, v = (t.repeat_interleave(config.n_head // config.n_kv_head, dim=1) for t in (k, v))
                 is_grouped = False
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=is_grouped)
+            y = y.reshape(B, config.n_head, T, config.head_dim)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, n_head, T, head_dim) -> heads side by side again
         return self.residual_dropout(self.out(y))
 

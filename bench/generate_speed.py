@@ -5,6 +5,7 @@
     python bench/generate_speed.py --weights float32 bfloat16 int8      weights in fewer bytes
     python bench/generate_speed.py --weights float32 int8 --compile     and one sequence by a compiled step as well
     python bench/generate_speed.py --weights float32 int8 --beside llama.cpp      the same weights there (xllamacpp)
+    python bench/generate_speed.py checkpoint/smollm2.pt --batch_size 1 --tokens 24     a checkpoint of yours
 
 Autoregressive decoding of one sequence is bound by memory bandwidth: every token reads all weights once, so the limit
 in tokens per second is bandwidth / bytes of weights. The bandwidth is measured with a matrix-vector product.
@@ -21,11 +22,12 @@ import urllib.request
 import torch
 from measuring import device_name, memory_bandwidth, show, synchronise
 
-from base.configuration import UserError, run_main
+from base.configuration import run_main
 from base.devices import find_device, find_dtype
 from layers.compiled_step import CompiledStep
 from model import GPT, ModelConfig
 from text.tokenizer import SPECIAL_TOKENS, CharTokenizer
+from weights.checkpointing import load_checkpoint, load_model
 from weights.gguf import write_gguf
 from weights.quantise import KINDS, with_weights
 
@@ -36,6 +38,15 @@ SHAPES = {  # n_layer, n_head, n_embd, block_size, vocab_size
 
 
 LLAMA_CPP_TYPES = {"": "float32", "float32": "float32", "bfloat16": "bfloat16", "int8": "q8_0"}
+
+
+def make_model(name: str) -> GPT:
+    """A model of one of SHAPES with random weights, or that of a checkpoint."""
+    if name not in SHAPES:
+        return load_model(load_checkpoint(name), name)
+    n_layer, n_head, n_embd, block_size, vocab_size = SHAPES[name]
+    shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": block_size}
+    return GPT(ModelConfig(**shape, vocab_size=vocab_size))
 
 
 def speed(model: GPT, batch_size: int, n_tokens: int, use_cache: bool, step: CompiledStep | None = None) -> float:
@@ -78,25 +89,24 @@ def llama_cpp_speed(model: GPT, type_name: str, n_tokens: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shapes", nargs="*", metavar="MODEL", help=f"{', '.join(SHAPES)} [those that fit the device]")
+    names = f"{', '.join(SHAPES)} [those that fit the device], or a checkpoint"
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=names)
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 32], help="sequences at a time [1 32]")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to generate per sequence")
     parser.add_argument("--weights", nargs="+", choices=KINDS, help="round them [as they are]")
     parser.add_argument("--compile", action="store_true", help="also measure a compiled step")
     parser.add_argument("--beside", choices=["llama.cpp"], help="also measure this program, with the same weights")
     args = parser.parse_args()
-    if unknown := set(args.shapes) - SHAPES.keys():
-        raise UserError(f"no model named {', '.join(unknown)}: there are {', '.join(SHAPES)}")
     device = find_device("auto")
     dtype = torch.float32 if device.type == "cpu" else find_dtype("auto", device)
     bandwidth = memory_bandwidth(device, dtype)
     rows = [("model, batch size", "KV cache", "tokens/s", "bandwidth limit, batch 1", "of the limit")]
     results = {"bandwidth_gb_per_s": bandwidth / 1e9, "dtype": str(dtype)}
-    for name in args.shapes or ["10M", *(["124M"] if device.type == "cuda" else [])]:
-        n_layer, n_head, n_embd, block_size, vocab_size = SHAPES[name]
-        shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": block_size}
-        exact = GPT(ModelConfig(**shape, vocab_size=vocab_size)).to(device, dtype).eval()
+    for name in args.models or ["10M", *(["124M"] if device.type == "cuda" else [])]:
+        exact = make_model(name).to(device, dtype).eval()
+        block_size = exact.config.block_size
         limit = bandwidth / (exact.parameter_count() * dtype.itemsize)
-        for kind, batch_size in itertools.product(args.weights or [""], (1, 32)):
+        for kind, batch_size in itertools.product(args.weights or [""], args.batch_size):
             model = with_weights(copy.deepcopy(exact), kind)[0] if kind else exact
             what = f"{name}, {kind}" if kind else name
             for use_cache in (True, False):

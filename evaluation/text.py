@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from evaluation.statistics import ratio
+from layers.head import Head
 from model import GPT
 from text.corpus import BadLines, documents
 from text.formats import Source
@@ -74,7 +75,8 @@ def losses_of(model: GPT, ids: np.ndarray, starts: np.ndarray, length: int, batc
         rows = np.stack([ids[start : start + length + 1] for start in starts[first : first + batch_size]])
         windows = torch.from_numpy(rows.astype(np.int64)).to(device)  # (B, length + 1)
         idx, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-        _, losses = model(idx, targets, reduction="none", with_logits=False)  # (B, length)
+        is_rounded = not isinstance(model.lm_head, Head)  # to integers: it computes logits alone
+        _, losses = model(idx, targets, reduction="none", with_logits=is_rounded)  # (B, length)
         yield from losses.cpu().double().numpy()
 
 

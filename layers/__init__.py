@@ -9,4 +9,5 @@ masks           attention masks: causal, sliding window, block-diagonal for pack
 norm            RMSNorm, LayerNorm
 rope            rotary position embeddings
 sampling        temperature, top-k, nucleus sampling
+speculative     speculative decoding: several tokens from one pass
 """

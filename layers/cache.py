@@ -18,6 +18,14 @@ import torch
 from layers.masks import is_visible
 
 
+def keep_newest(context: torch.Tensor, block_size: int) -> torch.Tensor:
+    """The newest three quarters of a full window, of a context (B, T): what generation goes on with.
+
+    Cached keys carry their old positions, so these tokens are read again, from position 0.
+    """
+    return context[:, -max(1, block_size - block_size // 4) :]
+
+
 class KVCache:
     """Keys and values of the tokens seen so far, of every layer and row.
 
@@ -25,9 +33,13 @@ class KVCache:
     Rows are freed by lengths[row] = 0; cache[i:j] is a cache of these rows that shares their memory.
     """
 
-    def __init__(self, config, n_rows: int, device: torch.device, dtype: torch.dtype) -> None:
-        """config: a ModelConfig (windows, n_kv_head, block_size, head_dim)."""
-        self.block_size = config.block_size
+    def __init__(self, config, n_rows: int, device: torch.device, dtype: torch.dtype, spare: int = 0) -> None:
+        """config: a ModelConfig (windows, n_kv_head, block_size, head_dim).
+
+        spare: the newest tokens that may be taken back, by lengths -= n. What they overwrite in a ring is lost, so the
+        ring has as many places more, and loses only what nobody sees any more.
+        """
+        self.block_size, self.spare = config.block_size, spare
         shapes = [(n_rows, config.n_kv_head, self.n_places(window), config.head_dim) for window in config.windows]
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
@@ -35,12 +47,21 @@ class KVCache:
 
     def n_places(self, window: int) -> int:
         """Tokens of a row that a layer with this window has room for; window 0: full attention."""
-        return min(window or self.block_size, self.block_size)
+        return min(window + self.spare if window else self.block_size, self.block_size)
 
     def __getitem__(self, rows: slice) -> "KVCache":
         part = object.__new__(KVCache)
-        part.block_size, part.lengths = self.block_size, self.lengths[rows]
+        part.block_size, part.spare, part.lengths = self.block_size, self.spare, self.lengths[rows]
         part.keys, part.values = ([layer[rows] for layer in layers] for layers in (self.keys, self.values))
+        return part
+
+    def first(self, n: int) -> "KVCache":
+        """The same cache for texts of at most n tokens: no layer has more places; they share their memory."""
+        if n == self.block_size:
+            return self
+        part = self[:]
+        part.block_size = n
+        part.keys, part.values = ([layer[:, :, :n] for layer in layers] for layers in (self.keys, self.values))
         return part
 
     def begin(self, T: int) -> torch.Tensor | slice:
@@ -58,7 +79,9 @@ class KVCache:
         None where they are all, or all up to the new token itself.
         """
         T, n_places = self.T, self.n_places(window)
-        if self.is_even and (T == 1 or (self.longest == 0 and n_places >= T)):
+        n_seen = min(window or self.block_size, self.block_size)  # by a token, itself included
+        sees_all = T == 1 and min(self.longest + 1, n_places) <= n_seen
+        if self.is_even and (sees_all or (self.longest == 0 and n_seen >= T)):
             return None
         place = torch.arange(min(self.longest + T, n_places), device=self.positions.device)
         if self.are_joined(T, n_places):  # what lay in the ring before, then the new tokens
@@ -106,7 +129,7 @@ class StaticCache(KVCache):
 
     def __init__(self, cache: KVCache, positions: torch.Tensor) -> None:
         """positions (B, 1): those of the new tokens; cache.lengths is neither read nor advanced."""
-        self.block_size, self.keys, self.values = cache.block_size, cache.keys, cache.values
+        self.block_size, self.spare, self.keys, self.values = cache.block_size, cache.spare, cache.keys, cache.values
         self.T, self.positions, self.longest, self.is_even = 1, positions, cache.block_size - 1, False
 
     def begin(self, T: int) -> torch.Tensor:

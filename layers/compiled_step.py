@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from layers.cache import KVCache, StaticCache
 from layers.head import Head
 
+MOST_TOKENS = 1024  # on a CPU a longer text goes on uncompiled: all places are read for every token, used or not
+
 
 class OneRowLinear(nn.Linear):
     """A linear layer that is compiled to a loop of its own where it has one row; the same weights, the same layer."""
@@ -39,13 +41,15 @@ class CompiledStep:
 
     def __init__(self, model: nn.Module) -> None:
         """model: a GPT in eval mode, for inference from now on. Begins to compile in the background."""
-        self.model, self.is_ready = model, False
+        self.model, self.is_ready, self.n_tokens = model, False, model.config.block_size
         torch.compiler.reset()  # forget what was compiled before: a function is compiled so often, then no more
         for parent in list(model.modules()):
             for name, layer in list(parent.named_children()):
                 if type(layer) in (nn.Linear, Head):
                     setattr(parent, name, OneRowLinear(layer))
         weight = model.token_embedding.weight
+        if weight.device.type == "cpu":
+            self.n_tokens = min(self.n_tokens, MOST_TOKENS)
         # CUDA graphs replay a whole step at once, where it is the launching of kernels that takes the time
         options = {"mode": "reduce-overhead"} if weight.device.type == "cuda" else {}
         self.compiled = torch.compile(self.forward, fullgraph=True, dynamic=False, **options)
@@ -71,11 +75,12 @@ class CompiledStep:
 
     def __call__(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Logits (1, vocab_size) after tokens (1, 1), which follow those in the cache."""
-        if self.is_ready:
+        if self.is_ready and cache.lengths[0] < self.n_tokens:
             return self.run(tokens, cache)
         return self.model.lm_head(self.model.hidden(tokens, cache)[:, -1])
 
     def run(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        cache = cache.first(self.n_tokens)
         for places in (*cache.keys, *cache.values):  # else no CUDA graph is recorded, as the step writes there
             torch._dynamo.mark_static_address(places)
         positions = torch.tensor(cache.lengths, device=tokens.device)[:, None]

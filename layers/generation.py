@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 from base.configuration import UserError
-from layers.cache import KVCache
+from layers.cache import KVCache, keep_newest
 from layers.sampling import check_sampling, check_token_ids, sample
+from layers.speculative import Drafter, generate_speculatively
 
 
 def generate(
@@ -24,6 +25,7 @@ def generate(
     seed: int | None = None,
     use_cache: bool = True,
     step: Callable[[torch.Tensor, KVCache], torch.Tensor] | None = None,
+    drafter: Drafter | None = None,
 ) -> Iterator[torch.Tensor]:
     """Continue token ids (B, T >= 1): yields one (B,) tensor of tokens a step.
 
@@ -31,6 +33,7 @@ def generate(
     Past the context window: when it is full, the newest three quarters of its tokens are kept, read again from
     position 0, and generation goes on; of a longer prompt the newest block_size tokens are read, with a warning.
     step: computes logits (1, vocab_size) from one token (1, 1) and the cache in another way, such as a CompiledStep.
+    drafter: guesses tokens, for one sequence: the same tokens from fewer passes (layers/speculative.py).
     """
     if not model.config.is_causal:
         raise UserError("generate() needs causal attention; a model with is_causal: false answers by predict()")
@@ -43,10 +46,14 @@ def generate(
             f"the prompt has {idx.size(1)} tokens; the model reads the newest {model.config.block_size}",
             stacklevel=2,
         )
+    if drafter is not None and (idx.size(0) > 1 or step is not None or not use_cache):
+        raise UserError("a drafter guesses for one sequence, with a cache and without a compiled step")
     generator = torch.Generator(device=idx.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
     settings = temperature, top_k, top_p, min_p, repetition_penalty
     draw = lambda logits, context: sample(logits, context, generator, *settings)  # noqa: E731
+    if drafter is not None:
+        return generate_speculatively(model, idx, max_new_tokens, draw, generator, drafter, stop_tokens)
     return generate_tokens(model, idx, max_new_tokens, draw, stop_tokens, use_cache, step)
 
 
@@ -87,7 +94,7 @@ def generate_tokens(
             return
         context = torch.cat((context, tokens[:, None]), dim=1)
         unread = context[:, -1:]
-        if context.size(1) > block_size:  # cached keys carry their old positions: read what is kept from 0 again
-            context = unread = context[:, -max(1, block_size - block_size // 4) :]
+        if context.size(1) > block_size:
+            context = unread = keep_newest(context, block_size)
             if use_cache:
                 cache.lengths[:] = 0

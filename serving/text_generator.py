@@ -18,6 +18,7 @@ import torch
 from base.configuration import Config, UserError, option
 from base.devices import find_device
 from layers.compiled_step import CompiledStep
+from layers.speculative import Drafter, DraftModel, PromptLookup
 from model import GPT
 from text.tokenizer import SPECIAL_TOKENS, UNKNOWN, Messages, Tokenizer, normalise
 from weights import lora, quantise
@@ -57,6 +58,7 @@ class TextGenerator:
     adapter: tuple[dict[str, Any], str] | None = None  # the LoRA checkpoint in use, and its path
     weights: str = "float32"  # what the model's matrices are: a key of quantise.KINDS
     step: CompiledStep | None = None  # a compiled step of one token
+    drafter: Drafter | None = None  # guesses tokens: the same answers from fewer passes
 
     def prompt_ids(self, prompt: str, history: Messages = (), max_length: int | None = None) -> list[int]:
         """Token ids (T,) to continue, fewer than max_length (None: the model's window); raises UserError.
@@ -128,6 +130,7 @@ class TextGenerator:
             stop_tokens=self.tokenizer.stop_tokens,
             seed=config.seed,
             step=self.step,
+            drafter=self.drafter,
         )
 
         drawn = [] if drawn is None else drawn
@@ -229,12 +232,13 @@ def load_text_generator(
     adapter: str = "",
     weights: str = "float32",
     compile: bool = False,
+    draft: str = "",
 ) -> TextGenerator:
     """Model and tokenizer of a checkpoint on a device, with a LoRA adapter if one is named; raises UserError.
 
     instruct: whether prompts are questions; None: if the model or its adapter was taught to answer.
     weights: what the matrices are rounded to, one of quantise.KINDS, or "auto" for the fastest; an adapter is merged
-    into them before. compile: begin to compile the step of a token.
+    into them before. compile: begin to compile the step of a token. draft: what guesses tokens, as for load_drafter.
     """
     checkpoint = load_full_checkpoint(path)
     tokenizer = load_checkpoint_tokenizer(checkpoint, path)
@@ -258,4 +262,20 @@ def load_text_generator(
             generator.model, generator.weights = rounded, kind
     if compile:
         generator.step = CompiledStep(generator.model)
+    if draft:
+        generator.drafter = load_drafter(draft, generator)
     return generator
+
+
+def load_drafter(name: str, generator: TextGenerator) -> Drafter:
+    """What guesses tokens for a generator's model: "lookup", or the checkpoint of a draft model; raises UserError."""
+    if name == "lookup":
+        return PromptLookup()
+    checkpoint = load_full_checkpoint(name)
+    if load_checkpoint_tokenizer(checkpoint, name).fingerprint() != generator.tokenizer.fingerprint():
+        raise UserError(f"{name}: made with another tokenizer than the model, whose tokens it cannot guess")
+    draft = load_model(checkpoint, name).to(generator.device).eval()
+    try:
+        return DraftModel(draft, generator.model)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None

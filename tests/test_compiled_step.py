@@ -56,6 +56,20 @@ def test_the_same_logits_as_in_one_pass_beyond_the_context_window(traced, shape,
         torch.testing.assert_close(logits[0], whole[length], rtol=1e-4, atol=1e-4 if kind == "float32" else 0.1)
 
 
+@pytest.mark.parametrize("windows", [[], [6, 14]])
+def test_a_long_window_is_read_in_part_and_beyond_that_uncompiled(traced, monkeypatch, windows):
+    monkeypatch.setattr(compiled_step, "MOST_TOKENS", 10)
+    model = make_model(50, block_size=24, attention_window=windows)
+    step, places, compiled = make_step(model), [], []
+    run, forward = step.run, step.compiled
+    step.run = lambda tokens, cache: compiled.append(int(cache.lengths[0])) or run(tokens, cache)
+    step.compiled = lambda *inputs: places.extend(keys.size(2) for keys in inputs[2].keys) or forward(*inputs)
+    idx = torch.randint(50, (1, 5))
+    answers = [torch.stack(list(model.generate(idx, 60, temperature=0.0, step=s))) for s in (step, None)]
+    assert torch.equal(*answers)
+    assert compiled == [5, 6, 7, 8, 9] and max(places) == 10
+
+
 def test_in_cpp_and_from_a_thread():
     if not shutil.which("g++") and not shutil.which("c++"):
         pytest.skip("needs a C++ compiler")

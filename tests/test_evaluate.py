@@ -387,6 +387,23 @@ def test_the_table_has_what_was_computed_by_hand_in_ranges(call, work):
     assert found == pytest.approx(np.exp(np.reshape(losses, (8, 4)).mean(1)).tolist(), abs=0.006)
 
 
+def test_rounded_weights_are_what_is_judged(call, work):
+    """A row with one large entry, of a token that does not occur, so that what is left of the others shows."""
+    log_p = np.full((8, 8), -20.0)
+    log_p[6:, 6:] = np.log([[0.6, 0.4], [0.3, 0.7]])
+    log_p[0, 6:] = -200
+    save_rigged(work / "m.pt", bigram_model(log_p, block_size=32), CharTokenizer("ab"))
+    text = ("aaabbb" + "aabb" * 7)[:33]
+    (work / "t.txt").write_text(text, encoding="utf-8")
+    scale = np.abs(log_p).max(0) / 127  # of an output, over its inputs
+    for flags, table in (([], log_p), (["--weights", "int8"], np.round(log_p / scale) * scale)):
+        p = np.exp(table[6:, 6:]) / np.exp(table[6:]).sum(1, keepdims=True)
+        losses = [-np.log(p["ab".index(text[i]), "ab".index(text[i + 1])]) for i in range(32)]
+        line = call("evaluate.py", "t.txt", "-m", "m.pt", "--windows", "1", *flags).out.splitlines()[-1]
+        assert float(re.search(r"loss ([\d.]+)", line)[1]) == pytest.approx(np.mean(losses), abs=0.006)
+    assert np.mean(losses) > 0.8  # exact: 0.63
+
+
 def test_models_with_other_windows_are_judged_on_every_token(call, work):
     tokenizer, rng = CharTokenizer("abc"), np.random.default_rng(5)
     p, q = (np.array([1e-9] * 6 + three) / sum(three) for three in ([0.6, 0.3, 0.1], [0.3, 0.4, 0.3]))
