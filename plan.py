@@ -39,6 +39,7 @@ from training.setup import read_configs
 
 SHARE, LONGEST = 0.1, 15 * 60  # of the time, and seconds at most, that planning takes
 WRITING = 2  # seconds of that for the table and the picture
+WEIGHTS_PER_TOKEN = 2  # of the text, at most: larger networks learn it by heart, of which the law knows nothing
 SHOWN_MINUTES = (3, 10, 30, 120, 480)
 
 
@@ -122,7 +123,8 @@ def candidates(law: Law, machine: Machine, text: Text, minutes: float, unique: f
     unique, shapes = unique or text.unique, []
     for shape in (Shape(n_embd, window) for n_embd in DEPTHS for window in WINDOWS):
         tokens = 60 * minutes * machine.tokens_per_s(shape)
-        if text.unique >= 10 * shape.window and tokens >= 10 * tokens_per_step(tokens):
+        is_long_enough = text.unique >= 10 * shape.window and tokens >= 10 * tokens_per_step(tokens)
+        if is_long_enough and shape.n_weights <= max(100e3, WEIGHTS_PER_TOKEN * text.unique):
             shapes.append((shape, tokens))
     if not shapes:
         raise UserError(f"{text.train}: {minutes:g} minutes are too short here for any plan, or the text is")

@@ -13,6 +13,7 @@ other texts say beforehand about where every coefficient lies (its mean and cova
 prior, fitted by expectation maximisation), and a few short runs on the text at hand are enough.
 """
 
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -70,6 +71,10 @@ class Prior:
     mean: np.ndarray  # (10,)
     covariance: np.ndarray  # (10, 10)
 
+    @functools.cached_property
+    def precision(self) -> np.ndarray:
+        return np.linalg.inv(self.covariance)
+
     @classmethod
     def of_texts(cls, texts: dict[str, np.ndarray], iterations: int = 12) -> "Prior":
         """From runs (n, 5) on each of several texts: alternately every text's law, and their mean and covariance.
@@ -91,18 +96,17 @@ def log_posterior(theta: np.ndarray, runs: np.ndarray, prior: Prior) -> np.ndarr
     """Up to a constant, for coefficients theta (..., 10): residuals and what departs from the prior, over variances."""
     residuals, away = np.log(runs[:, 4]) - log_loss(theta, runs), theta - prior.mean
     misfit = (residuals**2).sum(-1) / NOISE**2
-    return -0.5 * (misfit + ((away @ np.linalg.inv(prior.covariance)) * away).sum(-1))
+    return -0.5 * (misfit + ((away @ prior.precision) * away).sum(-1))
 
 
 def most_likely(runs: np.ndarray, prior: Prior) -> tuple[np.ndarray, np.ndarray]:
     """The coefficients of the highest posterior, by Levenberg and Marquardt's method, and Laplace's covariance."""
-    precision = np.linalg.inv(prior.covariance)
     theta, damping = prior.mean, 1e-3
     best = log_posterior(theta, runs, prior)
     while damping < 1e12:
         J, residuals = jacobian(theta, runs), np.log(runs[:, 4]) - log_loss(theta, runs)
-        hessian = J.T @ J / NOISE**2 + precision
-        gradient = J.T @ residuals / NOISE**2 - precision @ (theta - prior.mean)
+        hessian = J.T @ J / NOISE**2 + prior.precision
+        gradient = J.T @ residuals / NOISE**2 - prior.precision @ (theta - prior.mean)
         step = np.linalg.solve(hessian + damping * np.diag(np.diag(hessian)), gradient)
         there = theta + np.clip(step, -0.5, 0.5)
         gain = log_posterior(there, runs, prior) - best
@@ -131,13 +135,12 @@ class Law:
         root = np.linalg.cholesky(covariance)
         chains, kept = theta + generator.standard_normal((200, len(NAMES))) @ root.T, []
         height = log_posterior(chains, runs, prior)
-        for i in range(600):
-            # a step's best length in d dimensions: Roberts, Gelman & Gilks 1997
-            there = chains + 2.38 / math.sqrt(len(NAMES)) * generator.standard_normal((200, len(NAMES))) @ root.T
+        for i in range(2000):
+            there = chains + 1.2 / math.sqrt(len(NAMES)) * generator.standard_normal((200, len(NAMES))) @ root.T
             its_height = log_posterior(there, runs, prior)
             accepted = np.log(generator.random(200)) < its_height - height
             chains[accepted], height[accepted] = there[accepted], its_height[accepted]
-            if i >= 200 and i % 80 == 0:
+            if i >= 500 and i % 300 == 0:  # a quarter of the steps is accepted, so these are new
                 kept.append(chains.copy())
         return cls(np.concatenate(kept))
 

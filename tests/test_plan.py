@@ -60,12 +60,12 @@ def test_enough_runs_determine_the_law_whatever_the_prior():
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
-    """A prior from five texts; then 60 texts with three short runs each, and one run twenty times as long."""
+    """A prior from five texts; then 40 texts with three short runs each, and one run twenty times as long."""
     generator = np.random.default_rng(1)
     draw = lambda: FIRST_GUESS + SPREAD * generator.standard_normal(10)  # noqa: E731
     prior = Prior.of_texts({str(i): simulated_runs(draw(), generator) for i in range(5)}, iterations=10)
     inside, errors = 0, []
-    for _ in range(60):
+    for _ in range(40):
         theta = draw()
         shapes = [(Shape(64, 128), 2e5), (Shape(64, 128), 6e4), (Shape(96, 128), 1.5e5)]
         runs = np.array([(s.n_weights, D, s.window, 2e6, math.nan) for s, D in shapes])
@@ -75,9 +75,9 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         truth *= math.exp(NOISE * generator.standard_normal())
         inside += low < truth < high
         errors.append(abs(middle / truth - 1))
-    assert 0.84 <= inside / 60 <= 0.99  # of intervals of 90%
+    assert 0.8 <= inside / 40 <= 0.99  # of intervals of 90%
     untouched = np.array(
-        [abs(np.exp(log_loss(prior.mean, plan)[0]) / np.exp(log_loss(draw(), plan)[0]) - 1) for _ in range(60)]
+        [abs(np.exp(log_loss(prior.mean, plan)[0]) / np.exp(log_loss(draw(), plan)[0]) - 1) for _ in range(40)]
     )
     assert np.median(errors) < 0.5 * np.median(untouched)  # the short runs are worth something
 
@@ -121,6 +121,8 @@ def test_a_recipe_reads_the_tokens_that_were_planned(tokens):
 @pytest.fixture
 def planned(prepared, call):
     """A folder with a plan of half a minute for its text."""
+    (prepared / "dataset" / "pretrain.txt").write_text(markov_text(60_000), encoding="utf-8")
+    assert call("data.py", "dataset/pretrain.txt", "--tokenizer", "char").status == 0
     result = call("plan.py", "dataset/pretrain_train.bin", "--minutes", "0.5")
     assert result.status == 0, result.err
     return prepared, result
