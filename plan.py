@@ -38,6 +38,7 @@ from training.run_log import print_table
 from training.setup import read_configs
 
 SHARE, LONGEST = 0.1, 15 * 60  # of the time, and seconds at most, that planning takes
+TRAINING = 0.94  # of the time is spent in steps; starting, evaluating and saving take the rest
 WRITING = 2  # seconds of that for the table and the picture
 WEIGHTS_PER_TOKEN = 2  # of the text, at most: larger networks learn it by heart, of which the law knows nothing
 SHOWN_MINUTES = (3, 10, 30, 120, 480)
@@ -122,7 +123,7 @@ def candidates(law: Law, machine: Machine, text: Text, minutes: float, unique: f
     """All shapes that text and time allow, best first. unique: tokens of the text, were it longer than it is."""
     unique, shapes = unique or text.unique, []
     for shape in (Shape(n_embd, window) for n_embd in DEPTHS for window in WINDOWS):
-        tokens = 60 * minutes * machine.tokens_per_s(shape)
+        tokens = 60 * minutes * TRAINING * machine.tokens_per_s(shape)
         is_long_enough = text.unique >= 10 * shape.window and tokens >= 10 * tokens_per_step(tokens)
         if is_long_enough and shape.n_weights <= max(100e3, WEIGHTS_PER_TOKEN * text.unique):
             shapes.append((shape, tokens))
@@ -179,7 +180,7 @@ def plan_fields(
     steps = values.pop("max_steps")
     return {
         **values,
-        **{name: value for name, value in fields.items() if name in ("device", "compile") and value != "auto"},
+        **{name: value for name, value in fields.items() if value != "auto"},
         **text.fields,
         "decay_over": "time",
         "max_minutes": round(best.minutes - overhead / 60, 3),
@@ -245,12 +246,12 @@ def draw_plan(output: Path, law: Law, machine: Machine, text: Text, chosen: Cand
     minutes = chosen.minutes * np.geomspace(1 / 50, 16, 60)
     for n_embd in [chosen.shape.n_embd, *widths[max(0, here - 2) : here], *widths[here + 1 : here + 3]]:
         shape = replace(chosen.shape, n_embd=n_embd)
-        tokens = 60 * minutes * machine.tokens_per_s(shape)
+        tokens = 60 * minutes * TRAINING * machine.tokens_per_s(shape)
         runs = np.array([(shape.n_weights, D, shape.window, text.unique, math.nan) for D in tokens])
         losses = text.baselines["unigram"] * law.predict(runs)
         name = f"{shape.n_layer} x {n_embd}: {amount(shape.n_weights)} weights"
         curves[name] = np.concatenate([minutes[:, None], losses], axis=1)
-    measured = [(p.tokens / machine.tokens_per_s(p.shape) / 60, p.loss) for p in probes]
+    measured = [(p.tokens / machine.tokens_per_s(p.shape) / TRAINING / 60, p.loss) for p in probes]
     draw(output, curves, chosen, measured, text.tokens_per_character / math.log(2))
 
 
@@ -293,7 +294,7 @@ def main() -> None:
     minutes = check_arguments(args)
     find_device(args.device)
     text = prepare_text(args)
-    clock = Clock(min(60 * minutes * SHARE, LONGEST))
+    clock = Clock(max(1.0, min(60 * minutes * SHARE, LONGEST) - start_up))
     prior = Prior.of_texts(read_runs())
     fields = {"device": args.device, "compile": "auto" if minutes >= 60 else "false", "eval_iters": 1}
     machine = measure_machine(text, fields, minutes, 0.4 * clock.seconds, clock)

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -27,7 +28,13 @@ class Clock:
 
     def __init__(self, seconds: float) -> None:
         self.began, self.seconds = time.perf_counter(), seconds
-        self.bar = tqdm(total=seconds, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s")
+        self.bar = tqdm(
+            total=seconds,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s",
+            desc="planning",
+            miniters=0,
+            mininterval=0.2 if sys.stderr.isatty() else 20,  # seconds, as of the bar of a training run
+        )
 
     def left(self) -> float:
         return self.began + self.seconds - time.perf_counter()
@@ -36,8 +43,7 @@ class Clock:
         """Show where the time stands, and what is being done."""
         if doing:
             self.bar.set_description_str(doing, refresh=False)
-        self.bar.n = min(self.seconds, self.seconds - self.left())
-        self.bar.refresh()
+        self.bar.update(min(self.seconds, self.seconds - self.left()) - self.bar.n)
 
 
 def make_run(fields: dict[str, Any], folder: str) -> Run:

@@ -136,6 +136,7 @@ def test_a_plan_is_a_config_that_trains_and_compares_itself_with_what_it_reached
     assert "to train it: python train.py -t plan" in result.out
     assert (work / "plan.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((work / "config" / "plan.json").read_text())
+    assert config["eval_iters"] == 1  # as the probes have it: losses of other samples cannot be compared
     assert config["decay_over"] == "time" and 0.25 < config["max_minutes"] <= 0.5
     assert [file.name for file in (work / "checkpoint").glob("*")] == []  # probes leave nothing behind
     trained = call("train.py", "-t", "plan", "--max_minutes", "0.02")
