@@ -26,13 +26,14 @@ def draw(
         if i == 0:
             axis.fill_between(minutes, low, high, color="C0", alpha=0.15, linewidth=0)
     if probes:
-        axis.plot(*zip(*probes, strict=True), "k.", label="probes: measured")
+        axis.plot(*zip(*probes, strict=True), "o", color="grey", markersize=4, label="probes: measured")
     error = [[plan.loss - plan.low], [plan.high - plan.loss]]
     axis.errorbar(
-        plan.minutes, plan.loss, error, fmt="o", color="C3", capsize=4, label="the plan, nine in ten", zorder=5
+        plan.minutes, plan.loss, error, fmt="o", color="black", capsize=4, label="the plan, nine in ten", zorder=5
     )
     axis.set(xscale="log", xlabel="minutes of training", ylabel="validation loss (nats per token)")
     axis.secondary_yaxis("right", functions=(lambda x: x * bits, lambda x: x / bits)).set_ylabel("bits per character")
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.grid(alpha=0.25, which="both")
     axis.legend()
     figure.savefig(output, dpi=120)
