@@ -13,7 +13,7 @@ plan takes the one whose loss the law says is lowest when the time is over. plan
 import argparse
 import json
 import math
-import statistics
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 import train
-from base.configuration import Parser, UserError, command_line, run_main
+from base.configuration import Parser, UserError, command_line, read_json, run_main
 from base.devices import find_device
 from base.files import atomic_write
 from planning.law import Law, Prior, read_runs
@@ -33,12 +33,10 @@ from planning.machine import Clock, Machine, fit_memory, make_run, measure_machi
 from planning.picture import draw
 from planning.recipe import DEPTHS, WINDOWS, Shape, recipe, tokens_per_step
 from planning.text import Text, open_text
-from training.engine import Engine
 from training.run_log import print_table
-from training.setup import read_configs
 
 SHARE, LONGEST = 0.1, 15 * 60  # of the time, and seconds at most, that planning takes
-TRAINING = 0.94  # of the time is spent in steps; starting, evaluating and saving take the rest
+KNOWN_EPOCHS = 10  # readings of a text; the law's runs have 6.5 at most
 WRITING = 2  # seconds of that for the table and the picture
 WEIGHTS_PER_TOKEN = 2  # of the text, at most: larger networks learn it by heart, of which the law knows nothing
 SHOWN_MINUTES = (3, 10, 30, 120, 480)
@@ -49,17 +47,19 @@ SHOWN_MINUTES = (3, 10, 30, 120, 480)
 
 def prepare_text(args: argparse.Namespace) -> Text:
     """The text that was named: prepared already, or prepared now, into dataset/ as by data.py."""
-    paths = [Path(name) for name in args.text]
-    if len(paths) == 1 and paths[0].suffix == ".bin":
+    if len(args.text) == 1 and args.text[0].endswith(".bin"):
         if args.vocab:
             raise UserError("command line: --vocab is for texts; this one has been prepared with a vocabulary")
-        return open_text(paths[0])
-    options = [] if args.vocab in ("", "char") else ["--tokenizer", "bpe", "--vocab_size", args.vocab]
-    options = ["--tokenizer", "char"] if args.vocab == "char" else options
-    job = subprocess.run([sys.executable, str(Path(__file__).with_name("data.py")), *args.text, *options])
+        return open_text(Path(args.text[0]))
+    path, kinds = Path("dataset/pretrain_train.bin"), {"": [], "char": ["--tokenizer", "char"]}
+    kind = kinds.get(args.vocab, ["--tokenizer", "bpe", "--vocab_size", args.vocab])
+    before = path.stat().st_mtime_ns if path.is_file() else None
+    job = subprocess.run([sys.executable, str(Path(__file__).with_name("data.py")), *args.text, *kind])
     if job.returncode:
         raise SystemExit(job.returncode)  # data.py has said why
-    return open_text(Path("dataset/pretrain_train.bin"))
+    if not path.is_file() or path.stat().st_mtime_ns == before:
+        raise UserError(f"{args.text[0]}: not running text, as data.py read it; plans are for pretraining")
+    return open_text(path)
 
 
 # ------------------------------------------------------------------------------------------------------ short runs
@@ -89,7 +89,6 @@ class Probe:
     tokens: int  # read in training
     loss: float  # validation, nats per token
     tokens_per_s: float
-    eval_seconds: float
 
 
 def probe(shape: Shape, fields: dict[str, Any], clock: Clock) -> Probe:
@@ -100,8 +99,8 @@ def probe(shape: Shape, fields: dict[str, Any], clock: Clock) -> Probe:
     if run.stopped:
         raise KeyboardInterrupt
     steps, (val,) = ([r for r in log.records if r["type"] == kind] for kind in ("train", "val"))
-    speed = statistics.median(r["tokens_per_s"] for r in steps[1:] or steps)
-    return Probe(shape, run.state.tokens, val["val_loss"], speed, val["eval_seconds"])
+    seconds = sum(r["ms_per_step"] for r in steps[1:]) / 1000  # the first step, which warms up, left out
+    return Probe(shape, run.state.tokens, val["val_loss"], (steps[-1]["tokens"] - steps[0]["tokens"]) / seconds)
 
 
 # ------------------------------------------------------------------------------------------------------ the choice
@@ -123,14 +122,17 @@ def candidates(law: Law, machine: Machine, text: Text, minutes: float, unique: f
     """All shapes that text and time allow, best first. unique: tokens of the text, were it longer than it is."""
     unique, shapes = unique or text.unique, []
     for shape in (Shape(n_embd, window) for n_embd in DEPTHS for window in WINDOWS):
-        tokens = 60 * minutes * TRAINING * machine.tokens_per_s(shape)
-        is_long_enough = text.unique >= 10 * shape.window and tokens >= 10 * tokens_per_step(tokens)
-        if is_long_enough and shape.n_weights <= max(100e3, WEIGHTS_PER_TOKEN * text.unique):
+        tokens = machine.seconds(minutes) * machine.tokens_per_s(shape)
+        is_long_enough = unique >= 10 * shape.window and tokens >= 10 * tokens_per_step(tokens)
+        if is_long_enough and shape.n_weights <= WEIGHTS_PER_TOKEN * unique:
             shapes.append((shape, tokens))
     if not shapes:
-        raise UserError(f"{text.train}: {minutes:g} minutes are too short here for any plan, or the text is")
+        least = Shape(min(DEPTHS), min(WINDOWS)).n_weights / WEIGHTS_PER_TOKEN
+        if unique < least:
+            raise UserError(f"{text.train}: {unique:,} tokens are too few to plan for; the least is {least:,.0f}")
+        raise UserError(f"command line: {minutes:g} minutes are too short here for the smallest network; give more")
     runs = np.array([(shape.n_weights, tokens, shape.window, unique, math.nan) for shape, tokens in shapes])
-    losses = text.baselines["unigram"] * law.predict(runs)
+    losses = text.baselines["unigram"] * np.minimum(1, law.predict(runs))  # no worse than single characters' shares
     found = [
         Candidate(shape, minutes, tokens, *loss) for (shape, tokens), loss in zip(shapes, losses.tolist(), strict=True)
     ]
@@ -166,15 +168,15 @@ def run_probes(
 def eval_iters(tokens: float, window: int) -> int:
     """Hundreds of validation samples per evaluation: of a plan's five evaluations each takes about 1% of its time.
 
-    (A forward pass is a third of a step.) So are the probes', as only losses of the same samples can be compared.
+    (A forward pass is a third of a step.) The probes have as many: only losses of the same samples can be compared.
     """
     return max(1, round(0.03 * tokens / window / 100))
 
 
 def plan_fields(
-    text: Text, best: Candidate, fields: dict[str, Any], overhead: float, prediction: str
+    text: Text, best: Candidate, fields: dict[str, Any], machine: Machine, prediction: str
 ) -> dict[str, Any]:
-    """The config of a plan. overhead: seconds before the first step and after the last that training cannot use."""
+    """The config of a plan."""
     micro_batch, _ = fit_memory(text, best.shape, fields, best.tokens)
     values = recipe(best.shape, best.tokens, micro_batch)
     steps = values.pop("max_steps")
@@ -183,7 +185,7 @@ def plan_fields(
         **{name: value for name, value in fields.items() if value != "auto"},
         **text.fields,
         "decay_over": "time",
-        "max_minutes": round(best.minutes - overhead / 60, 3),
+        "max_minutes": round(machine.limit(best.minutes) / 60, 3),
         "eval_interval": max(1, steps // 5),
         "log_interval": max(1, steps // 2000),
         "prediction": prediction,
@@ -207,8 +209,10 @@ def print_plans(text: Text, law: Law, machine: Machine, fields: dict[str, Any], 
     """The table: what each time would give, and what trivial models and compressors reach beside it."""
     bits = text.tokens_per_character / math.log(2)
     rows = [("time", "layers x width, window", "weights", "tokens (epochs)", "loss", "bits/character", "memory")]
+    any_beyond = False
     for minutes in sorted({*SHOWN_MINUTES, chosen.minutes}):
         best = chosen if minutes == chosen.minutes else candidates(law, machine, text, minutes)[0]
+        any_beyond |= best.tokens > KNOWN_EPOCHS * text.unique
         shape = best.shape
         _, memory = fit_memory(text, shape, fields, best.tokens)
         rows.append(
@@ -227,6 +231,8 @@ def print_plans(text: Text, law: Law, machine: Machine, fields: dict[str, Any], 
     if "lzma_bits_per_character" in text.baselines:
         lines.append(f"lzma {text.baselines['lzma_bits_per_character']:.2f}")
     print(f"beside it: {', '.join(lines)}; intervals: nine in ten")
+    if any_beyond:
+        print(f"more than {KNOWN_EPOCHS} epochs are beyond what the law was fitted to: trust those rows less")
 
 
 def advice_on_data(law: Law, machine: Machine, text: Text, chosen: Candidate) -> str:
@@ -236,22 +242,22 @@ def advice_on_data(law: Law, machine: Machine, text: Text, chosen: Candidate) ->
     gains = f"twice the time would give {longer:.3f}, twice the text {larger:.3f}"
     if larger < longer:
         return f"more text would help more than more time: {gains}"
-    return f"{gains}"
+    return gains
 
 
 def draw_plan(output: Path, law: Law, machine: Machine, text: Text, chosen: Candidate, probes: list[Probe]) -> None:
     """The loss over the time for the plan's size and those beside it."""
     widths, curves = [*DEPTHS], {}
     here = widths.index(chosen.shape.n_embd)
-    minutes = chosen.minutes * np.geomspace(1 / 50, 16, 60)
+    minutes = np.geomspace(max(chosen.minutes / 50, machine.start_up / 50), 16 * chosen.minutes, 60)
     for n_embd in [chosen.shape.n_embd, *widths[max(0, here - 2) : here], *widths[here + 1 : here + 3]]:
         shape = replace(chosen.shape, n_embd=n_embd)
-        tokens = 60 * minutes * TRAINING * machine.tokens_per_s(shape)
+        tokens = [machine.seconds(m) * machine.tokens_per_s(shape) for m in minutes]
         runs = np.array([(shape.n_weights, D, shape.window, text.unique, math.nan) for D in tokens])
         losses = text.baselines["unigram"] * law.predict(runs)
         name = f"{shape.n_layer} x {n_embd}: {amount(shape.n_weights)} weights"
         curves[name] = np.concatenate([minutes[:, None], losses], axis=1)
-    measured = [(p.tokens / machine.tokens_per_s(p.shape) / TRAINING / 60, p.loss) for p in probes]
+    measured = [(p.tokens / machine.tokens_per_s(p.shape) / machine.seconds(1), p.loss) for p in probes]
     draw(output, curves, chosen, measured, text.tokens_per_character / math.log(2))
 
 
@@ -274,7 +280,7 @@ def make_parser() -> Parser:
 
 
 def check_arguments(args: argparse.Namespace) -> float:
-    """The minutes of training; raises UserError."""
+    """The minutes of training; raises UserError, also where the config or the picture could not be written."""
     if (args.minutes is None) == (args.hours is None):
         raise UserError("command line: how long may training take? --minutes 30, or --hours 2")
     minutes = args.minutes if args.hours is None else 60 * args.hours
@@ -282,22 +288,33 @@ def check_arguments(args: argparse.Namespace) -> float:
         raise UserError(f"command line: {minutes:g} minutes: a plan is for half a minute to 30 days")
     if args.vocab not in ("", "char") and not (args.vocab.isdecimal() and int(args.vocab) >= 256):
         raise UserError(f"command line: --vocab must be char, or a vocabulary's size of at least 256, got {args.vocab}")
+    find_device(args.device)
     output = Path(args.output)
     if output.suffix != ".json":
         raise UserError(f"{output}: the config to write is a .json file")
+    if output.exists() and not (isinstance(values := read_json(output), dict) and "planned_for" in values):
+        raise UserError(f"{output}: not a plan's config; --output names another file")
+    for path in (output, picture_of(output)):
+        folder = next(place for place in (path.parent, *path.absolute().parents) if place.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK) or (path.exists() and not path.is_file()):
+            raise UserError(f"{path}: no file can be written there")
     return minutes
 
 
+def picture_of(output: Path) -> Path:
+    """Where the picture of a plan goes: into this folder."""
+    return Path(output.with_suffix(".png").name)
+
+
 def main() -> None:
-    start_up = min(10.0, time.process_time())  # seconds that importing took, which train.py will take, too
+    imported = min(10.0, time.process_time())  # seconds, which train.py will take, too
     args, _ = make_parser().parse()
-    minutes = check_arguments(args)
-    find_device(args.device)
+    minutes, output = check_arguments(args), Path(args.output)
     text = prepare_text(args)
-    clock = Clock(max(1.0, min(60 * minutes * SHARE, LONGEST) - start_up))
+    clock = Clock(max(1.0, min(60 * minutes * SHARE, LONGEST) - imported))
     prior = Prior.of_texts(read_runs())
     fields = {"device": args.device, "compile": "auto" if minutes >= 60 else "false", "eval_iters": 1}
-    machine = measure_machine(text, fields, minutes, 0.4 * clock.seconds, clock)
+    machine = measure_machine(text, fields, minutes, imported + 1, 0.4 * clock.seconds, clock)
     before = Law.fit(np.empty((0, 5)), prior)
     first = candidates(before, machine, text, minutes)[0]
     fields["eval_iters"] = eval_iters(first.tokens, first.shape.window)
@@ -307,22 +324,24 @@ def main() -> None:
     law = Law.fit(np.array(runs).reshape(-1, 5) / [1, 1, 1, 1, text.baselines["unigram"]], prior)
     chosen = candidates(law, machine, text, minutes)[0]
     print_plans(text, law, machine, fields, chosen)
+    if not probes:
+        print("there was no time for short runs on this text: the losses are what other texts let expect")
     print(advice_on_data(law, machine, text, chosen))
 
-    overhead = start_up + 1 + 0.01 * 60 * minutes
     prediction = f"predicted {chosen.loss:.3f} ({chosen.low:.3f} to {chosen.high:.3f}, {amount(chosen.tokens)} tokens)"
-    output, picture = Path(args.output), Path(args.output).with_suffix(".png").name
-    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.exists():  # an earlier plan
+        os.replace(output, f"{output}.bak")
     with atomic_write(output) as file:
-        file.write(json.dumps(plan_fields(text, chosen, fields, overhead, prediction), indent=2).encode())
-    draw_plan(Path(picture), law, machine, text, chosen, probes)
-    seconds = clock.seconds - clock.left()
-    print(f"{prediction}; planned in {seconds:.0f} s -> {output}, {picture}")
-    if args.run:
-        train.train_stage(read_configs(str(output), None, {}), Engine, ["-t", str(output)])
-    else:
-        name = "plan" if output == Path("config/plan.json") else str(output)
-        print(f"to train it: {command_line('train.py', '-t', name)}")
+        file.write(json.dumps(plan_fields(text, chosen, fields, machine, prediction), indent=2).encode())
+    draw_plan(picture_of(output), law, machine, text, chosen, probes)
+    print(f"{prediction}; planned in {clock.seconds - clock.left():.0f} s -> {output}, {picture_of(output)}")
+    command = ["-t", "plan" if output == Path("config/plan.json") else str(output)]
+    if not args.run:
+        print(f"to train it: {command_line('train.py', *command)}")
+        return
+    sys.stdout.flush()
+    script = str(Path(__file__).with_name("train.py"))
+    os.execv(sys.executable, [sys.executable, script, *command])  # takes this process's place, signals and all
 
 
 if __name__ == "__main__":

@@ -386,8 +386,9 @@ def train_with_log(run: Run, argv: list[str]) -> None:
         reached = reached if math.isfinite(state.best_val_loss) else "not evaluated yet"
         ended_by = "".join(f", {name} reached" for name in limits_reached(config, state))
         print(f"step {state.step:,}{ended_by}, {reached}; log: {log.path}")
-        if config.prediction:
-            print(f"{config.prediction}; reached {state.best_val_loss:.3f} ({state.tokens / 1e6:.3g}M tokens)")
+        if config.prediction and math.isfinite(state.best_val_loss):
+            early = ", stopped before its time" if run.stopped else ""
+            print(f"{config.prediction}; reached {state.best_val_loss:.3f} ({state.tokens / 1e6:.3g}M tokens{early})")
         print(f"to go on: {going_on(run, argv)}")
         if best in run.written:
             print(f"to try it: {run.source.next_command(best, run.adapter['base'] if run.adapter else '')}")

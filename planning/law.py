@@ -1,12 +1,14 @@
 """The scaling law: which validation loss a size reaches after so many tokens, and how sure that is.
 
-    law = Law.fit(runs, prior)                  # runs: short ones on the text at hand; prior: fit_prior(earlier runs)
-    mean, low, high = law.predict(n_weights, tokens, window, unique)
+    prior = Prior.of_texts(read_runs())         # what runs on other texts say of a text before it is seen
+    law = Law.fit(runs, prior)                  # runs (n, 5): short ones, on the text at hand
+    law.predict(further)                        # (n, 3): the median, and the interval of nine in ten
 
 Hoffmann et al. 2022 (arXiv:2203.15556, approach 3) write the loss of N weights after D tokens as E + A / N^alpha +
-B / D^beta: what no model can know of the text, what a small one cannot hold, what a short run does not find out. Two
-more things matter at our sizes. Tokens read again teach less than new ones: D counts as in Muennighoff et al. 2023
-(arXiv:2305.16264). And a short window hides what stands far before a token: C / W^gamma.
+B / D^beta: what no model can know of the text, what a small one cannot hold, what a short run does not find out. At our
+sizes three more things matter. Larger networks learn more from a token, and windows of W tokens teach the slower the
+longer they are: the third term is B W^epsilon / (D^beta N^delta). A short window hides what stands far before a token:
+C / W^gamma. And tokens read again teach less than new ones: D counts as in Muennighoff et al. 2023 (arXiv:2305.16264).
 
 All is written as a share of the text's unigram entropy, in which English, Chinese and code are much alike. So runs on
 other texts say beforehand about where every coefficient lies (its mean and covariance over texts: an empirical Bayes
@@ -126,28 +128,31 @@ class Law:
 
     @classmethod
     def fit(cls, runs: np.ndarray, prior: Prior) -> "Law":
-        """To runs (n, 5) of the text, by Metropolis' algorithm: 200 chains, started where Laplace's approximation says.
+        """To runs (n, 5) of the text, by 200 Markov chains that begin where Laplace's approximation says.
 
-        That approximation alone would be too sure of itself: how exponents and constants trade off is no ellipse.
+        That approximation alone would be too sure of itself: how exponents and constants trade off is no ellipse. A
+        chain's step is the difference of two other chains, which fits the posterior's shape as it is (differential
+        evolution, ter Braak 2006, doi:10.1007/s11222-006-8769-1); every tenth is a whole one, to leave a side valley.
         """
         generator = np.random.default_rng(0)
         theta, covariance = most_likely(runs, prior)
-        root = np.linalg.cholesky(covariance)
-        chains, kept = theta + generator.standard_normal((200, len(NAMES))) @ root.T, []
-        height = log_posterior(chains, runs, prior)
-        for i in range(2000):
-            there = chains + 1.2 / math.sqrt(len(NAMES)) * generator.standard_normal((200, len(NAMES))) @ root.T
+        chains = theta + generator.standard_normal((200, len(NAMES))) @ np.linalg.cholesky(covariance).T
+        height, kept = log_posterior(chains, runs, prior), []
+        for i in range(1, 2001):
+            one, other = (chains[generator.permutation(200)] for _ in range(2))
+            length = 1.0 if i % 10 == 0 else 2.38 / math.sqrt(2 * len(NAMES))
+            there = chains + length * (one - other) + 1e-4 * generator.standard_normal(chains.shape)
             its_height = log_posterior(there, runs, prior)
             accepted = np.log(generator.random(200)) < its_height - height
             chains[accepted], height[accepted] = there[accepted], its_height[accepted]
-            if i >= 500 and i % 300 == 0:  # a quarter of the steps is accepted, so these are new
+            if i > 500 and i % 300 == 0:
                 kept.append(chains.copy())
         return cls(np.concatenate(kept))
 
     def predict(self, runs: np.ndarray) -> np.ndarray:
         """Losses over the unigram entropy of runs (n, 5): the median, and the interval of nine in ten, (n, 3)."""
         drawn = log_loss(self.thetas, runs)
-        noise = NOISE * np.random.default_rng(0).standard_normal((len(drawn), 1))
+        noise = NOISE * np.random.default_rng(1).standard_normal((len(drawn), 1))
         return np.exp(np.quantile(drawn + noise, (0.5, 0.05, 0.95), axis=0)).T
 
 

@@ -20,6 +20,7 @@ from training.engine import Engine
 from training.memory import memory_estimate
 from training.setup import Run, RunConfig, build_run
 
+TRAINING = 0.95  # of the loop's time is spent in steps, the rest in evaluations (plan.eval_iters) and saves
 CPU_TOKENS, GPU_TOKENS = 4096, 32768  # of a micro-batch at most, where speed is measured
 
 
@@ -46,8 +47,15 @@ class Clock:
         self.bar.update(min(self.seconds, self.seconds - self.left()) - self.bar.n)
 
 
+class ProbeEngine(Engine):
+    """Of runs whose result is a number: nothing is saved."""
+
+    def save(self, path: Any, values: dict[str, Any]) -> None:
+        """What a checkpoint would hold is thrown away."""
+
+
 def make_run(fields: dict[str, Any], folder: str) -> Run:
-    """A run of model and training fields that leaves nothing behind but checkpoints in a folder."""
+    """A run of model and training fields that leaves nothing behind; folder: an empty one."""
     known = fields_of(TrainConfig)
     model = {name: value for name, value in fields.items() if name not in known}
     values = {name: value for name, value in fields.items() if name in known}
@@ -55,7 +63,7 @@ def make_run(fields: dict[str, Any], folder: str) -> Run:
     config = TrainConfig(
         **{"stage": "probe", "save_checkpoint_to": folder, "eval_interval": never, "save_interval": never, **values}
     )
-    return build_run(RunConfig(config, model, {}), Engine(config))
+    return build_run(RunConfig(config, model, {}), ProbeEngine(config))
 
 
 def measure_speed(shape: Shape, fields: dict[str, Any], seconds: float, clock: Clock) -> float:
@@ -81,6 +89,7 @@ class Machine:
     """Speeds measured so far, and what they say of shapes in between."""
 
     vocab_size: int
+    start_up: float  # seconds from the start of a script to its first step, and from its last evaluation to its end
     flops: dict[Shape, float]  # measured: FLOP/s in training
 
     def tokens_per_s(self, shape: Shape) -> float:
@@ -90,22 +99,33 @@ class Machine:
         rate = np.exp(np.interp(math.log(needed), *np.log(known).T))
         return float(rate / needed)
 
+    def seconds(self, minutes: float) -> float:
+        """What of that time is for steps: less the start, a last evaluation of 1%, and the others before it."""
+        return TRAINING * self.limit(minutes)
+
+    def limit(self, minutes: float) -> float:
+        """Seconds after which the loop should end, so that all ends in time."""
+        return 0.99 * 60 * minutes - self.start_up
+
     def add(self, shape: Shape, tokens_per_s: float) -> None:
         """A measurement; of the same width it takes the place of an earlier one."""
         self.flops = {s: rate for s, rate in self.flops.items() if s.n_embd != shape.n_embd}
         self.flops[shape] = tokens_per_s * shape.flops_per_token(self.vocab_size)
 
 
-def measure_machine(text: Text, fields: dict[str, Any], minutes: float, seconds: float, clock: Clock) -> Machine:
+def measure_machine(
+    text: Text, fields: dict[str, Any], minutes: float, start_up: float, seconds: float, clock: Clock
+) -> Machine:
     """Speeds of narrow networks, then of wider ones, as long as the time allows and such networks could be worth it."""
-    machine, window = Machine(text.vocab_size, {}), 128
+    machine, window = Machine(text.vocab_size, start_up, {}), 128
     end = clock.left() - seconds
-    limit = GPU_TOKENS if find_device(fields["device"]).type == "cuda" else CPU_TOKENS
+    is_gpu = find_device(fields["device"]).type == "cuda"
+    limit, compiles = GPU_TOKENS if is_gpu else CPU_TOKENS, is_gpu and fields["compile"] == "auto"
     for n_embd in (64, 128, 256, 512, 768, 1024):
         shape = Shape(n_embd, window)
         if machine.flops:
             speed = machine.tokens_per_s(shape)
-            takes = 6 * limit / speed
+            takes = 6 * limit / speed + 60 * compiles
             is_too_large = 60 * minutes * speed < 0.5 * shape.n_weights  # half a token per weight
             if is_too_large or clock.left() - takes < end:
                 break

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from base.files import atomic_write
+
 
 def draw(
     output: Path, curves: dict[str, np.ndarray], plan: Any, probes: list[tuple[float, float]], bits: float
@@ -36,5 +38,6 @@ def draw(
     axis.xaxis.set_major_formatter("{x:g}")
     axis.grid(alpha=0.25, which="both")
     axis.legend()
-    figure.savefig(output, dpi=120)
+    with atomic_write(output) as file:
+        figure.savefig(file, format="png", dpi=120)
     plt.close(figure)

@@ -1,6 +1,6 @@
 """What a size decides: one family of shapes, and rules for batch, steps and learning rates that hold along it.
 
-    shape = Shape(n_embd=128, n_layer=4, window=128)
+    shape = Shape(n_embd=128, window=128)
     recipe(shape, tokens=1_000_000)         # the fields of a config: model and training
 
 With everything else tied to the size of the network and the number of tokens that it reads, a plan has few numbers to

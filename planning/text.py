@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from base.configuration import UserError, command_line
-from text.token_files import read_header
+from text.token_files import TokenFile
 
 
 @dataclass
@@ -36,14 +36,15 @@ class Text:
 
 def open_text(path: Path) -> Text:
     """The text of a training file NAME_train.bin; raises UserError where it is none, or its other files are missing."""
-    val, tokenizer = path.with_name(path.name.replace("_train", "_val")), path.with_name("tokenizer.json")
     if not path.name.endswith("_train.bin"):
         raise UserError(f"{path}: plan.py takes a text, or the training file that data.py made of one: NAME_train.bin")
-    for file in (path, val, tokenizer):
-        if not file.is_file():
-            raise UserError(f"{file}: no such file; `{command_line('data.py')}` writes it")
-    header, val_header = read_header(path), read_header(val)
+    val, tokenizer = path.with_name(path.name.removesuffix("_train.bin") + "_val.bin"), path.with_name("tokenizer.json")
+    if not tokenizer.is_file():
+        raise UserError(f"{tokenizer}: no such file; `{command_line('data.py')}` writes it beside the token files")
+    header, val_header = (TokenFile(file, is_verified=False).header for file in (path, val))
     if header["n_samples"] is not None:
         raise UserError(f"{path}: questions and answers; plans are for pretraining, on running text")
+    if val_header["baselines"]["unigram"] < 0.01:
+        raise UserError(f"{val}: always the same character: there is nothing to learn")
     ratio = val_header["n_loss_tokens"] / max(1, val_header["n_characters"])
     return Text(path, val, tokenizer, header, val_header["baselines"], ratio)
