@@ -36,6 +36,7 @@ from training.config import TrainConfig
 from training.distributed import check_launcher
 from training.engine import Engine
 from training.losses import PER_TOKEN_LOSSES
+from training.memory import memory_estimate
 from training.run_log import Console, RunLog, StopRequest
 from training.setup import Run, RunConfig, State, build_run, read_configs
 from training.spikes import check_skipped, has_spiked, roll_back
@@ -234,6 +235,7 @@ def evaluate_and_save(run: Run, log: RunLog) -> None:
     if improved and not save_or_warn(run, run.best_path, log):
         improved, state.best_val_loss = False, before  # so that the next good one is saved
         record["best_val_loss"] = before
+    record["peak_memory_mb"] = run.engine.peak_memory() / 1e6
     log.write(record)
     log.message(line + (f" -> {run.best_path}" if improved else f" (best {state.best_val_loss:.4f})"))
     if config.sample_tokens:
@@ -352,6 +354,7 @@ def train_with_log(run: Run, argv: list[str]) -> None:
         "train_config": run.config_values(),
         "model_config": run.model.config.to_dict(),
         "n_parameters": run.model.parameter_count(),
+        "memory_estimate_mb": memory_estimate(run, config.batch_size) / 1e6,
         "resumed_from_step": run.state.step,
         "baselines": run.source.baselines if run.source.tokens_per_character else None,
         "environment": {
@@ -389,6 +392,8 @@ def train_with_log(run: Run, argv: list[str]) -> None:
         if config.prediction and math.isfinite(state.best_val_loss):
             early = ", stopped before its time" if run.stopped else ""
             print(f"{config.prediction}; reached {state.best_val_loss:.3f} ({state.tokens / 1e6:.3g}M tokens{early})")
+        if math.isfinite(peak := engine.peak_memory()):
+            print(f"memory at the peak: {peak / 1e9:.2f} GB, estimated {header['memory_estimate_mb'] / 1e3:.2f}")
         print(f"to go on: {going_on(run, argv)}")
         if best in run.written:
             print(f"to try it: {run.source.next_command(best, run.adapter['base'] if run.adapter else '')}")

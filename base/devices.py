@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from base.configuration import UserError
+from base.process import peak_resident_memory
 
 MEMINFO = Path("/proc/meminfo")  # where Linux says what is free, and, below, what a container may use (cgroup v2)
 CGROUP = Path("/sys/fs/cgroup")
@@ -66,6 +67,13 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory in bytes that this process has taken, of a GPU its tensors; nan where nothing tells it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_resident_memory() if device.type == "cpu" else math.nan
 
 
 def memory_total() -> float:

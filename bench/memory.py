@@ -1,7 +1,9 @@
 """The estimate of a training run's memory against its measured peak, for the presets and for other shapes.
 
-    python bench/memory.py                      all of them
-    python bench/memory.py pretrain muon        those whose names begin so
+    python bench/memory.py                      all that a CPU can run: 31 runs, some minutes
+    python bench/memory.py pretrain experts     those whose names begin so
+    python bench/memory.py gpu gpt2             the presets for graphics cards, with small batches
+    python bench/memory.py --repeats 3          the mean of so many runs, their smallest and their largest peak
 
 Every run is a process of its own: train.py with three steps, an evaluation and a save. Measured is the peak of its
 resident memory, minus that of the same run with a negligible model: what Python, torch and the data take. How much of
@@ -21,10 +23,10 @@ import tempfile
 from pathlib import Path
 
 from measuring import ROOT, make_text
-from peak_memory import peak_memory
 
 import train
 from base.configuration import UserError, run_main
+from base.process import peak_resident_memory
 from training.engine import Engine
 from training.memory import memory_estimate
 from training.setup import read_configs
@@ -66,7 +68,8 @@ RUNS = {  # name: (data, options of train.py); data: a text of so many different
     "wide": (2000, "--n_layer 2 --n_embd 768 --batch_size 4"),
     "deep": (65, "--n_layer 16 --n_embd 128 --batch_size 8"),
 }
-FEW = "--max_steps 3 --warmup_iters 1 --lr_decay_iters 3 --eval_iters 1 --eval_interval 1000"
+FOR_GPUS = ("gpu_", "gpt2_")
+FEW = "--dtype float32 --max_steps 3 --warmup_iters 1 --lr_decay_iters 3 --eval_iters 1 --eval_interval 1000"
 NEGLIGIBLE = "-t pretrain --n_layer 1 --n_head 1 --n_embd 2 --block_size 8 --batch_size 1"
 
 
@@ -76,7 +79,7 @@ def measure(options: list[str]) -> None:
     asked = read_configs(args.training, args.model, overrides)
     with contextlib.redirect_stdout(sys.stderr):
         run = train.train_stage(asked, Engine, options)
-    print(json.dumps({"estimated": memory_estimate(run, run.config.batch_size), "peak": peak_memory()}))
+    print(json.dumps({"estimated": memory_estimate(run, run.config.batch_size), "peak": peak_resident_memory()}))
 
 
 def measured(options: str) -> dict[str, float]:
@@ -111,12 +114,14 @@ def main() -> None:
         return measure(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="RUN", help="beginnings of names [all]")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each [1]")
     args = parser.parse_args()
+    ratios = []
     print("| run | options | estimated, MB | measured, MB | ratio |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         bases = {}
         for name, (data, options) in RUNS.items():
-            if args.names and not name.startswith(tuple(args.names)):
+            if not name.startswith(tuple(args.names)) if args.names else name.startswith(FOR_GPUS):
                 continue
             place = Path(folder, str(data))
             if data not in bases:
@@ -126,10 +131,14 @@ def main() -> None:
                 bases[data] = measured(NEGLIGIBLE)["peak"]
             os.chdir(place)
             options = options if "-t" in options.split() or "--problem" in options else f"-t pretrain {options}"
-            result = measured(options)
-            estimated, peak = result["estimated"] / 1e6, (result["peak"] - bases[data]) / 1e6
-            print(f"| {name} | `{options}` | {estimated:,.0f} | {peak:,.0f} | {estimated / peak:.2f} |", flush=True)
+            results = [measured(options) for _ in range(args.repeats)]
+            estimated, peaks = results[0]["estimated"] / 1e6, [(r["peak"] - bases[data]) / 1e6 for r in results]
+            peak = sum(peaks) / len(peaks)
+            spread = f" ({min(peaks):,.0f} to {max(peaks):,.0f})" if len(peaks) > 1 else ""
+            ratios.append(estimated / peak)
+            print(f"| {name} | `{options}` | {estimated:,.0f} | {peak:,.0f}{spread} | {ratios[-1]:.2f} |", flush=True)
         os.chdir(ROOT)
+    print(f"\nwithin 10%: {sum(0.9 <= ratio <= 1.1 for ratio in ratios)} of {len(ratios)}")
 
 
 if __name__ == "__main__":

@@ -4,29 +4,18 @@ python bench/peak_memory.py data.py text.txt
 """
 
 import os
-import resource
 import runpy
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-def peak_memory() -> int:
-    """Peak resident memory of this process in bytes, since the program was started.
-
-    Linux keeps ru_maxrss across fork and exec: a small child of a large parent would report its parent's peak. VmHWM
-    begins anew with the program.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        return 1024 * int(line.split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
-
+from base.process import peak_resident_memory
 
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]
-    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+    sys.path[:2] = [os.path.dirname(os.path.abspath(sys.argv[0]))]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
-        print(peak_memory())
+        print(peak_resident_memory())

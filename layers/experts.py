@@ -117,7 +117,7 @@ class MixtureOfExperts(nn.Module):
 
         # combine: the weighted sum of each token's k outputs, back in the order of the tokens
         outputs = outputs * gates.flatten()[order, None].to(outputs.dtype)
-        y = torch.zeros_like(tokens, dtype=outputs.dtype).index_add(0, rows, outputs)
+        y = torch.zeros_like(tokens, dtype=outputs.dtype).index_add_(0, rows, outputs)
         y = self.residual_dropout(y)
         if self.training:
             mean_probabilities = probabilities.mean(0)

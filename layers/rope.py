@@ -37,7 +37,8 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     For a pair (a, b): (a cos - b sin, b cos + a sin). roll() by half of the dimensions brings b to a's place and a to
     b's; the signs are in the table.
     """
-    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin).to(x.dtype)
+    rolled = x.roll(x.size(-1) // 2, dims=-1).to(cos.dtype)
+    return rolled.mul_(sin).addcmul_(x, cos).to(x.dtype)
 
 
 def rope_frequencies(

@@ -109,8 +109,12 @@ def test_a_toy_problem_without_a_rate_does_not_learn(work, call):
 @pytest.mark.parametrize(("options", "says"), [
     (["--learning_rate", "3", "--max_steps", "40"], "worse than guessing; --learning_rate 0.9"),
     (["--optimizer", "muon", "--learning_rate", "3", "--max_steps", "40"], "0.9 --muon_learning_rate 0.006"),
-    # the rate rises to 0.5: the loss falls first, and then rises with it
-    (["--learning_rate", "1", "--warmup_iters", "150", "--grad_clip", "0"], "the training loss is lowest around step"),
+    # the rate rises to 0.5: the loss falls first, and then rises with it; where it happens to be low again at the end,
+    # this is not said: that depends on the seed and on the last bits of what is computed
+    (
+        ["--learning_rate", "1", "--warmup_iters", "150", "--grad_clip", "0", "--random_seed", "1"],
+        "the training loss is lowest around step",
+    ),
 ])  # fmt: skip
 def test_a_rate_that_is_far_too_high_diverges(corpus, call, options, says):
     found = learned(call, corpus, *options)

@@ -1,22 +1,26 @@
 """The estimate of a run's memory, against what a step really allocates."""
 
 import json
+import math
 import random
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import asked_by
+from conftest import asked_by, read_log
+from processes import newest_log
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from base import devices
 from layers import head
-from training import memory
+from layers.rope import apply_rope, rope_table
+from training import engine, memory
 from training.engine import Engine
 from training.setup import build_run
+from weights import lora
 
 
 class LiveTensors(TorchDispatchMode):
@@ -73,6 +77,11 @@ def data_options(folder):
     return "--tokenizer_path", f"{folder}/tokenizer.json", "--dataset_path", files
 
 
+def without_waste(monkeypatch):
+    for share in ("LOST_OF_FREED", "LOST_OF_LARGEST", "LOST_OF_UPDATE"):
+        monkeypatch.setattr(memory, share, 0.0)
+
+
 def train_two_steps(run):
     """Two steps of a run; the second has the optimizer's states too."""
     for step in range(2):
@@ -84,8 +93,8 @@ def train_two_steps(run):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_estimate_is_what_the_tensors_of_a_step_take(texts, monkeypatch, name):
-    """Without the allocator's share."""
-    monkeypatch.setattr(memory, "CPU_ALLOCATOR", 1.0)
+    """Without what the allocator loses."""
+    without_waste(monkeypatch)
     data = data_options("large" if "vocabulary" in name else "dataset")
     asked = asked_by(*SHAPE, "--batch_size", "16", "--device", "cpu", *OPTIONS[name], *data)
     with LiveTensors() as tensors:
@@ -94,9 +103,26 @@ def test_the_estimate_is_what_the_tensors_of_a_step_take(texts, monkeypatch, nam
     assert memory.memory_estimate(run, asked.training.batch_size) == pytest.approx(tensors.peak, rel=0.08)
 
 
+@pytest.mark.parametrize("name", [*OPTIONS, "relu2"])
+def test_what_the_blocks_free_is_what_dies_in_the_forward_pass(texts, name):
+    options = {"relu2": ["--mlp", "relu2"], **OPTIONS}[name]
+    asked = asked_by(*SHAPE, "--batch_size", "16", "--device", "cpu", *options, *data_options("dataset"))
+    run = build_run(asked, Engine(asked.training))
+    (batch, *_) = run.batches.at(0)
+    with run.engine.autocast():
+        x = run.model.token_embedding(batch.idx)
+        rope = (run.model.rope_cos, run.model.rope_sin) if run.model.config.use_rope else None
+        masks = run.model.masks(batch.idx.size(1), None, batch.documents, batch.idx.device)
+        with LiveTensors() as tensors:
+            for block, window in zip(run.model.blocks, run.model.windows, strict=True):
+                x = block(x, rope, masks[window])
+    freed = memory.freed_activations(run, *batch.idx.shape)
+    assert freed == pytest.approx(tensors.made - tensors.now, rel=0.1)
+
+
 def test_the_estimate_counts_the_gradients_that_ddp_keeps(texts, monkeypatch):
     """Its buckets (one process has them, too) are there in the forward pass, where other engines have no gradients."""
-    monkeypatch.setattr(memory, "CPU_ALLOCATOR", 1.0)
+    without_waste(monkeypatch)
     options = "--optimizer", "adamw", "--n_embd", "256", "--batch_size", "8", "--device", "cpu"
     asked = asked_by(*SHAPE, *options, *data_options("dataset"))
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -111,6 +137,27 @@ def test_the_estimate_counts_the_gradients_that_ddp_keeps(texts, monkeypatch):
     assert estimate == pytest.approx(tensors.peak, rel=0.05)
     run.engine.network = run.engine.model
     assert memory.memory_estimate(run, asked.training.batch_size) < 0.95 * tensors.peak
+
+
+def test_adapters_add_to_the_layer_in_place():
+    """Of all that an adapted layer makes, its update, into which the base's part is added, and that part are large."""
+    layer, x = lora.LoRALinear(torch.nn.Linear(8, 4096, bias=False), 2, 4.0, 0.0), torch.randn(64, 8)
+    torch.nn.init.normal_(layer.B)
+    with LiveTensors() as tensors:
+        y = layer(x)
+    expected = x @ (layer.base.weight + 2.0 * layer.B @ layer.A).T
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    assert tensors.made < 2.5 * y.nbytes  # the two, and the weights, of which the products make views
+
+
+def test_a_rotation_makes_one_tensor():
+    x, (cos, sin) = torch.randn(4, 16, 2, 32), rope_table(16, 32, 1e4)
+    with LiveTensors() as tensors:
+        y = apply_rope(x, cos, sin)
+    a, b = x.double().chunk(2, -1)
+    c, s = cos[..., :16].double(), sin[..., 16:].double()
+    torch.testing.assert_close(y.double(), torch.cat((a * c - b * s, b * c + a * s), -1), rtol=1e-5, atol=1e-5)
+    assert tensors.made == y.nbytes
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
@@ -140,3 +187,26 @@ def test_available_memory_is_what_a_container_leaves(tmp_path, monkeypatch):
     assert devices.memory_available(cpu) == 6000 * 1024
     (tmp_path / "memory.max").write_text("1000000\n")
     assert devices.memory_available(cpu) == 800_000 and devices.memory_total() == 1_000_000
+
+
+def test_the_log_has_the_peak_beside_the_estimate(call, prepared, monkeypatch):
+    """What the process took before there was a model is not of the training."""
+    peaks = iter((1_000e6, *(1_000e6 + 100e6 * n for n in range(1, 10))))
+    monkeypatch.setattr(engine, "peak_memory", lambda device: next(peaks))
+    small = ["--n_layer", "1", "--n_head", "1", "--n_embd", "8", "--block_size", "16", "--device", "cpu"]
+    result = call("train.py", "-t", "pretrain", *small, "--max_steps", "4", "--eval_interval", "2")
+    assert result.status == 0, result.err
+    log = newest_log(prepared)
+    assert [record["peak_memory_mb"] for record in read_log(log, "val")] == [100, 200]
+    (header,) = read_log(log, "header")
+    assert "memory at the peak: 0.30 GB, estimated" in result.out
+    low, high = (factor * header["memory_estimate_mb"] / 1e3 for factor in memory.CPU_RANGE)
+    assert f"memory: about {header['memory_estimate_mb'] / 1e3:.2f} GB ({low:.2f} to {high:.2f})" in result.out
+
+
+def test_a_peak_that_nothing_tells_is_null(call, prepared, monkeypatch):
+    monkeypatch.setattr(engine, "peak_memory", lambda device: math.nan)  # as on a Mac's GPU
+    small = ["--n_layer", "1", "--n_head", "1", "--n_embd", "8", "--block_size", "16", "--device", "cpu"]
+    result = call("train.py", "-t", "pretrain", *small, "--max_steps", "1")
+    assert result.status == 0 and "at the peak" not in result.out
+    assert [record["peak_memory_mb"] for record in read_log(newest_log(prepared), "val")] == [None]

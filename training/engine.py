@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from base.configuration import UserError
-from base.devices import find_device, find_dtype
+from base.devices import find_device, find_dtype, peak_memory
 from model import GPT
 from text.batches import Batch
 from training.optimizer import make_optimizer, scale_learning_rates
@@ -46,6 +46,7 @@ class Engine:
         self.config = config
         self.device = self.choose_device(config.device)
         self.dtype = find_dtype(config.dtype, self.device)
+        self.memory_before = peak_memory(self.device)  # what Python and torch take, before there is a model
         self.compiled: list[torch.nn.Module] = []
         self.use_compile = config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda")
         torch.manual_seed(config.random_seed)
@@ -62,6 +63,10 @@ class Engine:
     def set_dtype(self, dtype: torch.dtype) -> None:
         """The precision that dtype auto turned out to mean for this model, before prepare()."""
         self.dtype = dtype
+
+    def peak_memory(self) -> float:
+        """The most memory in bytes that training has taken so far in this process, beside Python and torch, or nan."""
+        return peak_memory(self.device) - self.memory_before
 
     def prepare(self, model: GPT) -> None:
         """Move the model to the device, make its optimizer, and wrap it for training."""

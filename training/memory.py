@@ -21,9 +21,13 @@ from layers.head import logits_per_chunk
 from model import GPT, ModelConfig
 from training.optimizer import muon_matrices, rows_of_fused_matrices, trainable_parameters
 
-# A process takes more than its tensors: freed blocks stay with it, and many are too small for the next tensor. Of what
-# comes and goes, measured with glibc 2.36: 1.0 to 1.7 times (bench/NOTES.md). A GPU has an allocator of its own.
-CPU_ALLOCATOR = 1.35
+# A process takes more than its tensors: malloc cuts a margin off every aligned block, so where one was freed between
+# two that are kept there is seldom room for the next one of that size. Shares that are lost, fitted to the peaks that
+# bench/memory.py measures, with glibc 2.36 (bench/NOTES.md). A GPU has an allocator of its own.
+LOST_OF_FREED = 0.8  # of what the blocks free in the forward pass
+LOST_OF_LARGEST = 0.1  # of what is alive in the largest of the three moments
+LOST_OF_UPDATE = 0.33  # of what the optimizer computes while the gradients lie where the activations were
+CPU_RANGE = 0.9, 1.2  # measured peaks lie in this range of the estimate: those of one run differ by 10%
 
 
 def memory_estimate(run: Any, batch_size: int) -> float:
@@ -43,8 +47,11 @@ def memory_estimate(run: Any, batch_size: int) -> float:
         earlier + kept + max(loss_backward, mlp_backward),
         gradients + update(run),
     )
-    overhead = CPU_ALLOCATOR if run.engine.device.type == "cpu" else 1.0
-    return weights + optimizer_states(run) + overhead * max(moments)
+    lost = 0.0
+    if run.engine.device.type == "cpu":
+        lost = LOST_OF_FREED * freed_activations(run, rows, length)
+        lost += LOST_OF_LARGEST * max(moments) + LOST_OF_UPDATE * update(run)
+    return weights + optimizer_states(run) + max(moments) + lost
 
 
 def trainable_count(model: GPT) -> int:
@@ -118,6 +125,27 @@ def mlp_activations(config: ModelConfig, size: int) -> int:
         per_expert = C + 4 * H + 2 * C
         return kept + size * (config.n_expert_per_token * per_expert + 4 * config.n_shared_expert * H)
     return kept + size * H * (4 if config.mlp == "swiglu" else 2)  # gate, up, silu(gate), the product; or two of them
+
+
+def freed_activations(run: Any, rows: int, length: int) -> float:
+    """Bytes of all tensors that the blocks make and free in the forward pass, of a micro-batch (rows, length)."""
+    config, size = run.model.config, activation_bytes(run.engine)
+    C, q, kv = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    freed = 2 * size * C  # what both halves of a block add to the residual stream
+    if config.qk_norm and config.use_rope:
+        freed += size * (q + kv)  # normalised, but not rotated yet
+    if size < 4:  # before they are rounded: both norms' outputs; queries and keys, normalised, and rotated
+        freed += 4 * (2 * C + (q + kv) * (config.qk_norm + config.use_rope)) + size * (q + kv) * config.use_rope
+    if config.dropout:
+        freed += 2 * size * C  # before a part of it is dropped
+        freed += size * (3 * config.n_head * length + C)  # attention's weights, thrice; the values, copied
+    if config.n_expert:
+        freed += size * config.n_expert_per_token * C  # the experts' outputs times their gates
+    elif config.mlp == "relu2":
+        freed += size * config.n_hidden  # the argument of relu
+    if run.adapter:  # what an adapted layer returns without its adapter; into larger ones than these, what follows fits
+        freed += size * C * len({"out", "down"} & {*run.adapter["settings"]["targets"]})
+    return rows * length * config.n_layer * freed
 
 
 def mlp_gradients(config: ModelConfig, size: int) -> int:

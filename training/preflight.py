@@ -27,7 +27,7 @@ from text.token_files import TokenFile
 from training.advice import preparing_all
 from training.engine import Engine
 from training.losses import FIELDS_OF_LOSSES
-from training.memory import memory_estimate, trainable_count
+from training.memory import CPU_RANGE, memory_estimate, trainable_count
 from training.run_log import check_sinks
 
 
@@ -156,6 +156,8 @@ def report(run: Any) -> None:
     if engine.device.type == "cpu" and needed > 2 * memory_total():
         raise UserError(out_of_memory_advice(run))
     available = memory_available(engine.device)
+    low, high = (needed * factor / 1e9 for factor in CPU_RANGE)
+    spread = f" ({low:.2f} to {high:.2f})" if engine.device.type == "cpu" else ""
     print(
         f"{config.stage}: {model.parameter_count() / 1e6:.2f}M parameters, "
         + (f"{trainable_count(model):,} trainable (LoRA), " if config.use_lora else "")
@@ -174,7 +176,7 @@ def report(run: Any) -> None:
         f"{f' ({run.dtype_reason})' if run.dtype_reason else ''}, "
         f"attention {config.sdp_kernel}{', flex for masks' if model.use_flex and engine.use_compile else ''}, "
         f"compile {str(engine.use_compile).lower()}, "
-        f"matmul {run.matmul_flops / 1e9:,.0f} GFLOP/s; memory: about {needed / 1e9:.2f} GB"
+        f"matmul {run.matmul_flops / 1e9:,.0f} GFLOP/s; memory: about {needed / 1e9:.2f} GB{spread}"
         + (f" of {available / 1e9:.1f} GB available" if available else "")
     )
     for line in baseline_lines(run):

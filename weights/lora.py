@@ -57,7 +57,8 @@ class LoRALinear(LowRankUpdate):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # B (A x), never (B A) x: two thin products instead of one of the size of W
-        return self.base(x) + self.scale * F.linear(F.linear(self.dropout(x), self.A), self.B)
+        update = F.linear(self.scale * F.linear(self.dropout(x), self.A), self.B)
+        return update.add_(self.base(x))
 
 
 class LoRAExperts(LowRankUpdate):
@@ -66,7 +67,7 @@ class LoRAExperts(LowRankUpdate):
     def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Rows x (N, in), sorted by expert, counts (n_expert,) rows per expert: see grouped_mm()."""
         A, B = self.A.mT.to(x.dtype), self.B.mT.to(x.dtype)
-        return self.scale * grouped_mm(grouped_mm(self.dropout(x), A, counts), B, counts)
+        return grouped_mm(self.scale * grouped_mm(self.dropout(x), A, counts), B, counts)
 
 
 def settings_of(config: Any) -> dict[str, Any]:
