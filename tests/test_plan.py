@@ -144,7 +144,6 @@ def test_a_plan_is_a_config_that_trains_and_compares_itself_with_what_it_reached
     assert "to train it: python train.py -t plan" in result.out
     assert (prepared / "plan.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((prepared / "config" / "plan.json").read_text())
-    assert config["eval_iters"] in (1, 2)  # as the probes have it: losses of other samples cannot be compared
     assert config["decay_over"] == "time" and 0.25 < config["max_minutes"] <= 0.5
     assert not list((prepared / "checkpoint").glob("*"))  # probes leave nothing behind
 
@@ -216,6 +215,8 @@ def test_probes_are_what_is_asked_of_them(prepared, call):
         assert p.loss < text.baselines["unigram"] + 0.5 and p.tokens_per_s > 0
     assert max(probes, key=lambda p: p.tokens).loss < max(p.loss for p in probes)
     assert not list(prepared.glob("checkpoint/*")) and not list(prepared.glob("*.log"))
+    values = plan.plan_fields(text, plan.candidates(law, slow, text, 30)[0], fields | {"eval_iters": 7}, slow, "")
+    assert values["eval_iters"] == 7  # as the probes have it: losses of other samples cannot be compared
 
 
 @pytest.mark.real("a plan of a minute is trained to its end")
