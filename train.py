@@ -389,6 +389,9 @@ def train_with_log(run: Run, argv: list[str]) -> None:
         reached = reached if math.isfinite(state.best_val_loss) else "not evaluated yet"
         ended_by = "".join(f", {name} reached" for name in limits_reached(config, state))
         print(f"step {state.step:,}{ended_by}, {reached}; log: {log.path}")
+        if config.prediction and math.isfinite(state.best_val_loss):
+            early = ", stopped before its time" if run.stopped else ""
+            print(f"{config.prediction}; reached {state.best_val_loss:.3f} ({state.tokens / 1e6:.3g}M tokens{early})")
         if math.isfinite(peak := engine.peak_memory()):
             print(f"memory at the peak: {peak / 1e9:.2f} GB, estimated {header['memory_estimate_mb'] / 1e3:.2f}")
         print(f"to go on: {going_on(run, argv)}")

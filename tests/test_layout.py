@@ -9,11 +9,11 @@ from conftest import ROOT
 
 # from the scripts that people type down to what everything stands on; a room may import its own files
 FLOORS = [
-    ["problem", "train_ddp", "train_deepspeed"],
+    ["problem", "plan", "train_ddp", "train_deepspeed"],
     ["serve"],
     ["train", "inference", "evaluate"],
     ["plot_loss", "convert"],
-    ["evaluation"],
+    ["evaluation", "planning"],
     ["training"],
     ["serving"],
     ["data"],

@@ -72,6 +72,9 @@ class TrainConfig(Config):
         0.5, "on_spike rollback: the first one multiplies all later learning rates by this", above=0.0, maximum=1.0
     )
 
+    prediction: str = option("", "what plan.py foretells of this run; printed beside what it has reached")
+    planned_for: str = option("", "the preparation of the data that plan.py looked at; empty: no plan")
+
     optimizer: str = option("adamw", "optimizer", choices=OPTIMIZERS, section="Optimizer and learning rate")
     learning_rate: float = option(6e-4, "peak learning rate", above=0.0)
     min_lr: float = option(6e-5, "learning rate at the end of the decay", minimum=0.0)

@@ -288,6 +288,9 @@ def warnings(run: Any, needed: float, available: float | None) -> list[str]:
             f"the model has {model.parameter_count() / n_tokens:.0f} weights per token of data: it will overfit"
         )
     found += unknown_tokens(run)
+    files = [dataset.file for dataset in getattr(batches, "datasets", ())]
+    if config.planned_for and any(file.header.get("preparation") != config.planned_for for file in files):
+        found.append(f"the plan was made for other data than {files[0].path} holds now: run plan.py again")
     if config.max_steps and run.state.step >= config.max_steps:
         twice = 2 * config.max_steps
         return [*found, f"the run is at step {run.state.step} of {config.max_steps} (max_steps): --max_steps {twice}"]

@@ -1,0 +1,348 @@
+"""What to train in the time there is: measures this machine, tries small models on the text, and writes a config.
+
+    python plan.py book.txt --minutes 30                    prepares the text as data.py does, writes config/plan.json
+    python plan.py dataset/pretrain_train.bin --hours 2     a text that data.py has prepared
+    python train.py -t plan                                 trains it, ends in time, compares prediction and result
+    python plan.py book.txt --minutes 30 --run              both
+
+Takes a tenth of the time beforehand, 15 minutes at most: to measure the speed of networks of several widths, and for
+short runs (probes) on the text itself, to which a scaling law is fitted (planning/law.py). Of all sizes and windows the
+plan takes the one whose loss the law says is lowest when the time is over. plan.png shows it.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import train
+from base.configuration import Parser, UserError, command_line, read_json, run_main
+from base.devices import find_device
+from base.files import atomic_write
+from planning.law import Law, Prior, read_runs
+from planning.machine import Clock, Machine, fit_memory, make_run, measure_machine
+from planning.picture import draw
+from planning.recipe import DEPTHS, WINDOWS, Shape, recipe, tokens_per_step
+from planning.text import Text, open_text
+from training.run_log import print_table
+
+SHARE, LONGEST = 0.1, 15 * 60  # of the time, and seconds at most, that planning takes
+KNOWN_EPOCHS = 10  # readings of a text; the law's runs have 6.5 at most
+WRITING = 2  # seconds of that for the table and the picture
+WEIGHTS_PER_TOKEN = 2  # of the text, at most: larger networks learn it by heart, of which the law knows nothing
+SHOWN_MINUTES = (3, 10, 30, 120, 480)
+
+
+# ------------------------------------------------------------------------------------------------------ the text
+
+
+def prepare_text(args: argparse.Namespace) -> Text:
+    """The text that was named: prepared already, or prepared now, into dataset/ as by data.py."""
+    if len(args.text) == 1 and args.text[0].endswith(".bin"):
+        if args.vocab:
+            raise UserError("command line: --vocab is for texts; this one has been prepared with a vocabulary")
+        return open_text(Path(args.text[0]))
+    path, kinds = Path("dataset/pretrain_train.bin"), {"": [], "char": ["--tokenizer", "char"]}
+    kind = kinds.get(args.vocab, ["--tokenizer", "bpe", "--vocab_size", args.vocab])
+    before = path.stat().st_mtime_ns if path.is_file() else None
+    job = subprocess.run([sys.executable, str(Path(__file__).with_name("data.py")), *args.text, *kind])
+    if job.returncode:
+        raise SystemExit(job.returncode)  # data.py has said why
+    if not path.is_file() or path.stat().st_mtime_ns == before:
+        raise UserError(f"{args.text[0]}: not running text, as data.py read it; plans are for pretraining")
+    return open_text(path)
+
+
+# ------------------------------------------------------------------------------------------------------ short runs
+
+
+class Records:
+    """What the training loop needs of a RunLog: records are kept, nothing is written, the bar is the plan's."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.bar, self.records = clock, []
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+    def step(self, record: dict[str, Any]) -> None:
+        self.write({"type": "train", **record})
+
+    def message(self, text: str) -> None:
+        """Of evaluations and saves, which are not what a probe is for."""
+
+
+@dataclass
+class Probe:
+    """What a short run has shown."""
+
+    shape: Shape
+    tokens: int  # read in training
+    loss: float  # validation, nats per token
+    tokens_per_s: float
+
+
+def probe(shape: Shape, fields: dict[str, Any], clock: Clock) -> Probe:
+    """Train to the end, with a decay of the learning rate of its own, and evaluate once."""
+    with tempfile.TemporaryDirectory() as folder:
+        run, log = make_run(fields, folder), Records(clock)
+        train.train(run, log)
+    if run.stopped:
+        raise KeyboardInterrupt
+    steps, (val,) = ([r for r in log.records if r["type"] == kind] for kind in ("train", "val"))
+    seconds = sum(r["ms_per_step"] for r in steps[1:]) / 1000  # the first step, which warms up, left out
+    return Probe(shape, run.state.tokens, val["val_loss"], (steps[-1]["tokens"] - steps[0]["tokens"]) / seconds)
+
+
+# ------------------------------------------------------------------------------------------------------ the choice
+
+
+@dataclass
+class Candidate:
+    """A shape, what it can read in the time, and the loss that the law foretells for the end."""
+
+    shape: Shape
+    minutes: float
+    tokens: float
+    loss: float  # nats per token: the middle, and an interval of nine in ten
+    low: float
+    high: float
+
+
+def candidates(law: Law, machine: Machine, text: Text, minutes: float, unique: float | None = None) -> list[Candidate]:
+    """All shapes that text and time allow, best first. unique: tokens of the text, were it longer than it is."""
+    unique, shapes = unique or text.unique, []
+    for shape in (Shape(n_embd, window) for n_embd in DEPTHS for window in WINDOWS):
+        tokens = machine.seconds(minutes) * machine.tokens_per_s(shape)
+        is_long_enough = unique >= 10 * shape.window and tokens >= 10 * tokens_per_step(tokens)
+        if is_long_enough and shape.n_weights <= WEIGHTS_PER_TOKEN * unique:
+            shapes.append((shape, tokens))
+    if not shapes:
+        least = Shape(min(DEPTHS), min(WINDOWS)).n_weights / WEIGHTS_PER_TOKEN
+        if unique < least:
+            raise UserError(f"{text.train}: {unique:,} tokens are too few to plan for; the least is {least:,.0f}")
+        raise UserError(f"command line: {minutes:g} minutes are too short here for the smallest network; give more")
+    runs = np.array([(shape.n_weights, tokens, shape.window, unique, math.nan) for shape, tokens in shapes])
+    losses = text.baselines["unigram"] * np.minimum(1, law.predict(runs))  # no worse than single characters' shares
+    found = [
+        Candidate(shape, minutes, tokens, *loss) for (shape, tokens), loss in zip(shapes, losses.tolist(), strict=True)
+    ]
+    return sorted(found, key=lambda candidate: candidate.loss)
+
+
+def run_probes(
+    law: Law, machine: Machine, text: Text, fields: dict[str, Any], minutes: float, clock: Clock
+) -> list[Probe]:
+    """Short runs for the time that is left, of the size that looks best beforehand and of a smaller one.
+
+    Each size twice, where there is time: the longer run says how low the loss gets, both together how fast.
+    """
+    best = candidates(law, machine, text, minutes)[0].shape
+    widths = [*DEPTHS]
+    small = Shape(widths[max(0, widths.index(best.n_embd) - 2)], best.window)
+    probes, seconds = [], clock.left() - WRITING
+    for shape, share in ((small, 0.35), (small, 0.1), (best, 0.15), (best, 0.4)):
+        evaluated = 100 * fields["eval_iters"] * shape.window / 3  # what that takes, a third of training
+        tokens = (share * seconds - 0.5) * machine.tokens_per_s(shape) - evaluated  # and half a second to build it
+        if tokens < 12 * tokens_per_step(max(1.0, tokens)):
+            continue
+        clock.update(f"probe of {shape.n_layer} x {shape.n_embd}, {amount(tokens)} tokens")
+        result = probe(shape, text.fields | fields | recipe(shape, tokens), clock)
+        machine.add(shape, result.tokens_per_s)
+        probes.append(result)
+    return probes
+
+
+# ------------------------------------------------------------------------------------------------------ the plan
+
+
+def eval_iters(tokens: float, window: int) -> int:
+    """Hundreds of validation samples per evaluation: of a plan's five evaluations each takes about 1% of its time.
+
+    (A forward pass is a third of a step.) The probes have as many: only losses of the same samples can be compared.
+    """
+    return max(1, round(0.03 * tokens / window / 100))
+
+
+def plan_fields(
+    text: Text, best: Candidate, fields: dict[str, Any], machine: Machine, prediction: str
+) -> dict[str, Any]:
+    """The config of a plan."""
+    micro_batch, _ = fit_memory(text, best.shape, fields, best.tokens)
+    values = recipe(best.shape, best.tokens, micro_batch)
+    steps = values.pop("max_steps")
+    return {
+        **values,
+        **{name: value for name, value in fields.items() if value != "auto"},
+        **text.fields,
+        "decay_over": "time",
+        "max_minutes": round(machine.limit(best.minutes) / 60, 3),
+        "eval_interval": max(1, steps // 5),
+        "log_interval": max(1, steps // 2000),
+        "prediction": prediction,
+        "planned_for": text.header.get("preparation") or "",
+    }
+
+
+def amount(number: float) -> str:
+    """A number of weights or tokens in three digits: 812K, 4.72M."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def duration(minutes: float) -> str:
+    return f"{minutes / 60:.3g} h" if minutes >= 60 else f"{minutes:.3g} min"
+
+
+def print_plans(text: Text, law: Law, machine: Machine, fields: dict[str, Any], chosen: Candidate) -> None:
+    """The table: what each time would give, and what trivial models and compressors reach beside it."""
+    bits = text.tokens_per_character / math.log(2)
+    rows = [("time", "layers x width, window", "weights", "tokens (epochs)", "loss", "bits/character", "memory")]
+    any_beyond = False
+    for minutes in sorted({*SHOWN_MINUTES, chosen.minutes}):
+        best = chosen if minutes == chosen.minutes else candidates(law, machine, text, minutes)[0]
+        any_beyond |= best.tokens > KNOWN_EPOCHS * text.unique
+        shape = best.shape
+        _, memory = fit_memory(text, shape, fields, best.tokens)
+        rows.append(
+            (
+                duration(minutes) + (" <-" if best is chosen else ""),
+                f"{shape.n_layer} x {shape.n_embd}, {shape.window}",
+                amount(shape.n_weights + text.vocab_size * shape.n_embd),
+                f"{amount(best.tokens)} ({best.tokens / text.unique:.2g})",
+                f"{best.loss:.3f} ({best.low:.3f} to {best.high:.3f})",
+                f"{best.loss * bits:.2f}",
+                f"{memory / 1e9:.2f} GB",
+            )
+        )
+    print_table(rows)
+    lines = [f"single characters' frequencies (unigram) {text.baselines['unigram'] * bits:.2f} bits/character"]
+    if "lzma_bits_per_character" in text.baselines:
+        lines.append(f"lzma {text.baselines['lzma_bits_per_character']:.2f}")
+    print(f"beside it: {', '.join(lines)}; intervals: nine in ten")
+    if any_beyond:
+        print(f"more than {KNOWN_EPOCHS} epochs are beyond what the law was fitted to: trust those rows less")
+
+
+def advice_on_data(law: Law, machine: Machine, text: Text, chosen: Candidate) -> str:
+    """Whether twice the text would help more than twice the time."""
+    longer = candidates(law, machine, text, 2 * chosen.minutes)[0].loss
+    larger = candidates(law, machine, text, chosen.minutes, 2 * text.unique)[0].loss
+    gains = f"twice the time would give {longer:.3f}, twice the text {larger:.3f}"
+    if larger < longer:
+        return f"more text would help more than more time: {gains}"
+    return gains
+
+
+def draw_plan(output: Path, law: Law, machine: Machine, text: Text, chosen: Candidate, probes: list[Probe]) -> None:
+    """The loss over the time for the plan's size and those beside it."""
+    widths, curves = [*DEPTHS], {}
+    here = widths.index(chosen.shape.n_embd)
+    minutes = np.geomspace(max(chosen.minutes / 50, machine.start_up / 50), 16 * chosen.minutes, 60)
+    for n_embd in [chosen.shape.n_embd, *widths[max(0, here - 2) : here], *widths[here + 1 : here + 3]]:
+        shape = replace(chosen.shape, n_embd=n_embd)
+        tokens = [machine.seconds(m) * machine.tokens_per_s(shape) for m in minutes]
+        runs = np.array([(shape.n_weights, D, shape.window, text.unique, math.nan) for D in tokens])
+        losses = text.baselines["unigram"] * law.predict(runs)
+        name = f"{shape.n_layer} x {n_embd}: {amount(shape.n_weights)} weights"
+        curves[name] = np.concatenate([minutes[:, None], losses], axis=1)
+    measured = [(p.tokens / machine.tokens_per_s(p.shape) / machine.seconds(1), p.loss) for p in probes]
+    draw(output, curves, chosen, measured, text.tokens_per_character / math.log(2))
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("text", nargs="+", help="texts to prepare as data.py does, or a training file NAME_train.bin that it has made")
+    add("--minutes", type=float, metavar="M", help="how long training may take")
+    add("--hours", type=float, metavar="H", help="the same in hours")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
+    add(
+        "--vocab",
+        default="",
+        metavar="char|N",
+        help="vocabulary for a text: characters, or byte pairs of this size [char]",
+    )
+    add("--output", metavar="FILE", default="config/plan.json", help="the config to write [config/plan.json]")
+    add("--run", action="store_true", help="train what was planned")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> float:
+    """The minutes of training; raises UserError, also where the config or the picture could not be written."""
+    if (args.minutes is None) == (args.hours is None):
+        raise UserError("command line: how long may training take? --minutes 30, or --hours 2")
+    minutes = args.minutes if args.hours is None else 60 * args.hours
+    if not 0.5 <= minutes <= 60 * 24 * 30:
+        raise UserError(f"command line: {minutes:g} minutes: a plan is for half a minute to 30 days")
+    if args.vocab not in ("", "char") and not (args.vocab.isdecimal() and int(args.vocab) >= 256):
+        raise UserError(f"command line: --vocab must be char, or a vocabulary's size of at least 256, got {args.vocab}")
+    find_device(args.device)
+    output = Path(args.output)
+    if output.suffix != ".json":
+        raise UserError(f"{output}: the config to write is a .json file")
+    if output.exists() and not (isinstance(values := read_json(output), dict) and "planned_for" in values):
+        raise UserError(f"{output}: not a plan's config; --output names another file")
+    for path in (output, picture_of(output)):
+        folder = next(place for place in (path.parent, *path.absolute().parents) if place.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK) or (path.exists() and not path.is_file()):
+            raise UserError(f"{path}: no file can be written there")
+    return minutes
+
+
+def picture_of(output: Path) -> Path:
+    """Where the picture of a plan goes: into this folder."""
+    return Path(output.with_suffix(".png").name)
+
+
+def main() -> None:
+    imported = min(10.0, time.process_time())  # seconds, which train.py will take, too
+    args, _ = make_parser().parse()
+    minutes, output = check_arguments(args), Path(args.output)
+    text = prepare_text(args)
+    clock = Clock(max(1.0, min(60 * minutes * SHARE, LONGEST) - imported))
+    prior = Prior.of_texts(read_runs())
+    fields = {"device": args.device, "compile": "auto" if minutes >= 60 else "false", "eval_iters": 1}
+    machine = measure_machine(text, fields, minutes, imported + 1, 0.4 * clock.seconds, clock)
+    before = Law.fit(np.empty((0, 5)), prior)
+    first = candidates(before, machine, text, minutes)[0]
+    fields["eval_iters"] = eval_iters(first.tokens, first.shape.window)
+    probes = run_probes(before, machine, text, fields, minutes, clock)
+    clock.bar.close()
+    runs = [(p.shape.n_weights, p.tokens, p.shape.window, text.unique, p.loss) for p in probes]
+    law = Law.fit(np.array(runs).reshape(-1, 5) / [1, 1, 1, 1, text.baselines["unigram"]], prior)
+    chosen = candidates(law, machine, text, minutes)[0]
+    print_plans(text, law, machine, fields, chosen)
+    if not probes:
+        print("there was no time for short runs on this text: the losses are what other texts let expect")
+    print(advice_on_data(law, machine, text, chosen))
+
+    prediction = f"predicted {chosen.loss:.3f} ({chosen.low:.3f} to {chosen.high:.3f}, {amount(chosen.tokens)} tokens)"
+    if output.exists():  # an earlier plan
+        os.replace(output, f"{output}.bak")
+    with atomic_write(output) as file:
+        file.write(json.dumps(plan_fields(text, chosen, fields, machine, prediction), indent=2).encode())
+    draw_plan(picture_of(output), law, machine, text, chosen, probes)
+    print(f"{prediction}; planned in {clock.seconds - clock.left():.0f} s -> {output}, {picture_of(output)}")
+    command = ["-t", "plan" if output == Path("config/plan.json") else str(output)]
+    if not args.run:
+        print(f"to train it: {command_line('train.py', *command)}")
+        return
+    sys.stdout.flush()
+    script = str(Path(__file__).with_name("train.py"))
+    os.execv(sys.executable, [sys.executable, script, *command])  # takes this process's place, signals and all
+
+
+if __name__ == "__main__":
+    run_main(main)
