@@ -10,6 +10,7 @@ from base.configuration import UserError
 from layers.attention_maps import attention_maps
 from layers.cache import KVCache
 from layers.experts import count_expert_tokens, mixture_layers
+from layers.head import ChunkedCrossEntropy, Head
 from layers.norm import rms_norm
 from layers.sampling import filter_logits, penalise_repetition
 from model import GPT, SDP_KERNELS, ModelConfig
@@ -286,6 +287,29 @@ def test_a_loss_without_logits_is_the_same_loss(monkeypatch, tie_embeddings, los
     count = 18 if loss_mask is None else 12
     mean = model(idx, targets, loss_mask, "mean", None, False)[1]
     assert mean.item() == pytest.approx(gradients[0][0].item() / count)
+
+
+def test_a_target_that_is_not_in_the_loss_needs_no_logits():
+    """Whatever the hidden state before it is; and in a form for GPUs, which would wait for the number of targets."""
+    weight, targets = torch.randn(50, 8, dtype=torch.float64), torch.arange(12) % 50
+    hidden, mask = torch.randn(12, 8, dtype=torch.float64), (torch.arange(12) % 3 > 0).double()
+    head = Head(8, 50).double()
+    gradients = []
+    for form in ("whole", "left out", "masked"):
+        head.weight.data, head.weight.grad = weight.clone(), None
+        h = hidden.clone().requires_grad_()
+        if form == "whole":
+            loss = (F.cross_entropy(h @ head.weight.T, targets, reduction="none") * mask).sum()
+        elif form == "left out":
+            holes = torch.where(mask[:, None] > 0, h, torch.nan)
+            loss = head(holes.view(2, 6, 8), targets.view(2, 6), mask.view(2, 6))
+        else:
+            loss = ChunkedCrossEntropy.apply(h, head.weight, targets, mask, 5)
+        loss.backward()
+        gradients.append([loss.detach(), h.grad, head.weight.grad])
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(b, a)
 
 
 def test_losses_of_single_targets_need_no_logits_either(monkeypatch):
