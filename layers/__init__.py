@@ -1,5 +1,6 @@
 """Building blocks of the transformer in model.py, and how tokens are generated with it.
 
+attention       attention: what every kind of it offers, and full attention
 attention_maps  attention weights, for inspection and plots
 cache           key/value cache for decoding
 experts         mixture of experts (MoE) with a top-k router

@@ -63,7 +63,7 @@ def test_a_long_window_is_read_in_part_and_beyond_that_uncompiled(traced, monkey
     step, places, compiled = make_step(model), [], []
     run, forward = step.run, step.compiled
     step.run = lambda tokens, cache: compiled.append(int(cache.lengths[0])) or run(tokens, cache)
-    step.compiled = lambda *inputs: places.extend(keys.size(2) for keys in inputs[2].keys) or forward(*inputs)
+    step.compiled = lambda *inputs: places.extend(ring.size(2) for ring in inputs[2].tensors()) or forward(*inputs)
     idx = torch.randint(50, (1, 5))
     answers = [torch.stack(list(model.generate(idx, 60, temperature=0.0, step=s))) for s in (step, None)]
     assert torch.equal(*answers)
