@@ -24,6 +24,7 @@ from layers.cache import KVCache
 from layers.experts import MixtureOfExperts, Routing
 from layers.generation import generate
 from layers.head import Head
+from layers.latent_attention import LatentAttention
 from layers.masks import attention_mask, block_masks, positions_inside
 from layers.norm import NORMS, make_norm
 from layers.rope import ROPE_SCALING, rope_table
@@ -35,7 +36,7 @@ SDP_KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
-ATTENTION: dict[str, type[Attention]] = {"full": FullAttention}
+ATTENTION: dict[str, type[Attention]] = {"full": FullAttention, "latent": LatentAttention}
 MLP_HIDDEN = {"swiglu": 8 / 3, "gelu": 4, "gelu_tanh": 4, "relu2": 4}  # width over n_embd: equal parameter counts
 
 
@@ -65,6 +66,18 @@ class ModelConfig(Config):
         ["full"], "kind of attention of each layer, repeated over the layers", choices=ATTENTION
     )
     attention_window: list[int] = option([], "sliding-window size of each layer, repeated over the layers; 0: none")
+    kv_rank: int | None = option(
+        None,
+        "attention latent: numbers that keys and values of a token are made from; null: 2 head_dim",
+        minimum=1,
+        maximum=1 << 20,
+    )
+    q_rank: int | None = option(
+        None, "attention latent: likewise of its queries; 0, null: from the token itself", minimum=0, maximum=1 << 20
+    )
+    rope_dim: int | None = option(
+        None, "attention latent: rotary part of a head's width; null: half of head_dim", minimum=0, maximum=1 << 20
+    )
     tie_embeddings: bool = option(True, "token embedding and output layer share weights")
 
     use_rope: bool = option(
@@ -248,7 +261,7 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() >= 2:
-                onto_residual = name.endswith(("attention.out.weight", "down.weight", "mlp.down"))
+                onto_residual = name.endswith(("attention.out.weight", ".down.weight", "mlp.down"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if onto_residual else 0.02)
 
     def hidden(

@@ -87,6 +87,11 @@ class Attention(nn.Module):
         """
         raise NotImplementedError
 
+    @staticmethod
+    def freed_activations(config: Any, size: int) -> int:
+        """Likewise, bytes that the forward pass makes and frees: from q, k and v on to the attention itself."""
+        raise NotImplementedError
+
 
 class FullAttention(Attention):
     """Multi-head attention; with fewer key/value heads grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
@@ -158,6 +163,14 @@ class FullAttention(Attention):
         if config.use_rope or config.qk_norm:  # new queries and keys, normalised and rotated
             kept += size * (q + kv)
         return kept + 4 * 3 * config.n_head  # root mean squares of queries and keys, and the softmax's denominator
+
+    @staticmethod
+    def freed_activations(config: Any, size: int) -> int:
+        qk = (config.n_head + config.n_kv_head) * config.head_dim
+        freed = size * qk * (config.qk_norm and config.use_rope)  # normalised, but not rotated yet
+        if size < 4:  # before they are rounded: normalised, and rotated
+            freed += 4 * qk * (config.qk_norm + config.use_rope) + size * qk * config.use_rope
+        return freed
 
 
 def attend(

@@ -121,12 +121,10 @@ def mlp_activations(config: ModelConfig, size: int) -> int:
 def freed_activations(run: Any, rows: int, length: int) -> float:
     """Bytes of all tensors that the blocks make and free in the forward pass, of a micro-batch (rows, length)."""
     config, size = run.model.config, activation_bytes(run.engine)
-    C, q, kv = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    C = config.n_embd
     freed = 2 * size * C  # what both halves of a block add to the residual stream
-    if config.qk_norm and config.use_rope:
-        freed += size * (q + kv)  # normalised, but not rotated yet
-    if size < 4:  # before they are rounded: both norms' outputs; queries and keys, normalised, and rotated
-        freed += 4 * (2 * C + (q + kv) * (config.qk_norm + config.use_rope)) + size * (q + kv) * config.use_rope
+    if size < 4:
+        freed += 4 * 2 * C  # both norms' outputs, before they are rounded
     if config.dropout:
         freed += 2 * size * C  # before a part of it is dropped
         freed += size * (3 * config.n_head * length + C)  # attention's weights, thrice; the values, copied
@@ -136,7 +134,8 @@ def freed_activations(run: Any, rows: int, length: int) -> float:
         freed += size * config.n_hidden  # the argument of relu
     if run.adapter:  # what an adapted layer returns without its adapter; into larger ones than these, what follows fits
         freed += size * C * len({"out", "down"} & {*run.adapter["settings"]["targets"]})
-    return rows * length * config.n_layer * freed
+    in_attention = sum(attention.freed_activations(config, size) for attention in config.attention_classes)
+    return rows * length * (config.n_layer * freed + in_attention)
 
 
 def mlp_gradients(config: ModelConfig, size: int) -> int:

@@ -56,6 +56,11 @@ class LoRALinear(LowRankUpdate):
         super().__init__(base.weight, rank, alpha, dropout)
         self.base = base
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """That of the layer with its update, for who does not call it (latent attention, decoding)."""
+        return self.base.weight + self.scale * (self.B @ self.A)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # B (A x), never (B A) x: two thin products instead of one of the size of W
         update = F.linear(self.scale * F.linear(self.dropout(x), self.A), self.B)
