@@ -177,7 +177,7 @@ def naive_attention(q, k, v, is_causal):
 def test_attention_equals_a_naive_loop(is_causal, repeated, monkeypatch):
     """repeated: key/value heads are copied for the query heads, as for kernels that know no groups of them."""
     if repeated:
-        monkeypatch.setattr("model.takes_groups", lambda *_: False)
+        monkeypatch.setattr("layers.attention.takes_groups", lambda *_: False)
     model = make(is_causal=is_causal, use_rope=False, qk_norm=False, n_kv_head=2)
     attention = model.blocks[0].attention
     x = torch.randn(2, 16, 32)
@@ -363,8 +363,8 @@ def test_a_windowed_cache_holds_no_more_than_its_window(pattern):
         cache = KVCache(model.config, 2, idx.device, torch.float32)
         parts = [model.lm_head(model.hidden(part, cache)) for part in idx.split([6, 1, 1, 5, 1, 2], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-4)
-    for window, keys in zip(model.config.windows, cache.keys, strict=True):
-        assert keys.size(2) == (window or 16)
+    for window, (keys, values) in zip(model.config.windows, cache.layers, strict=True):
+        assert keys.size(2) == values.size(2) == (window or 16)
     options = {"max_new_tokens": 40, "seed": 3}
     cached = torch.stack(list(model.generate(idx[:, :3], **options)))
     assert torch.equal(cached, torch.stack(list(model.generate(idx[:, :3], **options, use_cache=False))))
