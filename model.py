@@ -25,6 +25,7 @@ from layers.experts import MixtureOfExperts, Routing
 from layers.generation import generate
 from layers.head import Head
 from layers.latent_attention import LatentAttention
+from layers.linear_attention import LinearAttention
 from layers.masks import attention_mask, block_masks, positions_inside
 from layers.norm import NORMS, make_norm
 from layers.rope import ROPE_SCALING, rope_table
@@ -36,7 +37,11 @@ SDP_KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
-ATTENTION: dict[str, type[Attention]] = {"full": FullAttention, "latent": LatentAttention}
+ATTENTION: dict[str, type[Attention]] = {
+    "full": FullAttention,
+    "latent": LatentAttention,
+    "linear": LinearAttention,
+}
 MLP_HIDDEN = {"swiglu": 8 / 3, "gelu": 4, "gelu_tanh": 4, "relu2": 4}  # width over n_embd: equal parameter counts
 
 
@@ -222,7 +227,9 @@ class GPT(nn.Module):
         super().__init__()
         if config.vocab_size is None:
             raise UserError("vocab_size is not set: it comes from the tokenizer")
-        self.config, self.sdp_kernel, self.windows = config, sdp_kernel, config.windows
+        self.config, self.sdp_kernel = config, sdp_kernel
+        layers = zip(config.attention_classes, config.windows, strict=True)
+        self.windows = [None if attention.IS_RECURRENT else window for attention, window in layers]
         self.restart_positions = True  # in every document
         self.router_loss: torch.Tensor | float = 0.0  # of the last pass with targets, weighted, mean over layers
         self.use_flex = False  # flex attention where there are masks, once compiled
@@ -263,6 +270,8 @@ class GPT(nn.Module):
             elif parameter.dim() >= 2:
                 onto_residual = name.endswith(("attention.out.weight", ".down.weight", "mlp.down"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if onto_residual else 0.02)
+        for block in self.blocks:
+            block.attention.initialise()
 
     def hidden(
         self,
@@ -311,15 +320,19 @@ class GPT(nn.Module):
 
     def masks(
         self, T: int, cache: KVCache | None, documents: torch.Tensor | None, device: torch.device
-    ) -> dict[int, torch.Tensor | BlockMask | None]:
-        """By sliding window: which keys T tokens see, after those of the cache. None: SDPA's own causal mask does."""
-        windows, is_causal = set(self.windows), self.config.is_causal
+    ) -> dict[int | None, torch.Tensor | BlockMask | None]:
+        """By sliding window: which keys T tokens see, after those of the cache. None: SDPA's own causal mask does.
+
+        Of a recurrent layer, which has no keys, under None: positions in the documents (B, T), if there are any.
+        """
+        windows, is_causal = set(self.windows) - {None}, self.config.is_causal
+        starts = {None: None if documents is None else positions_inside(documents)}
         drops = self.training and self.config.dropout > 0  # attention weights, which flex attention does not offer
         if self.use_flex and torch.compiler.is_compiling() and cache is None and not drops:
-            return block_masks(T, windows, is_causal, documents, device)
+            return starts | block_masks(T, windows, is_causal, documents, device)
         if cache is not None:
-            return {window: cache.mask(window) for window in windows}
-        return {window: attention_mask(T, window, is_causal, documents, device) for window in windows}
+            return starts | {window: cache.mask(window) for window in windows}
+        return starts | {window: attention_mask(T, window, is_causal, documents, device) for window in windows}
 
     def forward(
         self,

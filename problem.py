@@ -228,11 +228,14 @@ def test(
 def draw(
     solver: Solver, name: str, settings: ProblemConfig, log: Path | None, correct: dict[int, np.ndarray], example: str
 ) -> None:
-    """Write NAME.png and NAME_attention.png."""
+    """Write NAME.png and, where all layers have attention weights, NAME_attention.png."""
     trained = parse_length(settings.train_length)
     by_length = {length: float(c.mean()) for length, c in correct.items() if len(c)}
     title = f"{settings.problem}, trained on {settings.train_length or 'all'} {solver.problem.unit}"
     draw_results(f"{name}.png", title, log, by_length, trained, solver.problem.unit)
+    if any(attention.IS_RECURRENT for attention in solver.model.config.attention_classes):
+        print(f"plots: {name}.png (no attention maps: a linear layer has no attention weights)")
+        return
     ids = solver.encode(example)
     maps = attention_maps(solver.model, ids)[:, 0].float().cpu().numpy()  # (n_layer, n_head, T, T)
     title = f"{settings.problem}: {example} \N{RIGHTWARDS ARROW} {solver.answer(example)}"

@@ -7,6 +7,7 @@ experts           mixture of experts (MoE) with a top-k router
 generation        autoregressive decoding
 head              output layer and cross-entropy loss without storing all logits
 latent_attention  attention with a small cache of latents (DeepSeek-V2)
+linear_attention  linear attention with a state of fixed size (Gated DeltaNet)
 masks             attention masks: causal, sliding window, block-diagonal for packed documents
 norm              RMSNorm, LayerNorm
 rope              rotary position embeddings

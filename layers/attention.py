@@ -29,6 +29,7 @@ class Attention(nn.Module):
 
     FIELDS: tuple[str, ...] = ()  # fields of ModelConfig that are for this kind alone; null where no layer is of it
     PROJECTIONS: tuple[str, ...]  # linear layers that make queries, keys and values: what LoRA's target `qkv` means
+    IS_RECURRENT = False  # whether it keeps a state that all tokens change: it has no mask, and none is taken back
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
@@ -47,6 +48,9 @@ class Attention(nn.Module):
         rope: the angles of the positions, for rope_width() numbers; mask: of GPT.masks().
         """
         raise NotImplementedError
+
+    def initialise(self) -> None:
+        """Set the weights that do not begin as GPT sets all: normal those of matrices, zero biases."""
 
     @staticmethod
     def check(config: Any) -> None:

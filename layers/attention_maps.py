@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from base.configuration import UserError
+
 
 @torch.no_grad()
 def attention_maps(model: torch.nn.Module, idx: torch.Tensor, last_only: bool = False) -> torch.Tensor:
@@ -11,6 +13,10 @@ def attention_maps(model: torch.nn.Module, idx: torch.Tensor, last_only: bool = 
 
     last_only: the weights of the last token alone, (n_layer, B, n_head, 1, T).
     """
+    if any(attention.IS_RECURRENT for attention in model.config.attention_classes):
+        raise UserError(
+            f"attention {','.join(model.config.attention)}: a linear layer has no attention weights to show"
+        )
     inputs: list[tuple] = []  # (x, rope, mask, cache) of every layer
     layers = [block.attention for block in model.blocks]
     hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args)) for layer in layers]

@@ -18,6 +18,7 @@ filled by extend(); a kind that keeps something else, not a place per token, upd
 import numpy as np
 import torch
 
+from base.configuration import UserError
 from layers.masks import is_visible
 
 
@@ -40,13 +41,19 @@ class KVCache:
         """config: a ModelConfig (block_size, windows, attention_classes).
 
         spare: the newest tokens that may be taken back, by lengths -= n. What they overwrite in a ring is lost, so the
-        ring has as many places more, and loses only what nobody sees any more.
+        ring has as many places more, and loses only what nobody sees any more. Raises UserError for a state.
         """
         self.block_size, self.spare = config.block_size, spare
+        self.are_states = [attention.IS_RECURRENT for attention in config.attention_classes]
+        if spare and any(self.are_states):
+            kinds = ",".join(config.attention)
+            raise UserError(f"attention {kinds}: no token can be taken back from a state: generate without a draft")
         layers = zip(config.attention_classes, config.windows, strict=True)
         shapes = [attention.cache_shapes(config, self.n_places(window)) for attention, window in layers]
+        wide = torch.promote_types(dtype, torch.float32)  # for a state, in which roundings would add up
         self.layers = [
-            tuple(torch.zeros(n_rows, *shape, device=device, dtype=dtype) for shape in layer) for layer in shapes
+            tuple(torch.zeros(n_rows, *shape, device=device, dtype=wide if is_state else dtype) for shape in layer)
+            for layer, is_state in zip(shapes, self.are_states, strict=True)
         ]
         self.lengths = np.zeros(n_rows, dtype=np.int64)  # tokens seen, by row
 
@@ -57,6 +64,7 @@ class KVCache:
     def __getitem__(self, rows: slice) -> "KVCache":
         part = object.__new__(KVCache)
         part.block_size, part.spare, part.lengths = self.block_size, self.spare, self.lengths[rows]
+        part.are_states = self.are_states
         part.layers = [tuple(tensor[rows] for tensor in layer) for layer in self.layers]
         return part
 
@@ -66,7 +74,8 @@ class KVCache:
             return self
         part = self[:]
         part.block_size = n
-        part.layers = [tuple(ring[:, :, :n] for ring in layer) for layer in self.layers]
+        layers = zip(self.layers, self.are_states, strict=True)
+        part.layers = [layer if is_state else tuple(ring[:, :, :n] for ring in layer) for layer, is_state in layers]
         return part
 
     def tensors(self) -> list[torch.Tensor]:

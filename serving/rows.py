@@ -21,8 +21,10 @@ class Rows:
         config, weight = model.config, model.token_embedding.weight
         self.model, self.n_rows, self.device, self.block_size = model, n_rows, weight.device, config.block_size
         self.cache = KVCache(config, n_rows, weight.device, weight.dtype)
-        # what a row still has of its beginning, however long it has become: all, but for sliding windows
-        self.n_kept = min(self.cache.n_places(window) for window in config.windows)
+        layers = zip(self.cache.layers, self.cache.are_states, strict=True)
+        self.states = [state for layer, are_states in layers if are_states for state in layer]
+        # what a row still has of its beginning, however long it has become: all, but for sliding windows and states
+        self.n_kept = 0 if self.states else min(self.cache.n_places(window) for window in config.windows)
         self.row_sizes, self.key_sizes = [n_rows], [config.block_size]  # that a step may have
         if not config.n_expert:
             self.add_sizes()
@@ -47,7 +49,8 @@ class Rows:
     def step_of_size(self, tokens: dict[int, int], n_rows: int, n_keys: int) -> torch.Tensor:
         """step() with the first n_rows rows, of n_keys tokens each.
 
-        What is read into idle rows lies behind their length, where nobody sees it and the next token takes its place.
+        What is read into idle rows lies behind their length, where nobody sees it and the next token takes its place;
+        their states, which it would change, are put back.
         """
         rows = list(tokens)
         idx = torch.zeros(n_rows, 1, dtype=torch.long)
@@ -55,7 +58,11 @@ class Rows:
         positions = torch.tensor(self.cache.lengths[:n_rows], device=self.device)[:, None]
         part = StaticCache(self.cache[:n_rows], positions)
         part.longest = n_keys - 1
+        idle = [row for row in range(n_rows) if row not in tokens]
+        states = [state[idle] for state in self.states]
         logits = self.model.lm_head(self.model.hidden(idx.to(self.device), part)[:, -1])  # (n_rows, vocab_size)
+        for state, before in zip(self.states, states, strict=True):
+            state[idle] = before
         self.cache.lengths[rows] += 1
         return logits[rows]
 
@@ -67,12 +74,15 @@ class Rows:
         tensors = self.cache.tensors()
         for tensor in tensors:
             tensor.copy_(torch.randn(tensor.shape[2:], generator=generator))  # the same for all rows and heads
+        states = [state.clone() for state in self.states]
 
         def are_equal(rows: int, keys: int) -> bool:
             lengths = torch.randint(keys, (n_rows,), generator=generator).numpy()
 
             def step(rows: int, keys: int) -> torch.Tensor:
                 self.cache.lengths[:] = lengths
+                for state, before in zip(self.states, states, strict=True):
+                    state.copy_(before)
                 return self.step_of_size({row: row % self.model.config.vocab_size for row in range(rows)}, rows, keys)
 
             return torch.equal(step(rows, keys), step(n_rows, block_size)[:rows])
@@ -104,8 +114,10 @@ class Rows:
         return length == self.length(row) or length < self.length(row) < self.n_kept
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Let a row begin with the first tokens of another one."""
+        """Let a row begin with the first tokens of another one, which has() them."""
         if source != target:
+            for state in self.states:
+                state[target] = state[source]
             for tensor in self.cache.tensors():
                 tensor[target, :, :length] = tensor[source, :, :length]
         self.cache.lengths[target] = length

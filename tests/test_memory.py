@@ -59,6 +59,8 @@ OPTIONS = {
     "experts": ["--n_expert", "4", "--n_hidden", "96", "--n_shared_expert", "1"],
     "bfloat16": ["--dtype", "bfloat16"],
     **{kind: ["--attention", kind] for kind in ATTENTION if kind != "full"},
+    "linear, full": ["--attention", "linear,full", "--n_embd", "128"],
+    "linear, bfloat16": ["--attention", "linear", "--dtype", "bfloat16", "--block_size", "128"],
     "latent, queries too": ["--attention", "latent,full", "--q_rank", "48", "--kv_rank", "96", "--n_embd", "128"],
     "a large vocabulary": ["--batch_size", "4"],
 }

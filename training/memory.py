@@ -148,16 +148,16 @@ def attention_weights(run: Any, rows: int, length: int) -> float:
     """Bytes of tensors (length, length) that attention keeps: masks, and where no kernel avoids it the weights."""
     config, engine = run.model.config, run.engine
     size = activation_bytes(engine)
-    total = 0.0
+    total, n_layer = 0.0, sum(not attention.IS_RECURRENT for attention in config.attention_classes)
     drops_weights = config.dropout > 0 and engine.device.type == "cpu"  # no kernel there drops any
     if drops_weights or run.config.sdp_kernel == "math":
         per_head = 3 if drops_weights else 1  # the weights; which are dropped; those that are left
-        total += config.n_layer * rows * config.n_head * length**2 * size * per_head
-        total += config.n_layer * rows * length * size * config.n_embd  # the values, copied for the product with them
+        total += n_layer * rows * config.n_head * length**2 * size * per_head
+        total += n_layer * rows * length * size * config.n_embd  # the values, copied for the product with them
     if run.model.use_flex:
         return total
     if run.config.mask_documents or run.config.pack_samples:  # a mask per row, which every layer turns into numbers
-        total += rows * length**2 * (1 + config.n_layer * size)
+        total += rows * length**2 * (1 + n_layer * size)
         total += rows * length * 2 * sum(set(run.model.rope_widths)) * 4  # RoPE's angles of positions that restart
     return total
 

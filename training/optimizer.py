@@ -252,7 +252,8 @@ def make_muon(model: GPT, config: Any, device: torch.device) -> torch.optim.Opti
 def muon_matrices(model: GPT) -> dict[str, torch.Tensor]:
     """The trainable parameters that Muon takes, by name."""
     named = trainable_parameters(model).items()
-    return {name: p for name, p in named if p.dim() >= 2 and "blocks." in name and "router" not in name}
+    maps = {name: p for name, p in named if p.dim() >= 2 and "blocks." in name and "router" not in name}
+    return {name: p for name, p in maps.items() if not name.endswith("convolution")}
 
 
 def rows_of_fused_matrices(config: ModelConfig, name: str, n_rows: int) -> list[int]:

@@ -72,7 +72,7 @@ def choose_attention(config: Any, model: GPT, engine: Engine) -> None:
     Block-diagonal masks (documents, packed samples) and sliding windows are sparse: flex attention skips the blocks of
     the (T, T) mask that are empty, SDPA computes them all.
     """
-    has_windows = any(0 < window < model.config.block_size for window in model.windows)
+    has_windows = any(0 < window < model.config.block_size for window in model.config.windows)
     has_masks = config.mask_documents or config.pack_samples or has_windows
     if config.sdp_kernel == "flash" and has_masks and engine.device.type == "cuda":
         raise UserError("sdp_kernel flash supports no masks (attention_window, mask_documents, pack_samples): use auto")
@@ -81,7 +81,7 @@ def choose_attention(config: Any, model: GPT, engine: Engine) -> None:
     if engine.device.type != "cuda" or not has_masks:
         return
     if config.sdp_kernel == "auto" and engine.use_compile:
-        kinds = dict.fromkeys(model.config.attention_classes)
+        kinds = dict.fromkeys(kind for kind in model.config.attention_classes if not kind.IS_RECURRENT)
         reason = next(filter(None, (flex_attention_problem(kind, model.config, engine) for kind in kinds)), "")
         model.use_flex = not reason
         if reason and engine.is_main:
