@@ -37,6 +37,7 @@ from training.run_log import print_table
 
 SHARE, LONGEST = 0.1, 15 * 60  # of the time, and seconds at most, that planning takes
 KNOWN_EPOCHS = 10  # readings of a text; the law's runs have 6.5 at most
+LEAST_TOKENS = 30_000  # of a probe: 40 steps
 WRITING = 2  # seconds of that for the table and the picture
 WEIGHTS_PER_TOKEN = 2  # of the text, at most: larger networks learn it by heart, of which the law knows nothing
 SHOWN_MINUTES = (3, 10, 30, 120, 480)
@@ -142,18 +143,27 @@ def candidates(law: Law, machine: Machine, text: Text, minutes: float, unique: f
 def run_probes(
     law: Law, machine: Machine, text: Text, fields: dict[str, Any], minutes: float, clock: Clock
 ) -> list[Probe]:
-    """Short runs for the time that is left, of the size that looks best beforehand and of a smaller one.
+    """Short runs for the time that is left, of a size that is smaller than the one that looks best, and of that.
 
-    Each size twice, where there is time: the longer run says how low the loss gets, both together how fast.
+    Each size twice, where there is time: the longer run says how low the loss gets, both together how fast. Where there
+    is little, one run is better than several that are over before they have learnt anything.
     """
     best = candidates(law, machine, text, minutes)[0].shape
     widths = [*DEPTHS]
     small = Shape(widths[max(0, widths.index(best.n_embd) - 2)], best.window)
-    probes, seconds = [], clock.left() - WRITING
-    for shape, share in ((small, 0.35), (small, 0.1), (best, 0.15), (best, 0.4)):
-        evaluated = 100 * fields["eval_iters"] * shape.window / 3  # what that takes, a third of training
-        tokens = (share * seconds - 0.5) * machine.tokens_per_s(shape) - evaluated  # and half a second to build it
-        if tokens < 12 * tokens_per_step(max(1.0, tokens)):
+    evaluated = 100 * fields["eval_iters"] * best.window / 3  # what that takes, in tokens: a third of training
+    seconds, probes = clock.left() - WRITING, []
+    for shares in (
+        ((small, 0.35), (small, 0.1), (best, 0.15), (best, 0.4)),
+        ((small, 0.5), (best, 0.5)),
+        ((small, 1),),
+    ):
+        # half a second to build each
+        runs = [(s, (share * seconds - 0.5) * machine.tokens_per_s(s) - evaluated) for s, share in shares]
+        if all(tokens >= LEAST_TOKENS for _, tokens in runs):
+            break
+    for shape, tokens in runs:
+        if tokens < LEAST_TOKENS:  # also of a single one
             continue
         clock.update(f"probe of {shape.n_layer} x {shape.n_embd}, {amount(tokens)} tokens")
         result = probe(shape, text.fields | fields | recipe(shape, tokens), clock)
@@ -314,7 +324,7 @@ def main() -> None:
     clock = Clock(max(1.0, min(60 * minutes * SHARE, LONGEST) - imported))
     prior = Prior.of_texts(read_runs())
     fields = {"device": args.device, "compile": "auto" if minutes >= 60 else "false", "eval_iters": 1}
-    machine = measure_machine(text, fields, minutes, imported + 1, 0.4 * clock.seconds, clock)
+    machine = measure_machine(text, fields, minutes, imported + 1, 0.25 * clock.seconds, clock)
     before = Law.fit(np.empty((0, 5)), prior)
     first = candidates(before, machine, text, minutes)[0]
     fields["eval_iters"] = eval_iters(first.tokens, first.shape.window)

@@ -133,7 +133,7 @@ def measure_machine(
         guess = 60 * minutes * (machine.tokens_per_s(shape) if machine.flops else 10_000)
         n_tokens = min(limit, tokens_per_step(guess))
         batch = {"batch_size": max(1, round(n_tokens / window)), "gradient_accumulation_steps": 1}
-        machine.add(shape, measure_speed(shape, text.fields | fields | recipe(shape, 1e6) | batch, seconds / 12, clock))
+        machine.add(shape, measure_speed(shape, text.fields | fields | recipe(shape, 1e6) | batch, seconds / 6, clock))
     return machine
 
 

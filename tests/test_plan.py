@@ -204,7 +204,7 @@ def test_probes_are_what_is_asked_of_them(prepared, call):
     assert call("data.py", text, "--tokenizer", "char").status == 0
     text = open_text(prepared / "dataset" / "pretrain_train.bin")
     slow = Machine(text.vocab_size, 1.0, {})
-    slow.add(Shape(96, 64), 2_000)  # so that the runs are short
+    slow.add(Shape(96, 64), 20_000)  # so that the runs are short
     law = Law.fit(np.empty((0, 5)), Prior(FIRST_GUESS, np.diag(np.full(10, 0.01))))
     fields = {"device": "cpu", "compile": "false", "eval_iters": 1}
     probes = plan.run_probes(law, slow, text, fields, 30, Clock(20))
