@@ -16,16 +16,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
 from base.configuration import Config, UserError, option
+from layers.attention import Attention, FullAttention, RopeAngles
 from layers.cache import KVCache
 from layers.experts import MixtureOfExperts, Routing
 from layers.generation import generate
 from layers.head import Head
-from layers.masks import attention_mask, block_masks, positions_inside, takes_groups
-from layers.norm import NORMS, RMSNorm, make_norm, rms_norm
-from layers.rope import ROPE_SCALING, apply_rope, rope_table
+from layers.latent_attention import LatentAttention
+from layers.masks import attention_mask, block_masks, positions_inside
+from layers.norm import NORMS, make_norm
+from layers.rope import ROPE_SCALING, rope_table
 from layers.sampling import check_token_ids
 
 SDP_KERNELS = {
@@ -34,7 +36,7 @@ SDP_KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
-RopeAngles = tuple[torch.Tensor, torch.Tensor]  # cosines and signed sines of the positions, as apply_rope takes them
+ATTENTION: dict[str, type[Attention]] = {"full": FullAttention, "latent": LatentAttention}
 MLP_HIDDEN = {"swiglu": 8 / 3, "gelu": 4, "gelu_tanh": 4, "relu2": 4}  # width over n_embd: equal parameter counts
 
 
@@ -60,8 +62,21 @@ class ModelConfig(Config):
     norm_eps: float = option(1e-5, "epsilon of the normalisation", above=0.0)
     qk_norm: bool = option(True, "RMSNorm on queries and keys, per head")
     is_causal: bool = option(True, "causal attention; false: full attention")
-    attention_window: list[int] = option(
-        [], "sliding-window size of each layer, repeated over the layers; 0: full attention"
+    attention: list[str] = option(
+        ["full"], "kind of attention of each layer, repeated over the layers", choices=ATTENTION
+    )
+    attention_window: list[int] = option([], "sliding-window size of each layer, repeated over the layers; 0: none")
+    kv_rank: int | None = option(
+        None,
+        "attention latent: numbers that keys and values of a token are made from; null: 2 head_dim",
+        minimum=1,
+        maximum=1 << 20,
+    )
+    q_rank: int | None = option(
+        None, "attention latent: likewise of its queries; 0, null: from the token itself", minimum=0, maximum=1 << 20
+    )
+    rope_dim: int | None = option(
+        None, "attention latent: rotary part of a head's width; null: half of head_dim", minimum=0, maximum=1 << 20
     )
     tie_embeddings: bool = option(True, "token embedding and output layer share weights")
 
@@ -103,11 +118,13 @@ class ModelConfig(Config):
             self.head_dim = self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})")
-        if self.use_rope and self.head_dim % 2:
-            raise UserError(
-                f"RoPE needs an even head_dim (n_embd / n_head), got {self.head_dim}; or set use_rope to false"
-            )
-
+        if not self.attention:
+            raise UserError(f"attention must name a kind or more ({', '.join(ATTENTION)}), got an empty list")
+        for kind, attention in ATTENTION.items():
+            if kind in self.attention:
+                attention.check(self)
+            elif given := [name for name in attention.FIELDS if getattr(self, name) is not None]:
+                raise UserError(f"{given[0]} is for attention {kind}: leave it out (null), or name {kind} in attention")
         if self.use_rope and self.block_size * self.head_dim > 1 << 28:
             raise UserError(
                 f"block_size {self.block_size:,} is too long for a RoPE table of head_dim {self.head_dim:,}"
@@ -125,71 +142,18 @@ class ModelConfig(Config):
 
     @property
     def windows(self) -> list[int]:
-        """Every layer's sliding window; 0: full attention."""
-        pattern = self.attention_window or [0]
-        return [pattern[layer % len(pattern)] for layer in range(self.n_layer)]
+        """Every layer's sliding window; 0: none."""
+        return over_layers(self.attention_window or [0], self.n_layer)
+
+    @property
+    def attention_classes(self) -> list[type[Attention]]:
+        """Every layer's kind of attention."""
+        return over_layers([ATTENTION[kind] for kind in self.attention], self.n_layer)
 
 
-class Attention(nn.Module):
-    """Multi-head attention; with fewer key/value heads grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
-
-    Each token asks (query) and is asked (key); softmax(q k^T / sqrt(head_dim)) weighs the values of the tokens it sees.
-    """
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.config, self.layer = config, layer
-        # one matrix for queries, keys and values of all heads: one large product is faster than many small ones
-        n_heads = config.n_head + 2 * config.n_kv_head
-        self.qkv = nn.Linear(config.n_embd, n_heads * config.head_dim, bias=config.bias or config.qkv_bias)
-        self.out = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
-        if config.qk_norm:  # bounds the attention logits, so that larger learning rates are stable (arXiv:2302.05442)
-            self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
-        self.residual_dropout = nn.Dropout(config.dropout)
-
-    def project(self, x: torch.Tensor, rope: RopeAngles | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries (B, n_head, T, head_dim), keys and values (B, n_kv_head, T, head_dim) of x (B, T, n_embd)."""
-        config = self.config
-        B, T, _ = x.shape
-        heads = self.qkv(x).view(B, T, -1, config.head_dim)  # (B, T, n_head + 2 n_kv_head, head_dim)
-        qk, v = heads.split((config.n_head + config.n_kv_head, config.n_kv_head), dim=2)
-        if config.qk_norm:  # queries and keys together: half the operations, which is what counts at T = 1
-            weights = self.q_norm.weight.expand(config.n_head, -1), self.k_norm.weight.expand(config.n_kv_head, -1)
-            qk = rms_norm(qk, torch.cat(weights), config.norm_eps)
-        if rope is not None:
-            qk = apply_rope(qk, *rope)
-        q, k = qk.split((config.n_head, config.n_kv_head), dim=2)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        rope: RopeAngles | None,
-        mask: torch.Tensor | BlockMask | None = None,
-        cache: KVCache | None = None,
-    ) -> torch.Tensor:
-        config = self.config
-        B, T, _ = x.shape
-        q, k, v = self.project(x, rope)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # T new tokens see the cached ones too
-        # a single token comes last and sees every key: causal without a mask
-        is_causal = config.is_causal and mask is None and (cache is None or T > 1)
-        dropout = config.dropout if self.training else 0.0
-        is_grouped = config.n_kv_head < config.n_head  # every key/value head serves a group of query heads
-        if isinstance(mask, BlockMask):
-            y = flex_attention(q, k, v, block_mask=mask, enable_gqa=is_grouped)
-        else:
-            if is_grouped and T == 1 and not is_causal:  # a group's queries as rows: they see the same keys
-                q, is_grouped = q.reshape(B, config.n_kv_head, -1, config.head_dim), False
-            if is_grouped and not takes_groups(q, mask):
-                k, v = (t.repeat_interleave(config.n_head // config.n_kv_head, dim=1) for t in (k, v))
-                is_grouped = False
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=is_grouped)
-            y = y.reshape(B, config.n_head, T, config.head_dim)
-        y = y.transpose(1, 2).reshape(B, T, -1)  # (B, n_head, T, head_dim) -> heads side by side again
-        return self.residual_dropout(self.out(y))
+def over_layers(pattern: list, n_layer: int) -> list:
+    """A pattern, repeated over the layers."""
+    return [pattern[layer % len(pattern)] for layer in range(n_layer)]
 
 
 class MLP(nn.Module):
@@ -229,7 +193,7 @@ class Block(nn.Module):
         super().__init__()
         self.config = config
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config, layer)
+        self.attention = config.attention_classes[layer](config, layer)
         self.mlp_norm = make_norm(config)
         if config.n_expert:
             n_shared = config.n_shared_expert
@@ -263,14 +227,15 @@ class GPT(nn.Module):
         self.router_loss: torch.Tensor | float = 0.0  # of the last pass with targets, weighted, mean over layers
         self.use_flex = False  # flex attention where there are masks, once compiled
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        if config.use_rope:
+        self.rope_widths = [attention.rope_width(config) * config.use_rope for attention in config.attention_classes]
+        for width in set(self.rope_widths) - {0}:
             cos, sin = rope_table(
-                *(config.block_size, config.head_dim, config.rope_theta),
+                *(config.block_size, width, config.rope_theta),
                 *(config.rope_scaling, config.rope_factor, config.rope_trained_length),
             )
-            self.register_buffer("rope_cos", cos, persistent=False)  # computed anew, so not in checkpoints
-            self.register_buffer("rope_sin", sin, persistent=False)
-        else:
+            self.register_buffer(self.rope_name("cos", width), cos, persistent=False)  # computed anew, so not saved
+            self.register_buffer(self.rope_name("sin", width), sin, persistent=False)
+        if not config.use_rope:
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.embedding_dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -296,7 +261,7 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() >= 2:
-                onto_residual = name.endswith(("attention.out.weight", "down.weight", "mlp.down"))
+                onto_residual = name.endswith(("attention.out.weight", ".down.weight", "mlp.down"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if onto_residual else 0.02)
 
     def hidden(
@@ -319,21 +284,30 @@ class GPT(nn.Module):
         if idx.device.type == "cpu" and not torch.compiler.is_compiling():
             check_token_ids(idx, self.config.vocab_size)  # on a GPU this would be an assert that ends the process
         x = self.token_embedding(idx)  # (B, T, n_embd)
-        rope = None
         if documents is not None and self.restart_positions:
             positions = positions_inside(documents)  # (B, T)
-        if self.config.use_rope:  # inside of attention, on queries and keys
-            rope = (self.rope_cos[positions], self.rope_sin[positions])
-        else:  # once, on the input
+        if not self.config.use_rope:  # once, on the input; RoPE: inside of attention, on queries and keys
             x = x + self.position_embedding.weight[positions]
         x = self.embedding_dropout(x)
-        masks = self.masks(T, cache, documents, idx.device)
+        ropes, masks = self.rope(positions), self.masks(T, cache, documents, idx.device)
         with sdpa_kernel(SDP_KERNELS[self.sdp_kernel]) if self.sdp_kernel != "auto" else contextlib.nullcontext():
-            for block, window in zip(self.blocks, self.windows, strict=True):
+            for block, rope, window in zip(self.blocks, ropes, self.windows, strict=True):
                 x = block(x, rope, masks[window], cache, routing)
         if cache is not None:
             cache.advance()
         return self.norm(x)
+
+    def rope_name(self, part: str, width: int) -> str:
+        """The buffer of the cosines or sines for so many numbers of a head: rope_cos, rope_sin where they are all."""
+        return f"rope_{part}" if width == self.config.head_dim else f"rope_{part}_{width}"
+
+    def rope(self, positions: torch.Tensor | slice) -> list[RopeAngles | None]:
+        """Every layer's angles of RoPE at these positions; None where it rotates nothing."""
+        tables: dict[int, RopeAngles | None] = {0: None}
+        for width in set(self.rope_widths) - {0}:
+            cos, sin = (getattr(self, self.rope_name(part, width)) for part in ("cos", "sin"))
+            tables[width] = (cos[positions], sin[positions])
+        return [tables[width] for width in self.rope_widths]
 
     def masks(
         self, T: int, cache: KVCache | None, documents: torch.Tensor | None, device: torch.device
@@ -395,16 +369,16 @@ class GPT(nn.Module):
     def flops_per_token(self, sequence_length: int | None = None) -> int:
         """Floating-point operations to train on one token, forward and backward.
 
-        6 per weight of a matrix product (the embedding look-up is none; of experts, the active ones), and 12 per layer,
-        width and key attended to: Chowdhery et al. 2022, arXiv:2204.02311, appendix B; with causal attention only half
-        of the keys count.
+        6 per weight of a matrix product (the embedding look-up is none; of experts, the active ones), and those of
+        attention (Chowdhery et al. 2022, arXiv:2204.02311, appendix B); if causal, only half of the keys count.
         """
         config, T = self.config, sequence_length or self.config.block_size
-        keys = 0.0  # that a token attends to on average, summed over layers
-        for window in config.windows:
+        total = 6.0 * self._n_matrix_weights
+        for attention, window in zip(config.attention_classes, config.windows, strict=True):
             w = min(window, T) if window else T
-            keys += w - w * w / (2 * T) if config.is_causal else min(T, 2 * w - 1 if window else T)
-        return int(6 * self._n_matrix_weights + 12 * config.n_head * config.head_dim * keys)
+            keys = w - w * w / (2 * T) if config.is_causal else min(T, 2 * w - 1 if window else T)  # on average
+            total += attention.flops_per_token(config, keys)
+        return int(total)
 
     generate = generate  # token by token: layers/generation.py
 

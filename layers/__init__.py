@@ -1,13 +1,15 @@
 """Building blocks of the transformer in model.py, and how tokens are generated with it.
 
-attention_maps  attention weights, for inspection and plots
-cache           key/value cache for decoding
-experts         mixture of experts (MoE) with a top-k router
-generation      autoregressive decoding
-head            output layer and cross-entropy loss without storing all logits
-masks           attention masks: causal, sliding window, block-diagonal for packed documents
-norm            RMSNorm, LayerNorm
-rope            rotary position embeddings
-sampling        temperature, top-k, nucleus sampling
-speculative     speculative decoding: several tokens from one pass
+attention         attention: what every kind of it offers, and full attention
+attention_maps    attention weights, for inspection and plots
+cache             key/value cache for decoding
+experts           mixture of experts (MoE) with a top-k router
+generation        autoregressive decoding
+head              output layer and cross-entropy loss without storing all logits
+latent_attention  attention with a small cache of latents (DeepSeek-V2)
+masks             attention masks: causal, sliding window, block-diagonal for packed documents
+norm              RMSNorm, LayerNorm
+rope              rotary position embeddings
+sampling          temperature, top-k, nucleus sampling
+speculative       speculative decoding: several tokens from one pass
 """

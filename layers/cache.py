@@ -1,4 +1,4 @@
-"""The key/value cache of generation.
+"""The key/value cache of generation: what attention keeps of the tokens seen so far.
 
 Keys and values of a token depend on the tokens before it alone, so a new token leaves those of the old ones as they
 are. Kept, one forward pass over T tokens becomes one over a single token: T times less work for each new token.
@@ -9,7 +9,10 @@ takes the place of the one at p - window, which nobody sees any more:
 
     window 4, after position 5:    place 0 1 2 3    holds position 4 5 2 3
 
-A layer with full attention is a ring of block_size places, and never comes round.
+Without a window it is a ring of block_size places, and never comes round.
+
+What a layer keeps is its kind of attention's affair (Attention.cache_shapes): keys and values, or less. Rings are
+filled by extend(); a kind that keeps something else, not a place per token, updates its tensors, layers[i], itself.
 """
 
 import numpy as np
@@ -27,32 +30,34 @@ def keep_newest(context: torch.Tensor, block_size: int) -> torch.Tensor:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, of every layer and row.
+    """Every layer's tensors, with a row per sequence: layers[i] is a tuple of them, (n_rows, ...) each.
 
     A forward pass calls begin(), then mask() for every kind of window and extend() for every layer, then advance().
     Rows are freed by lengths[row] = 0; cache[i:j] is a cache of these rows that shares their memory.
     """
 
     def __init__(self, config, n_rows: int, device: torch.device, dtype: torch.dtype, spare: int = 0) -> None:
-        """config: a ModelConfig (windows, n_kv_head, block_size, head_dim).
+        """config: a ModelConfig (block_size, windows, attention_classes).
 
         spare: the newest tokens that may be taken back, by lengths -= n. What they overwrite in a ring is lost, so the
         ring has as many places more, and loses only what nobody sees any more.
         """
         self.block_size, self.spare = config.block_size, spare
-        shapes = [(n_rows, config.n_kv_head, self.n_places(window), config.head_dim) for window in config.windows]
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
+        layers = zip(config.attention_classes, config.windows, strict=True)
+        shapes = [attention.cache_shapes(config, self.n_places(window)) for attention, window in layers]
+        self.layers = [
+            tuple(torch.zeros(n_rows, *shape, device=device, dtype=dtype) for shape in layer) for layer in shapes
+        ]
         self.lengths = np.zeros(n_rows, dtype=np.int64)  # tokens seen, by row
 
     def n_places(self, window: int) -> int:
-        """Tokens of a row that a layer with this window has room for; window 0: full attention."""
+        """Tokens of a row that a layer with this window has room for; window 0: none."""
         return min(window + self.spare if window else self.block_size, self.block_size)
 
     def __getitem__(self, rows: slice) -> "KVCache":
         part = object.__new__(KVCache)
         part.block_size, part.spare, part.lengths = self.block_size, self.spare, self.lengths[rows]
-        part.keys, part.values = ([layer[rows] for layer in layers] for layers in (self.keys, self.values))
+        part.layers = [tuple(tensor[rows] for tensor in layer) for layer in self.layers]
         return part
 
     def first(self, n: int) -> "KVCache":
@@ -61,14 +66,18 @@ class KVCache:
             return self
         part = self[:]
         part.block_size = n
-        part.keys, part.values = ([layer[:, :, :n] for layer in layers] for layers in (self.keys, self.values))
+        part.layers = [tuple(ring[:, :, :n] for ring in layer) for layer in self.layers]
         return part
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Those of all layers."""
+        return [tensor for layer in self.layers for tensor in layer]
 
     def begin(self, T: int) -> torch.Tensor | slice:
         """Positions of T new tokens of every row: (B, T); a slice if they are the same in all rows."""
         self.T, self.longest = T, int(self.lengths.max())
         self.is_even = self.longest == self.lengths.min()
-        device = self.keys[0].device
+        device = self.layers[0][0].device
         lengths = self.lengths[:1] if self.is_even else self.lengths
         self.positions = torch.tensor(lengths, device=device)[:, None] + torch.arange(T, device=device)
         return slice(self.longest, self.longest + T) if self.is_even else self.positions
@@ -94,11 +103,14 @@ class KVCache:
         keys = keys[:, None, None, :]
         return (keys >= 0) & is_visible(self.positions[:, None, :, None], keys, window, is_causal=True)
 
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add k, v (B, n_kv_head, T, head_dim) to a layer; returns its keys and values, old and new."""
-        T, n_places = k.size(2), self.keys[layer].size(2)
+    def extend(self, layer: int, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Add to every ring of a layer, as keys and values, those of the new tokens (B, heads, T, width).
+
+        Returns what each ring holds then, of old and new tokens: (B, heads, keys, width).
+        """
         seen = []
-        for ring, new in ((self.keys[layer], k), (self.values[layer], v)):
+        for ring, new in zip(self.layers[layer], tensors, strict=True):
+            T, n_places = new.size(2), ring.size(2)
             if self.are_joined(T, n_places):
                 seen.append(torch.cat((ring[:, :, : self.longest], new), dim=2))
             first = self.longest % n_places
@@ -110,7 +122,7 @@ class KVCache:
                 ring[row, :, place] = new[:, :, -n_places:].transpose(1, 2).to(ring.dtype)
             if not self.are_joined(T, n_places):
                 seen.append(ring[:, :, : self.longest + T])
-        return seen[0], seen[1]
+        return seen
 
     def are_joined(self, T: int, n_places: int) -> bool:
         """Whether the last of T new tokens overwrite what the first of them still see."""
@@ -129,7 +141,7 @@ class StaticCache(KVCache):
 
     def __init__(self, cache: KVCache, positions: torch.Tensor) -> None:
         """positions (B, 1): those of the new tokens; cache.lengths is neither read nor advanced."""
-        self.block_size, self.spare, self.keys, self.values = cache.block_size, cache.spare, cache.keys, cache.values
+        self.block_size, self.spare, self.layers = cache.block_size, cache.spare, cache.layers
         self.T, self.positions, self.longest, self.is_even = 1, positions, cache.block_size - 1, False
 
     def begin(self, T: int) -> torch.Tensor:

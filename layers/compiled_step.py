@@ -81,8 +81,8 @@ class CompiledStep:
 
     def run(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         cache = cache.first(self.n_tokens)
-        for places in (*cache.keys, *cache.values):  # else no CUDA graph is recorded, as the step writes there
-            torch._dynamo.mark_static_address(places)
+        for tensor in cache.tensors():  # else no CUDA graph is recorded, as the step writes there
+            torch._dynamo.mark_static_address(tensor)
         positions = torch.tensor(cache.lengths, device=tokens.device)[:, None]
         logits = self.compiled(tokens.clone(memory_format=torch.contiguous_format), positions, cache)  # equal strides
         cache.lengths += 1

@@ -44,13 +44,19 @@ class Head(nn.Linear):
             losses = losses_by_chunks(hidden.flatten(0, 1), self.weight, targets.flatten()).view_as(targets)
             return losses if loss_mask is None else losses * loss_mask
         mask = torch.ones_like(targets) if loss_mask is None else loss_mask
+        hidden, targets, mask = hidden.flatten(0, 1), targets.flatten(), mask.flatten()  # (N, n_embd), (N,), (N,)
+        if loss_mask is not None and hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+            # in fine-tuning half of the targets are not in the loss, and need no logits; a GPU would have to be waited
+            # for until it has counted them
+            in_loss = mask.nonzero().squeeze(1)
+            hidden, targets, mask = (x.index_select(0, in_loss) for x in (hidden, targets, mask))
         if matmul_dtype(hidden) == torch.float16:
             # float16 needs GradScaler's factor before the gradient of the logits is rounded, or the entries of rare
             # tokens underflow to 0. The factor comes with the backward pass, so the gradient cannot be made before it.
-            losses = F.cross_entropy(super().forward(hidden).flatten(0, 1).float(), targets.flatten(), reduction="none")
-            return (losses * mask.flatten()).sum()
+            losses = F.cross_entropy(super().forward(hidden).float(), targets, reduction="none")
+            return (losses * mask).sum()
         chunk_size = max(1, logits_per_chunk(hidden.device) // len(self.weight))  # in tokens
-        arguments = hidden.flatten(0, 1), self.weight, targets.flatten(), mask.flatten(), chunk_size
+        arguments = hidden, self.weight, targets, mask, chunk_size
         if torch.compiler.is_compiling():  # as one operation: traced, the loop would be fixed to one number of tokens
             return chunked_cross_entropy(*arguments, matmul_dtype(hidden))[0]
         return ChunkedCrossEntropy.apply(*arguments)

@@ -64,9 +64,9 @@ class Rows:
         """Find the smaller sizes of a step that give the same bits as the largest, on random keys and values."""
         (n_rows,), (block_size,) = self.row_sizes, self.key_sizes
         generator = torch.Generator().manual_seed(0)
-        layers = (*self.cache.keys, *self.cache.values)
-        for layer in layers:
-            layer.copy_(torch.randn(layer.shape[2:], generator=generator))  # the same for all rows and heads
+        tensors = self.cache.tensors()
+        for tensor in tensors:
+            tensor.copy_(torch.randn(tensor.shape[2:], generator=generator))  # the same for all rows and heads
 
         def are_equal(rows: int, keys: int) -> bool:
             lengths = torch.randint(keys, (n_rows,), generator=generator).numpy()
@@ -81,12 +81,12 @@ class Rows:
         self.row_sizes[:0] = [n for n in sizes(1, n_rows) if are_equal(n, block_size)]
         self.key_sizes[:0] = [n for n in sizes(PIECE, block_size) if are_equal(n_rows, n)]
         self.cache.lengths[:] = 0
-        for layer in layers:
-            layer.zero_()
+        for tensor in tensors:
+            tensor.zero_()
 
     def memory(self) -> int:
         """Bytes of the cache."""
-        return sum(layer.numel() * layer.element_size() for layer in (*self.cache.keys, *self.cache.values))
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.cache.tensors())
 
     def length(self, row: int) -> int:
         return int(self.cache.lengths[row])
@@ -106,6 +106,6 @@ class Rows:
     def copy(self, source: int, target: int, length: int) -> None:
         """Let a row begin with the first tokens of another one."""
         if source != target:
-            for layer in (*self.cache.keys, *self.cache.values):
-                layer[target, :, :length] = layer[source, :, :length]
+            for tensor in self.cache.tensors():
+                tensor[target, :, :length] = tensor[source, :, :length]
         self.cache.lengths[target] = length

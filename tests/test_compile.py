@@ -6,7 +6,7 @@ from conftest import DATA, FAST, TINY, make_samples, make_text, write_jsonl
 from torch._dynamo.utils import counters
 
 from layers.experts import gradient_by_group, loop_over_groups, product_by_group
-from model import GPT, ModelConfig
+from model import ATTENTION, GPT, ModelConfig
 from text.batches import Batch, TrainBatches
 from text.token_files import TokenFile
 from training.config import TrainConfig
@@ -17,6 +17,7 @@ from training.sources import pad_to
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32}
 EXPERTS = {"n_expert": 4, "n_hidden": 24}
+OTHER_ATTENTION = [kind for kind in ATTENTION if kind != "full"]
 
 
 @pytest.fixture
@@ -41,8 +42,9 @@ def files(work, call):
         ("pretrain", EXPERTS, {}),
         ("pretrain", {**EXPERTS, "expert_balance": "bias"}, {}),
         ("sft", EXPERTS, {"pack_samples": True}),
+        *(("sft", {"attention": [kind, "full"]}, {"pack_samples": True}) for kind in OTHER_ATTENTION),
     ],
-    ids=["text", "samples", "packed", "documents", "windows", "experts", "biased", "packed experts"],
+    ids=["text", "samples", "packed", "documents", "windows", "experts", "biased", "packed experts", *OTHER_ATTENTION],
 )
 def test_a_compiled_model_is_one_graph_with_the_same_gradients(files, stage, shape, options):
     """No graph break, and nothing new to compile after the second step; graphs run by autograd, not by inductor."""

@@ -12,6 +12,7 @@ from torch._guards import TracingContext
 
 from layers import compiled_step
 from layers.compiled_step import CompiledStep
+from model import ATTENTION
 from weights.quantise import with_weights
 
 SHAPES = {
@@ -19,6 +20,11 @@ SHAPES = {
     "grouped, biases, untied": {"n_kv_head": 2, "bias": True, "tie_embeddings": False},
     "learned positions, layernorm": {"use_rope": False, "norm": "layernorm", "mlp": "gelu"},
     "windows": {"attention_window": [8, 0, 5], "n_layer": 3},
+    **{
+        kind: {"attention": [kind, "full"], "attention_window": [8, 0, 0, 5], "n_layer": 4}
+        for kind in ATTENTION
+        if kind != "full"
+    },
 }
 
 
@@ -35,7 +41,9 @@ def traced(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="aot_eager", **options))
 
 
-@pytest.mark.parametrize(("shape", "kind"), [*((shape, "float32") for shape in SHAPES), ("default", "int8")])
+@pytest.mark.parametrize(
+    ("shape", "kind"), [*((shape, "float32") for shape in SHAPES), ("default", "int8"), ("latent", "int8")]
+)
 def test_the_same_logits_as_in_one_pass_beyond_the_context_window(traced, shape, kind):
     model, _ = with_weights(make_model(50, block_size=24, **SHAPES[shape]), kind)
     step = make_step(model)
@@ -63,7 +71,7 @@ def test_a_long_window_is_read_in_part_and_beyond_that_uncompiled(traced, monkey
     step, places, compiled = make_step(model), [], []
     run, forward = step.run, step.compiled
     step.run = lambda tokens, cache: compiled.append(int(cache.lengths[0])) or run(tokens, cache)
-    step.compiled = lambda *inputs: places.extend(keys.size(2) for keys in inputs[2].keys) or forward(*inputs)
+    step.compiled = lambda *inputs: places.extend(ring.size(2) for ring in inputs[2].tensors()) or forward(*inputs)
     idx = torch.randint(50, (1, 5))
     answers = [torch.stack(list(model.generate(idx, 60, temperature=0.0, step=s))) for s in (step, None)]
     assert torch.equal(*answers)

@@ -178,6 +178,13 @@ def test_baselines_are_those_computed_by_hand():
     assert 0 < found["lzma_bits_per_character"] < 1
 
 
+def test_a_compressed_sample_is_a_million_bytes_in_any_script():
+    """lzma takes seconds for a million Chinese characters, longer than the rest of data.py for 100 MB."""
+    text = "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9000, 400_000)))
+    head = text[:333_333].encode()  # the next character would end after 1,000,002 bytes
+    assert compression_baselines(text)["zlib_bits_per_character"] == 8 * len(zlib.compress(head, 9)) / 333_333
+
+
 def test_a_reused_tokenizer_reports_unknown_characters(call, prepared):
     (prepared / "other.txt").write_text("the cat Ω sat Ω on the mat\n" * 20, encoding="utf-8")
     result = call("data.py", "other.txt", "--tokenizer", "dataset/tokenizer.json", "--output", "o", "--block_size", "8")

@@ -103,7 +103,7 @@ def test_grouped_queries_by_flash_attention_are_those_with_heads_repeated(monkey
     model, batch = make(n_kv_head=2).to(DEVICE), random_batch().to(torch.device(DEVICE))
     with torch.autocast(DEVICE, torch.bfloat16):
         loss, expected = gradient(model, batch)
-        monkeypatch.setattr("model.takes_groups", lambda *_: False)
+        monkeypatch.setattr("layers.attention.takes_groups", lambda *_: False)
         repeated_loss, actual = gradient(model, batch)
     q = torch.zeros(1, device=DEVICE, dtype=torch.bfloat16)
     assert takes_groups(q, None) and (DEVICE == "cpu" or not takes_groups(q, q))
@@ -283,4 +283,4 @@ def test_a_cache_lies_beside_the_weights():
     cache = KVCache(model.config, 2, weight.device, weight.dtype)
     model.hidden(random_batch().idx[:2, :7].to(DEVICE), cache)
     assert cache.lengths.tolist() == [7, 7]
-    assert all(t.device.type == DEVICE and t.dtype == torch.bfloat16 for t in (*cache.keys, *cache.values))
+    assert all(t.device.type == DEVICE and t.dtype == torch.bfloat16 for t in cache.tensors())

@@ -8,6 +8,7 @@ from conftest import DATA, FAST, make_text, read_log
 from torch.nn.attention import flex_attention as torch_flex
 
 from base.configuration import UserError
+from layers.attention import FullAttention
 from layers.masks import attention_mask, block_masks
 from model import GPT, ModelConfig
 from training import preflight
@@ -103,7 +104,7 @@ def test_both_forms_allow_the_same(window, is_causal):
 
 def test_where_flex_attention_does_not_work_masks_stay_with_sdpa(capsys):
     engine = Engine(TrainConfig(device="cpu"))
-    reason = flex_attention_problem(ModelConfig(**SHAPE), engine)
+    reason = flex_attention_problem(FullAttention, ModelConfig(**SHAPE), engine)
     assert reason == "NotImplementedError"  # torch trains by it on GPUs alone
     model = GPT(ModelConfig(**SHAPE))
     choose_attention(TrainConfig(pack_samples=True), model, engine)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from base import devices
 from layers import head
 from layers.rope import apply_rope, rope_table
+from model import ATTENTION
 from training import engine, memory
 from training.engine import Engine
 from training.setup import build_run
@@ -57,6 +58,8 @@ OPTIONS = {
     "dropout": ["--dropout", "0.1"],
     "experts": ["--n_expert", "4", "--n_hidden", "96", "--n_shared_expert", "1"],
     "bfloat16": ["--dtype", "bfloat16"],
+    **{kind: ["--attention", kind] for kind in ATTENTION if kind != "full"},
+    "latent, queries too": ["--attention", "latent,full", "--q_rank", "48", "--kv_rank", "96", "--n_embd", "128"],
     "a large vocabulary": ["--batch_size", "4"],
 }
 
@@ -111,10 +114,10 @@ def test_what_the_blocks_free_is_what_dies_in_the_forward_pass(texts, name):
     (batch, *_) = run.batches.at(0)
     with run.engine.autocast():
         x = run.model.token_embedding(batch.idx)
-        rope = (run.model.rope_cos, run.model.rope_sin) if run.model.config.use_rope else None
+        ropes = run.model.rope(slice(batch.idx.size(1)))
         masks = run.model.masks(batch.idx.size(1), None, batch.documents, batch.idx.device)
         with LiveTensors() as tensors:
-            for block, window in zip(run.model.blocks, run.model.windows, strict=True):
+            for block, rope, window in zip(run.model.blocks, ropes, run.model.windows, strict=True):
                 x = block(x, rope, masks[window])
     freed = memory.freed_activations(run, *batch.idx.shape)
     assert freed == pytest.approx(tensors.made - tensors.now, rel=0.1)

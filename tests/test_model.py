@@ -10,6 +10,7 @@ from base.configuration import UserError
 from layers.attention_maps import attention_maps
 from layers.cache import KVCache
 from layers.experts import count_expert_tokens, mixture_layers
+from layers.head import ChunkedCrossEntropy, Head
 from layers.norm import rms_norm
 from layers.sampling import filter_logits, penalise_repetition
 from model import GPT, SDP_KERNELS, ModelConfig
@@ -176,7 +177,7 @@ def naive_attention(q, k, v, is_causal):
 def test_attention_equals_a_naive_loop(is_causal, repeated, monkeypatch):
     """repeated: key/value heads are copied for the query heads, as for kernels that know no groups of them."""
     if repeated:
-        monkeypatch.setattr("model.takes_groups", lambda *_: False)
+        monkeypatch.setattr("layers.attention.takes_groups", lambda *_: False)
     model = make(is_causal=is_causal, use_rope=False, qk_norm=False, n_kv_head=2)
     attention = model.blocks[0].attention
     x = torch.randn(2, 16, 32)
@@ -288,6 +289,29 @@ def test_a_loss_without_logits_is_the_same_loss(monkeypatch, tie_embeddings, los
     assert mean.item() == pytest.approx(gradients[0][0].item() / count)
 
 
+def test_a_target_that_is_not_in_the_loss_needs_no_logits():
+    """Whatever the hidden state before it is; and in a form for GPUs, which would wait for the number of targets."""
+    weight, targets = torch.randn(50, 8, dtype=torch.float64), torch.arange(12) % 50
+    hidden, mask = torch.randn(12, 8, dtype=torch.float64), (torch.arange(12) % 3 > 0).double()
+    head = Head(8, 50).double()
+    gradients = []
+    for form in ("whole", "left out", "masked"):
+        head.weight.data, head.weight.grad = weight.clone(), None
+        h = hidden.clone().requires_grad_()
+        if form == "whole":
+            loss = (F.cross_entropy(h @ head.weight.T, targets, reduction="none") * mask).sum()
+        elif form == "left out":
+            holes = torch.where(mask[:, None] > 0, h, torch.nan)
+            loss = head(holes.view(2, 6, 8), targets.view(2, 6), mask.view(2, 6))
+        else:
+            loss = ChunkedCrossEntropy.apply(h, head.weight, targets, mask, 5)
+        loss.backward()
+        gradients.append([loss.detach(), h.grad, head.weight.grad])
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(b, a)
+
+
 def test_losses_of_single_targets_need_no_logits_either(monkeypatch):
     """Values and gradients by chunks of 4 tokens, as of all logits at once."""
     model, idx, targets = make(), tokens(2, 9), tokens(2, 9).flip(0)
@@ -339,8 +363,8 @@ def test_a_windowed_cache_holds_no_more_than_its_window(pattern):
         cache = KVCache(model.config, 2, idx.device, torch.float32)
         parts = [model.lm_head(model.hidden(part, cache)) for part in idx.split([6, 1, 1, 5, 1, 2], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-4)
-    for window, keys in zip(model.config.windows, cache.keys, strict=True):
-        assert keys.size(2) == (window or 16)
+    for window, (keys, values) in zip(model.config.windows, cache.layers, strict=True):
+        assert keys.size(2) == values.size(2) == (window or 16)
     options = {"max_new_tokens": 40, "seed": 3}
     cached = torch.stack(list(model.generate(idx[:, :3], **options)))
     assert torch.equal(cached, torch.stack(list(model.generate(idx[:, :3], **options, use_cache=False))))

@@ -9,6 +9,7 @@ import torch.nn as nn
 from conftest import TINY, make_text
 from other_programs import make_model
 
+from model import ATTENTION
 from weights.quantise import FEW_ROWS, Int8Linear, to_bfloat16, to_int8, with_weights
 
 SHAPES = {
@@ -17,6 +18,7 @@ SHAPES = {
     "experts": {"n_expert": 4, "n_shared_expert": 1},
     "layernorm, learned positions": {"norm": "layernorm", "use_rope": False, "mlp": "gelu"},
     "windows": {"attention_window": [8, 0]},
+    **{kind: {"attention": [kind, "full"]} for kind in ATTENTION if kind != "full"},
     "odd widths": {"n_embd": 100, "n_head": 2, "n_hidden": 37},
 }
 

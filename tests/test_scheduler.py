@@ -9,6 +9,7 @@ import torch
 from other_programs import make_model
 from servers import TOKENIZER
 
+from model import ATTENTION
 from serving.metrics import metrics_text
 from serving.rows import PIECE
 from serving.scheduler import Batch, Generation, Refused, Sampling, Scheduler
@@ -22,6 +23,7 @@ SHAPES = {
     "windows": {"attention_window": [8, 0], "n_kv_head": 2},
     "odd": {"attention_window": [11], "block_size": 99, "n_kv_head": 1},
     "experts": {"n_expert": 4},
+    **{kind: {"attention": [kind, "full"]} for kind in ATTENTION if kind != "full"},
     "int8": {"weights": "int8"},
     "bfloat16": {"weights": "bfloat16"},
 }

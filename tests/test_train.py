@@ -500,16 +500,22 @@ def test_muon_equals_the_one_in_torch():
         assert (p - w).norm().item() == pytest.approx((q - w).norm().item(), rel=0.02)
 
 
-@pytest.mark.parametrize("shape", [{}, {"n_kv_head": 1}, {"mlp": "gelu"}, {"n_expert": 3, "n_shared_expert": 1}])
+LATENT = {"attention": ["latent"], "kv_rank": 12, "q_rank": 10, "rope_dim": 2}
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"n_kv_head": 1}, {"mlp": "gelu"}, {"n_expert": 3, "n_shared_expert": 1}, LATENT]
+)
 def test_muon_treats_joined_matrices_as_if_they_were_apart(shape):
-    """Queries, keys and values, gate and up, experts: each moves as a parameter of its own would."""
+    """Queries, keys and values, latents and rotary keys, gate and up, experts: each moves as a parameter of its own."""
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=50, n_embd=16, n_head=2, n_layer=1, n_hidden=24, **shape)
     model = GPT(config)
     optimizer = make_optimizer(model, TrainConfig(optimizer="muon", weight_decay=0.1), torch.device("cpu"))
     kv = config.n_kv_head * config.head_dim
     gate = [24, 24] if config.mlp == "swiglu" else [24]
-    sizes = {"qkv.weight": [16, kv, kv], "out.weight": [16], "up.weight": gate, "down.weight": [16]}
+    sizes = {"q_down.weight": [10], "q_up.weight": [16], "kv_down.weight": [12, 2], "kv_up.weight": [12, 16]}
+    sizes |= {"qkv.weight": [16, kv, kv], "out.weight": [16], "up.weight": gate, "down.weight": [16]}
     sizes |= {"mlp.up": [24, 24], "mlp.down": [16]}
     apart = {}
     for name, p in model.blocks.named_parameters():

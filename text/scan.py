@@ -59,7 +59,7 @@ class CorpusScan:
         self.is_accepted.append(is_accepted)
 
     def add_text(self, text: str) -> None:
-        """Collect the characters of accepted text, and its beginning for compression_baselines()."""
+        """Collect the characters of accepted text, and enough of its beginning for compression_baselines()."""
         mark_characters(self.codepoint_mask, text)
         if self._n_sample < COMPRESSION_SAMPLE:
             self._sample.append(text[: COMPRESSION_SAMPLE - self._n_sample])

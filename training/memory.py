@@ -95,8 +95,8 @@ def activations(run: Any, rows: int, length: int) -> float:
     Counted as in Korthikanti et al. 2022 (arXiv:2205.05198): a product keeps its input, a nonlinearity its argument.
     """
     config, size = run.model.config, activation_bytes(run.engine)
-    per_layer = attention_activations(config, size) + mlp_activations(config, size)
-    total = rows * length * config.n_layer * per_layer
+    per_token = sum(attention.activations(config, size) for attention in config.attention_classes)
+    total = rows * length * (per_token + config.n_layer * mlp_activations(config, size))
     if config.dropout:  # what is dropped: of the embedding, and of both outputs of every block
         mask_size = 4 if run.engine.device.type == "cpu" else 1
         total += rows * length * config.n_embd * (2 * config.n_layer + 1) * mask_size
@@ -106,15 +106,6 @@ def activations(run: Any, rows: int, length: int) -> float:
     if size < 4:  # autocast keeps copies of the weights of the products
         total += size * sum(p.numel() for p in run.model.blocks.parameters() if p.dim() >= 2)
     return total
-
-
-def attention_activations(config: ModelConfig, size: int) -> int:
-    """Bytes per token of one attention layer, its norm included. The residual stream is float32 (4 bytes)."""
-    C, q, kv = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    kept = 4 * C + size * (C + (q + 2 * kv) + q)  # the norm's input and output; queries, keys, values; the result
-    if config.use_rope or config.qk_norm:  # new queries and keys, normalised and rotated
-        kept += size * (q + kv)
-    return kept + 4 * 3 * config.n_head  # root mean squares of queries and keys, and the softmax's denominator
 
 
 def mlp_activations(config: ModelConfig, size: int) -> int:
@@ -130,12 +121,10 @@ def mlp_activations(config: ModelConfig, size: int) -> int:
 def freed_activations(run: Any, rows: int, length: int) -> float:
     """Bytes of all tensors that the blocks make and free in the forward pass, of a micro-batch (rows, length)."""
     config, size = run.model.config, activation_bytes(run.engine)
-    C, q, kv = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    C = config.n_embd
     freed = 2 * size * C  # what both halves of a block add to the residual stream
-    if config.qk_norm and config.use_rope:
-        freed += size * (q + kv)  # normalised, but not rotated yet
-    if size < 4:  # before they are rounded: both norms' outputs; queries and keys, normalised, and rotated
-        freed += 4 * (2 * C + (q + kv) * (config.qk_norm + config.use_rope)) + size * (q + kv) * config.use_rope
+    if size < 4:
+        freed += 4 * 2 * C  # both norms' outputs, before they are rounded
     if config.dropout:
         freed += 2 * size * C  # before a part of it is dropped
         freed += size * (3 * config.n_head * length + C)  # attention's weights, thrice; the values, copied
@@ -145,7 +134,8 @@ def freed_activations(run: Any, rows: int, length: int) -> float:
         freed += size * config.n_hidden  # the argument of relu
     if run.adapter:  # what an adapted layer returns without its adapter; into larger ones than these, what follows fits
         freed += size * C * len({"out", "down"} & {*run.adapter["settings"]["targets"]})
-    return rows * length * config.n_layer * freed
+    in_attention = sum(attention.freed_activations(config, size) for attention in config.attention_classes)
+    return rows * length * (config.n_layer * freed + in_attention)
 
 
 def mlp_gradients(config: ModelConfig, size: int) -> int:
@@ -168,7 +158,7 @@ def attention_weights(run: Any, rows: int, length: int) -> float:
         return total
     if run.config.mask_documents or run.config.pack_samples:  # a mask per row, which every layer turns into numbers
         total += rows * length**2 * (1 + config.n_layer * size)
-        total += rows * length * 2 * config.head_dim * 4  # RoPE's angles of positions that restart
+        total += rows * length * 2 * sum(set(run.model.rope_widths)) * 4  # RoPE's angles of positions that restart
     return total
 
 

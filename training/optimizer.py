@@ -8,6 +8,7 @@ Every parameter group has its own peak learning rate; the schedule scales all of
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -255,10 +256,10 @@ def muon_matrices(model: GPT) -> dict[str, torch.Tensor]:
 
 
 def rows_of_fused_matrices(config: ModelConfig, name: str, n_rows: int) -> list[int]:
-    """Number of rows of each matrix fused in the weight of this name (n_rows in all): q, k, v; or gate, up."""
-    if name.endswith("qkv.weight"):
-        kv = config.n_kv_head * config.head_dim
-        return [n_rows - 2 * kv, kv, kv]
+    """Number of rows of each matrix fused in the weight of this name (n_rows in all), as queries, keys and values."""
+    if found := re.search(r"blocks\.(\d+)\.attention\.(\w+)\.weight$", name):
+        layer, part = int(found[1]), found[2]
+        return config.attention_classes[layer].fused_rows(config).get(part, [n_rows])
     is_gated = config.mlp == "swiglu" and name.endswith((".up", ".up.weight"))
     return [n_rows // 2] * 2 if is_gated else [n_rows]
 

@@ -54,7 +54,7 @@ def bfloat16_gain(model: GPT, batch_size: int) -> float:
     generator = torch.Generator().manual_seed(0)  # its own, so that the global random state stays as it is
     x = torch.randn(B, T, config.n_embd, generator=generator, requires_grad=True)
     targets = torch.randint(config.vocab_size, (B, T), generator=generator)
-    rope = (model.rope_cos[:T], model.rope_sin[:T]) if config.use_rope else None
+    rope = model.rope(slice(T))[0]
     parts = [(config.n_layer, block, lambda: block(x, rope).sum()), (1, head, lambda: head(x, targets))]
 
     seconds = {torch.float32: 0.0, torch.bfloat16: 0.0}

@@ -20,8 +20,9 @@ from torch.nn.attention import sdpa_kernel
 
 from base.configuration import UserError, command_line, fields_of
 from base.devices import device_name, dtype_name, memory_available, memory_total, synchronise
+from layers.attention import Attention
 from layers.masks import attention_mask, block_masks
-from model import GPT, SDP_KERNELS, Attention, ModelConfig
+from model import GPT, SDP_KERNELS, ModelConfig
 from text.batches import Samples, Windows
 from text.token_files import TokenFile
 from training.advice import preparing_all
@@ -80,7 +81,8 @@ def choose_attention(config: Any, model: GPT, engine: Engine) -> None:
     if engine.device.type != "cuda" or not has_masks:
         return
     if config.sdp_kernel == "auto" and engine.use_compile:
-        reason = flex_attention_problem(model.config, engine)
+        kinds = dict.fromkeys(model.config.attention_classes)
+        reason = next(filter(None, (flex_attention_problem(kind, model.config, engine) for kind in kinds)), "")
         model.use_flex = not reason
         if reason and engine.is_main:
             print(f"flex attention is not available here ({reason}); masks use SDPA", file=sys.stderr)
@@ -98,14 +100,14 @@ def check_kernel(name: str, config: ModelConfig, engine: Engine) -> None:
         raise UserError(f"sdp_kernel {name} does not run here ({what}): use auto or math") from None
 
 
-def flex_attention_problem(config: ModelConfig, engine: Engine) -> str:
+def flex_attention_problem(attention: type[Attention], config: ModelConfig, engine: Engine) -> str:
     """Why flex attention cannot train a model of this shape on the engine's device; empty if it can.
 
     Found by trial, as it depends on the GPU, the head size, torch and the compiler: forward and backward of one
-    attention layer on two documents, compared with SDPA.
+    layer of this kind on two documents, compared with SDPA.
     """
     device, T, causal = engine.device, min(256, config.block_size), config.is_causal
-    layer = Attention(config, 0).to(device).eval()
+    layer = attention(config, 0).to(device).eval()
     x = torch.randn(1, T, config.n_embd, generator=torch.Generator().manual_seed(0)).to(device)
     documents = (torch.arange(T, device=device) >= T // 3).long()[None]  # (1, T) document ids
 

@@ -18,7 +18,8 @@ MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.
 
 def is_gpt2(config: ModelConfig) -> bool:
     """Whether GPT-2 computes what our network of this config does."""
-    is_dense = not config.n_expert and not max(config.windows) and config.n_kv_head == config.n_head
+    is_full = set(config.attention) == {"full"} and not max(config.windows)
+    is_dense = is_full and not config.n_expert and config.n_kv_head == config.n_head
     same_heads = config.head_dim * config.n_head == config.n_embd and not config.qk_norm
     same_layers = config.norm == "layernorm" and not config.use_rope and config.mlp in GELU.values()
     return is_dense and same_heads and same_layers and config.is_causal and not config.qkv_bias

@@ -143,6 +143,7 @@ def model_type(config: ModelConfig) -> str:
         return "gpt2"
     windows = set(config.windows)
     refused = {
+        f"attention {','.join(config.attention)}: theirs is full": set(config.attention) != {"full"},
         f"mlp {config.mlp}: theirs are swiglu": config.mlp != "swiglu",
         f"norm {config.norm}: theirs is rmsnorm": config.norm != "rmsnorm",
         "learned positions: theirs are RoPE": not config.use_rope,

@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from base.configuration import UserError
+from layers.attention import Attention
 from layers.experts import MixtureOfExperts, grouped_mm, mixture_layers
 from model import GPT
 from weights.checkpointing import load_checkpoint, load_model
@@ -55,6 +56,11 @@ class LoRALinear(LowRankUpdate):
         super().__init__(base.weight, rank, alpha, dropout)
         self.base = base
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """That of the layer with its update, for who does not call it (latent attention, decoding)."""
+        return self.base.weight + self.scale * (self.B @ self.A)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # B (A x), never (B A) x: two thin products instead of one of the size of W
         update = F.linear(self.scale * F.linear(self.dropout(x), self.A), self.B)
@@ -75,6 +81,13 @@ def settings_of(config: Any) -> dict[str, Any]:
     return {name: getattr(config, f"lora_{name}") for name in ("rank", "alpha", "dropout", "targets")}
 
 
+def names_of(module: nn.Module, targets: list[str]) -> list[str]:
+    """The names that a module's targets have: `qkv` stands for all that makes its queries, keys and values."""
+    if not isinstance(module, Attention):
+        return targets
+    return [name for target in targets for name in (module.PROJECTIONS if target == "qkv" else (target,))]
+
+
 def attach(model: GPT, settings: dict[str, Any]) -> None:
     """Freeze a model and add a new adapter to its target layers; raises UserError for settings that do not fit it."""
     rank, options = settings["rank"], [settings[name] for name in ("rank", "alpha", "dropout")]
@@ -82,7 +95,7 @@ def attach(model: GPT, settings: dict[str, Any]) -> None:
         raise UserError(f"lora_rank ({rank}) must be between 1 and n_embd ({model.config.n_embd})")
     model.requires_grad_(False)
     for module in list(model.blocks.modules()):
-        for target in settings["targets"]:
+        for target in names_of(module, settings["targets"]):
             layer = getattr(module, target, None)
             if isinstance(layer, nn.Linear) and not isinstance(module, LoRALinear):
                 setattr(module, target, LoRALinear(layer, *options))

@@ -43,7 +43,12 @@ class Int8Linear(nn.Module):
         self.n_padding = -linear.in_features % COLUMNS
         self.register_buffer("integers", F.pad(integers, (0, self.n_padding)))  # (out, in), and zeros
         self.register_buffer("ones", torch.ones(len(scale), dtype=torch.bfloat16))
-        self.bias = linear.bias
+        self.bias, self.in_features = linear.bias, linear.in_features
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What the integers stand for, for who does not call the layer (latent attention, decoding): (out, in)."""
+        return self.integers[:, : self.in_features] * self.scale[:, None]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = F.pad(x.reshape(-1, x.size(-1)), (0, self.n_padding))

@@ -1,0 +1,204 @@
+"""Attention: each token looks at others and takes something of them.
+
+Attention is what every kind of it offers to the model; FullAttention is the one that all GPTs began with. Further kinds
+are files beside this one, each with its entry in ATTENTION of model.py; `attention` in a ModelConfig names the kind of
+each layer.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from base.configuration import UserError
+from layers.cache import KVCache
+from layers.masks import takes_groups
+from layers.norm import RMSNorm, rms_norm
+from layers.rope import apply_rope
+
+RopeAngles = tuple[torch.Tensor, torch.Tensor]  # cosines and signed sines of the positions, as apply_rope takes them
+
+
+class Attention(nn.Module):
+    """A kind of attention: what it is made of, and what the rest of the toolkit asks about it.
+
+    The questions are put to the class, with a ModelConfig: most of them are asked before there is a model.
+    """
+
+    FIELDS: tuple[str, ...] = ()  # fields of ModelConfig that are for this kind alone; null where no layer is of it
+    PROJECTIONS: tuple[str, ...]  # linear layers that make queries, keys and values: what LoRA's target `qkv` means
+
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.residual_dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: RopeAngles | None,
+        mask: torch.Tensor | BlockMask | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """x (B, T, n_embd) to the same shape; with a cache, its T tokens follow those of it.
+
+        rope: the angles of the positions, for rope_width() numbers; mask: of GPT.masks().
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def check(config: Any) -> None:
+        """Fill in the kind's fields that are null, and raise UserError for what it cannot compute."""
+
+    @staticmethod
+    def rope_width(config: Any) -> int:
+        """How many numbers of a query or key RoPE rotates."""
+        return config.head_dim
+
+    @staticmethod
+    def cache_shapes(config: Any, n_places: int) -> list[tuple[int, ...]]:
+        """Shapes of what the cache keeps of one row, n_places: of how many tokens.
+
+        Tensors that KVCache.extend() fills have a place per token: (heads, n_places, width). Others are the kind's own.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def fused_rows(config: Any) -> dict[str, list[int]]:
+        """Linear layers whose weight is several matrices, one below the other, and the rows of each: Muon's units."""
+        return {}
+
+    @staticmethod
+    def flops_per_token(config: Any, keys: float) -> float:
+        """Operations forward and backward beside the weights', where a token attends to so many keys on average.
+
+        Per key, head and number: a multiplication and an addition for the score and for the weighted value, three
+        times: forward, and for the gradient of either factor.
+        """
+        return 12 * config.n_head * config.head_dim * keys
+
+    @staticmethod
+    def activations(config: Any, size: int) -> int:
+        """Bytes per token that one layer keeps for the backward pass; size: of a number that a product returns.
+
+        Its norm included (the residual stream is float32), masks and stored attention weights not.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def freed_activations(config: Any, size: int) -> int:
+        """Likewise, bytes that the forward pass makes and frees: from q, k and v on to the attention itself."""
+        raise NotImplementedError
+
+
+class FullAttention(Attention):
+    """Multi-head attention; with fewer key/value heads grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
+
+    Each token asks (query) and is asked (key); softmax(q k^T / sqrt(head_dim)) weighs the values of the tokens it sees.
+    """
+
+    PROJECTIONS = ("qkv",)
+
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__(config, layer)
+        # one matrix for queries, keys and values of all heads: one large product is faster than many small ones
+        n_heads = config.n_head + 2 * config.n_kv_head
+        self.qkv = nn.Linear(config.n_embd, n_heads * config.head_dim, bias=config.bias or config.qkv_bias)
+        self.out = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
+        if config.qk_norm:  # bounds the attention logits, so that larger learning rates are stable (arXiv:2302.05442)
+            self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+
+    def project(self, x: torch.Tensor, rope: RopeAngles | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (B, n_head, T, head_dim), keys and values (B, n_kv_head, T, head_dim) of x (B, T, n_embd)."""
+        config = self.config
+        B, T, _ = x.shape
+        heads = self.qkv(x).view(B, T, -1, config.head_dim)  # (B, T, n_head + 2 n_kv_head, head_dim)
+        qk, v = heads.split((config.n_head + config.n_kv_head, config.n_kv_head), dim=2)
+        if config.qk_norm:  # queries and keys together: half the operations, which is what counts at T = 1
+            weights = self.q_norm.weight.expand(config.n_head, -1), self.k_norm.weight.expand(config.n_kv_head, -1)
+            qk = rms_norm(qk, torch.cat(weights), config.norm_eps)
+        if rope is not None:
+            qk = apply_rope(qk, *rope)
+        q, k = qk.split((config.n_head, config.n_kv_head), dim=2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: RopeAngles | None,
+        mask: torch.Tensor | BlockMask | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        config = self.config
+        q, k, v = self.project(x, rope)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)  # T new tokens see the cached ones too
+        dropout = config.dropout if self.training else 0.0
+        y = attend(q, k, v, mask, config.is_causal, dropout)
+        return self.residual_dropout(self.out(y))
+
+    @staticmethod
+    def check(config: Any) -> None:
+        if config.use_rope and config.head_dim % 2:
+            raise UserError(
+                f"RoPE needs an even head_dim (n_embd / n_head), got {config.head_dim}; or set use_rope to false"
+            )
+
+    @staticmethod
+    def cache_shapes(config: Any, n_places: int) -> list[tuple[int, ...]]:
+        return 2 * [(config.n_kv_head, n_places, config.head_dim)]  # keys and values
+
+    @staticmethod
+    def fused_rows(config: Any) -> dict[str, list[int]]:
+        q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        return {"qkv": [q, kv, kv]}
+
+    @staticmethod
+    def activations(config: Any, size: int) -> int:
+        C, q, kv = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        kept = 4 * C + size * (C + (q + 2 * kv) + q)  # the norm's input and output; queries, keys, values; the result
+        if config.use_rope or config.qk_norm:  # new queries and keys, normalised and rotated
+            kept += size * (q + kv)
+        return kept + 4 * 3 * config.n_head  # root mean squares of queries and keys, and the softmax's denominator
+
+    @staticmethod
+    def freed_activations(config: Any, size: int) -> int:
+        qk = (config.n_head + config.n_kv_head) * config.head_dim
+        freed = size * qk * (config.qk_norm and config.use_rope)  # normalised, but not rotated yet
+        if size < 4:  # before they are rounded: normalised, and rotated
+            freed += 4 * qk * (config.qk_norm + config.use_rope) + size * qk * config.use_rope
+        return freed
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | BlockMask | None,
+    is_causal: bool,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """softmax(scale q k^T) v, heads side by side: (B, T, n_head * width of v), of q (B, n_head, T, width).
+
+    k, v (B, n_kv_head, keys, width): every head of theirs serves a group of query heads. mask None: all keys, or with
+    is_causal those up to the query itself. scale: None for 1 / sqrt(width).
+    """
+    is_causal = is_causal and mask is None and q.size(2) > 1  # a single token comes last and sees every key
+    n_groups = q.size(1) // k.size(1)
+    if isinstance(mask, BlockMask):
+        y = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=n_groups > 1)
+    else:
+        B, n_head, T, _ = q.shape
+        is_grouped = n_groups > 1
+        if is_grouped and T == 1:  # a group's queries as rows: they see the same keys
+            q, is_grouped = q.reshape(B, k.size(1), n_groups, -1), False
+        if is_grouped and not takes_groups(q, mask):
+            k, v = (t.repeat_interleave(n_groups, dim=1) for t in (k, v))
+            is_grouped = False
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale, enable_gqa=is_grouped)
+        y = y.reshape(B, n_head, T, -1)
+    return y.transpose(1, 2).flatten(2)  # (B, n_head, T, width) -> heads side by side again
