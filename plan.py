@@ -28,7 +28,7 @@ import train
 from base.configuration import Parser, UserError, command_line, read_json, run_main
 from base.devices import find_device
 from base.files import atomic_write
-from planning.law import Law, Prior, read_runs
+from planning.law import Law, Prior
 from planning.machine import Clock, Machine, fit_memory, make_run, measure_machine
 from planning.picture import draw
 from planning.recipe import DEPTHS, WINDOWS, Shape, recipe, tokens_per_step
@@ -322,16 +322,16 @@ def main() -> None:
     minutes, output = check_arguments(args), Path(args.output)
     text = prepare_text(args)
     clock = Clock(max(1.0, min(60 * minutes * SHARE, LONGEST) - imported))
-    prior = Prior.of_texts(read_runs())
+    prior = Prior.load()
     fields = {"device": args.device, "compile": "auto" if minutes >= 60 else "false", "eval_iters": 1}
     machine = measure_machine(text, fields, minutes, imported + 1, 0.25 * clock.seconds, clock)
-    before = Law.fit(np.empty((0, 5)), prior)
+    before = Law.of_prior(prior)
     first = candidates(before, machine, text, minutes)[0]
     fields["eval_iters"] = eval_iters(first.tokens, first.shape.window)
     probes = run_probes(before, machine, text, fields, minutes, clock)
     clock.bar.close()
     runs = [(p.shape.n_weights, p.tokens, p.shape.window, text.unique, p.loss) for p in probes]
-    law = Law.fit(np.array(runs).reshape(-1, 5) / [1, 1, 1, 1, text.baselines["unigram"]], prior)
+    law = Law.fit(np.array(runs) / [1, 1, 1, 1, text.baselines["unigram"]], prior) if runs else before
     chosen = candidates(law, machine, text, minutes)[0]
     print_plans(text, law, machine, fields, chosen)
     if not probes:

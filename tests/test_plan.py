@@ -98,7 +98,10 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 
 def test_the_runs_of_the_prior_are_what_the_law_says_of_them():
     texts = read_runs()
-    prior = Prior.of_texts(texts)
+    prior, stored = Prior.of_texts(texts), Prior.load()
+    assert prior.mean == pytest.approx(stored.mean, abs=1e-3) and np.allclose(
+        prior.covariance, stored.covariance, atol=1e-3
+    )
     for runs in texts.values():
         theta, _ = most_likely(runs, prior)
         assert np.abs(log_loss(theta, runs) - np.log(runs[:, 4])).max() < 0.05
@@ -205,7 +208,7 @@ def test_probes_are_what_is_asked_of_them(prepared, call):
     text = open_text(prepared / "dataset" / "pretrain_train.bin")
     slow = Machine(text.vocab_size, 1.0, {})
     slow.add(Shape(96, 64), 20_000)  # so that the runs are short
-    law = Law.fit(np.empty((0, 5)), Prior(FIRST_GUESS, np.diag(np.full(10, 0.01))))
+    law = Law.of_prior(Prior(FIRST_GUESS, np.diag(np.full(10, 0.01))))
     fields = {"device": "cpu", "compile": "false", "eval_iters": 1}
     probes = plan.run_probes(law, slow, text, fields, 30, Clock(20))
     best = plan.candidates(law, slow, text, 30)[0].shape
