@@ -2,8 +2,8 @@
 
     python bench/scaling_runs.py novels.txt dickens.txt     appends them to planning/runs.jsonl, and fits prior.json
 
-Runs that the file has already are left out, so that it can be ended and started again. One text takes 5 to 20 minutes. The
-file as it is has most of this grid for five texts, and four longer runs.
+Runs that the file has already are left out, so that it can be ended and started again. One text takes 5 to 20 minutes.
+The file as it is has most of this grid for five texts, and a few longer runs.
 """
 
 import argparse

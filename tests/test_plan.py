@@ -99,9 +99,8 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 def test_the_runs_of_the_prior_are_what_the_law_says_of_them():
     texts = read_runs()
     prior, stored = Prior.of_texts(texts), Prior.load()
-    assert prior.mean == pytest.approx(stored.mean, abs=1e-3) and np.allclose(
-        prior.covariance, stored.covariance, atol=1e-3
-    )
+    assert prior.mean == pytest.approx(stored.mean, abs=1e-3)
+    assert prior.covariance == pytest.approx(stored.covariance, abs=1e-3)
     for runs in texts.values():
         theta, _ = most_likely(runs, prior)
         assert np.abs(log_loss(theta, runs) - np.log(runs[:, 4])).max() < 0.05
