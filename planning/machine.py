@@ -107,6 +107,10 @@ class Machine:
         """Seconds after which the loop should end, so that all ends in time."""
         return 0.99 * 60 * minutes - self.start_up
 
+    def minutes(self, shape: Shape, tokens: float) -> float:
+        """In what time the shape reads so many tokens: the inverse of seconds()."""
+        return (tokens / self.tokens_per_s(shape) / TRAINING + self.start_up) / 0.99 / 60
+
     def add(self, shape: Shape, tokens_per_s: float) -> None:
         """A measurement; of the same width it takes the place of an earlier one."""
         self.flops = {s: rate for s, rate in self.flops.items() if s.n_embd != shape.n_embd}
