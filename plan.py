@@ -229,7 +229,7 @@ def print_plans(text: Text, law: Law, machine: Machine, fields: dict[str, Any], 
                 duration(minutes) + (" <-" if best is chosen else ""),
                 f"{shape.n_layer} x {shape.n_embd}, {shape.window}",
                 amount(shape.n_weights + text.vocab_size * shape.n_embd),
-                f"{amount(best.tokens)} ({epochs:,.0f}{'*' * (epochs > KNOWN_EPOCHS)})",
+                f"{amount(best.tokens)} ({f'{epochs:,.0f}*' if epochs > KNOWN_EPOCHS else f'{epochs:.2g}'})",
                 f"{best.loss:.3f} ({best.low:.3f} to {best.high:.3f})",
                 f"{best.loss * bits:.2f}",
                 f"{memory / 1e9:.2f} GB",
@@ -343,9 +343,8 @@ def main() -> None:
         print("no time for short runs on this text (5 minutes have some): the losses are what other texts make likely")
     print(advice_on_data(law, machine, text, chosen))
 
-    prediction = (
-        f"predicted {chosen.loss:.3f} ({chosen.low:.3f} to {chosen.high:.3f}, {chosen.tokens / 1e6:.3g}M tokens)"
-    )
+    interval = f"{chosen.low:.3f} to {chosen.high:.3f}"
+    prediction = f"predicted {chosen.loss:.3f} ({interval}, {chosen.tokens / 1e6:.3g}M tokens)"
     if output.exists():  # an earlier plan
         os.replace(output, f"{output}.bak")
     with atomic_write(output) as file:

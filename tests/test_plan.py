@@ -149,7 +149,8 @@ def test_a_plan_is_a_config_that_trains_and_compares_itself_with_what_it_reached
     assert config["decay_over"] == "time" and 0.25 < config["max_minutes"] <= 0.5
     assert not list((prepared / "checkpoint").glob("*"))  # probes leave nothing behind
 
-    trained = call("train.py", "-t", "plan", "--max_minutes", "0.02")
+    (prepared / "config" / "plan.json").write_text(json.dumps(config | {"max_minutes": 0.02}))
+    trained = call("train.py", "-t", "plan", "--log_interval", "2")
     assert trained.status == 0, trained.err
     assert "warning" not in trained.err
     numbers = re.search(r"predicted ([\d.]+) \(([\d.]+) to ([\d.]+), .* tokens\); reached ([\d.]+)", trained.out)
@@ -157,6 +158,9 @@ def test_a_plan_is_a_config_that_trains_and_compares_itself_with_what_it_reached
     assert low < predicted < high
     (log,) = prepared.glob("train_*.log")
     assert reached == pytest.approx(min(r["val_loss"] for r in read_log(log, "val")), abs=6e-4)
+
+    trained = call("train.py", "-t", "plan", "--n_layer", "1", "--learning_rate", "0.01")
+    assert "not as it was planned (n_layer, learning_rate); reached" in trained.out
 
     text.write_text("completely different text, " * 500)
     assert call("data.py", text, "--tokenizer", "char").status == 0
