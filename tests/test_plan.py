@@ -160,7 +160,7 @@ def test_a_plan_is_a_config_that_trains_and_compares_itself_with_what_it_reached
     assert reached == pytest.approx(min(r["val_loss"] for r in read_log(log, "val")), abs=6e-4)
 
     trained = call("train.py", "-t", "plan", "--n_layer", "1", "--learning_rate", "0.01")
-    assert "not as it was planned (n_layer, learning_rate); reached" in trained.out
+    assert "not as it was planned (learning_rate, n_layer); reached" in trained.out
 
     text.write_text("completely different text, " * 500)
     assert call("data.py", text, "--tokenizer", "char").status == 0
