@@ -70,7 +70,8 @@ def print_answer(
         )
         if drafter := generator.drafter:
             rate, share = len(drawn) / max(1, drafter.n_passes), drafter.n_right / max(1, drafter.n_guesses)
-            tell(f"{rate:.2f} tokens a pass; {share:.0%} of {drafter.n_guesses} guesses were right")
+            right = f"{share:.0%} of {drafter.n_guesses} guesses were right"
+            tell(f"{rate:.2f} tokens a pass; {right if drafter.n_guesses else 'nothing to guess from'}")
     return "".join(pieces)
 
 

@@ -28,7 +28,7 @@ import train
 from base.configuration import Parser, UserError, command_line, read_json, run_main
 from base.devices import find_device
 from base.files import atomic_write
-from planning.law import Law, Prior, read_runs
+from planning.law import Law, Prior
 from planning.machine import Clock, Machine, fit_memory, make_run, measure_machine
 from planning.picture import draw
 from planning.recipe import DEPTHS, WINDOWS, Shape, recipe, tokens_per_step
@@ -37,6 +37,7 @@ from training.run_log import print_table
 
 SHARE, LONGEST = 0.1, 15 * 60  # of the time, and seconds at most, that planning takes
 KNOWN_EPOCHS = 10  # readings of a text; the law's runs have 6.5 at most
+LEAST_TOKENS = 30_000  # of a probe: 40 steps
 WRITING = 2  # seconds of that for the table and the picture
 WEIGHTS_PER_TOKEN = 2  # of the text, at most: larger networks learn it by heart, of which the law knows nothing
 SHOWN_MINUTES = (3, 10, 30, 120, 480)
@@ -55,8 +56,9 @@ def prepare_text(args: argparse.Namespace) -> Text:
     kind = kinds.get(args.vocab, ["--tokenizer", "bpe", "--vocab_size", args.vocab])
     before = path.stat().st_mtime_ns if path.is_file() else None
     job = subprocess.run([sys.executable, str(Path(__file__).with_name("data.py")), *args.text, *kind])
-    if job.returncode:
-        raise SystemExit(job.returncode)  # data.py has said why
+    if job.returncode:  # data.py has said why
+        prepared = command_line("plan.py", str(path), "--minutes", f"{args.minutes or 60 * args.hours:g}")
+        raise UserError(f"data.py takes more options than plan.py does; once it has succeeded: {prepared}")
     if not path.is_file() or path.stat().st_mtime_ns == before:
         raise UserError(f"{args.text[0]}: not running text, as data.py read it; plans are for pretraining")
     return open_text(path)
@@ -127,9 +129,6 @@ def candidates(law: Law, machine: Machine, text: Text, minutes: float, unique: f
         if is_long_enough and shape.n_weights <= WEIGHTS_PER_TOKEN * unique:
             shapes.append((shape, tokens))
     if not shapes:
-        least = Shape(min(DEPTHS), min(WINDOWS)).n_weights / WEIGHTS_PER_TOKEN
-        if unique < least:
-            raise UserError(f"{text.train}: {unique:,} tokens are too few to plan for; the least is {least:,.0f}")
         raise UserError(f"command line: {minutes:g} minutes are too short here for the smallest network; give more")
     runs = np.array([(shape.n_weights, tokens, shape.window, unique, math.nan) for shape, tokens in shapes])
     losses = text.baselines["unigram"] * np.minimum(1, law.predict(runs))  # no worse than single characters' shares
@@ -142,18 +141,27 @@ def candidates(law: Law, machine: Machine, text: Text, minutes: float, unique: f
 def run_probes(
     law: Law, machine: Machine, text: Text, fields: dict[str, Any], minutes: float, clock: Clock
 ) -> list[Probe]:
-    """Short runs for the time that is left, of the size that looks best beforehand and of a smaller one.
+    """Short runs for the time that is left, of a size that is smaller than the one that looks best, and of that.
 
-    Each size twice, where there is time: the longer run says how low the loss gets, both together how fast.
+    Each size twice, where there is time: the longer run says how low the loss gets, both together how fast. Where there
+    is little, one run is better than several that are over before they have learnt anything.
     """
     best = candidates(law, machine, text, minutes)[0].shape
     widths = [*DEPTHS]
     small = Shape(widths[max(0, widths.index(best.n_embd) - 2)], best.window)
-    probes, seconds = [], clock.left() - WRITING
-    for shape, share in ((small, 0.35), (small, 0.1), (best, 0.15), (best, 0.4)):
-        evaluated = 100 * fields["eval_iters"] * shape.window / 3  # what that takes, a third of training
-        tokens = (share * seconds - 0.5) * machine.tokens_per_s(shape) - evaluated  # and half a second to build it
-        if tokens < 12 * tokens_per_step(max(1.0, tokens)):
+    evaluated = 100 * fields["eval_iters"] * best.window / 3  # what that takes, in tokens: a third of training
+    seconds, probes = clock.left() - WRITING, []
+    for shares in (
+        ((small, 0.35), (small, 0.1), (best, 0.15), (best, 0.4)),
+        ((small, 0.5), (best, 0.5)),
+        ((small, 1),),
+    ):
+        # half a second to build each
+        runs = [(s, (share * seconds - 0.5) * machine.tokens_per_s(s) - evaluated) for s, share in shares]
+        if all(tokens >= LEAST_TOKENS for _, tokens in runs):
+            break
+    for shape, tokens in runs:
+        if tokens < LEAST_TOKENS:  # also of a single one
             continue
         clock.update(f"probe of {shape.n_layer} x {shape.n_embd}, {amount(tokens)} tokens")
         result = probe(shape, text.fields | fields | recipe(shape, tokens), clock)
@@ -212,7 +220,8 @@ def print_plans(text: Text, law: Law, machine: Machine, fields: dict[str, Any], 
     any_beyond = False
     for minutes in sorted({*SHOWN_MINUTES, chosen.minutes}):
         best = chosen if minutes == chosen.minutes else candidates(law, machine, text, minutes)[0]
-        any_beyond |= best.tokens > KNOWN_EPOCHS * text.unique
+        epochs = best.tokens / text.unique
+        any_beyond |= epochs > KNOWN_EPOCHS
         shape = best.shape
         _, memory = fit_memory(text, shape, fields, best.tokens)
         rows.append(
@@ -220,19 +229,19 @@ def print_plans(text: Text, law: Law, machine: Machine, fields: dict[str, Any], 
                 duration(minutes) + (" <-" if best is chosen else ""),
                 f"{shape.n_layer} x {shape.n_embd}, {shape.window}",
                 amount(shape.n_weights + text.vocab_size * shape.n_embd),
-                f"{amount(best.tokens)} ({best.tokens / text.unique:.2g})",
+                f"{amount(best.tokens)} ({f'{epochs:,.0f}*' if epochs > KNOWN_EPOCHS else f'{epochs:.2g}'})",
                 f"{best.loss:.3f} ({best.low:.3f} to {best.high:.3f})",
                 f"{best.loss * bits:.2f}",
                 f"{memory / 1e9:.2f} GB",
             )
         )
     print_table(rows)
-    lines = [f"single characters' frequencies (unigram) {text.baselines['unigram'] * bits:.2f} bits/character"]
+    lines = [f"single tokens' frequencies (unigram) {text.baselines['unigram'] * bits:.2f} bits/character"]
     if "lzma_bits_per_character" in text.baselines:
         lines.append(f"lzma {text.baselines['lzma_bits_per_character']:.2f}")
     print(f"beside it: {', '.join(lines)}; intervals: nine in ten")
     if any_beyond:
-        print(f"more than {KNOWN_EPOCHS} epochs are beyond what the law was fitted to: trust those rows less")
+        print(f"* after {KNOWN_EPOCHS} epochs a network may learn the text by heart, of which the law knows nothing")
 
 
 def advice_on_data(law: Law, machine: Machine, text: Text, chosen: Candidate) -> str:
@@ -252,12 +261,14 @@ def draw_plan(output: Path, law: Law, machine: Machine, text: Text, chosen: Cand
     minutes = np.geomspace(max(chosen.minutes / 50, machine.start_up / 50), 16 * chosen.minutes, 60)
     for n_embd in [chosen.shape.n_embd, *widths[max(0, here - 2) : here], *widths[here + 1 : here + 3]]:
         shape = replace(chosen.shape, n_embd=n_embd)
+        if shape.n_weights > WEIGHTS_PER_TOKEN * text.unique:
+            continue
         tokens = [machine.seconds(m) * machine.tokens_per_s(shape) for m in minutes]
         runs = np.array([(shape.n_weights, D, shape.window, text.unique, math.nan) for D in tokens])
-        losses = text.baselines["unigram"] * law.predict(runs)
-        name = f"{shape.n_layer} x {n_embd}: {amount(shape.n_weights)} weights"
+        losses = text.baselines["unigram"] * np.minimum(1, law.predict(runs))
+        name = f"{shape.n_layer} x {n_embd}: {amount(shape.n_weights + text.vocab_size * n_embd)} weights"
         curves[name] = np.concatenate([minutes[:, None], losses], axis=1)
-    measured = [(p.tokens / machine.tokens_per_s(p.shape) / machine.seconds(1), p.loss) for p in probes]
+    measured = [(machine.minutes(p.shape, p.tokens), p.loss) for p in probes]
     draw(output, curves, chosen, measured, text.tokens_per_character / math.log(2))
 
 
@@ -282,7 +293,8 @@ def make_parser() -> Parser:
 def check_arguments(args: argparse.Namespace) -> float:
     """The minutes of training; raises UserError, also where the config or the picture could not be written."""
     if (args.minutes is None) == (args.hours is None):
-        raise UserError("command line: how long may training take? --minutes 30, or --hours 2")
+        which = "not both" if args.hours else "give one of them"
+        raise UserError(f"command line: how long may training take? --minutes 30, or --hours 2: {which}")
     minutes = args.minutes if args.hours is None else 60 * args.hours
     if not 0.5 <= minutes <= 60 * 24 * 30:
         raise UserError(f"command line: {minutes:g} minutes: a plan is for half a minute to 30 days")
@@ -311,30 +323,34 @@ def main() -> None:
     args, _ = make_parser().parse()
     minutes, output = check_arguments(args), Path(args.output)
     text = prepare_text(args)
+    least = Shape(min(DEPTHS), min(WINDOWS)).n_weights / WEIGHTS_PER_TOKEN
+    if text.unique < least:
+        raise UserError(f"{text.train}: {text.unique:,} tokens are too few to plan for; the least is {least:,.0f}")
     clock = Clock(max(1.0, min(60 * minutes * SHARE, LONGEST) - imported))
-    prior = Prior.of_texts(read_runs())
+    prior = Prior.load()
     fields = {"device": args.device, "compile": "auto" if minutes >= 60 else "false", "eval_iters": 1}
-    machine = measure_machine(text, fields, minutes, imported + 1, 0.4 * clock.seconds, clock)
-    before = Law.fit(np.empty((0, 5)), prior)
+    machine = measure_machine(text, fields, minutes, imported + 1, 0.25 * clock.seconds, clock)
+    before = Law.of_prior(prior)
     first = candidates(before, machine, text, minutes)[0]
     fields["eval_iters"] = eval_iters(first.tokens, first.shape.window)
     probes = run_probes(before, machine, text, fields, minutes, clock)
     clock.bar.close()
     runs = [(p.shape.n_weights, p.tokens, p.shape.window, text.unique, p.loss) for p in probes]
-    law = Law.fit(np.array(runs).reshape(-1, 5) / [1, 1, 1, 1, text.baselines["unigram"]], prior)
+    law = Law.fit(np.array(runs) / [1, 1, 1, 1, text.baselines["unigram"]], prior) if runs else before
     chosen = candidates(law, machine, text, minutes)[0]
     print_plans(text, law, machine, fields, chosen)
     if not probes:
-        print("there was no time for short runs on this text: the losses are what other texts let expect")
+        print("no time for short runs on this text (5 minutes have some): the losses are what other texts make likely")
     print(advice_on_data(law, machine, text, chosen))
 
-    prediction = f"predicted {chosen.loss:.3f} ({chosen.low:.3f} to {chosen.high:.3f}, {amount(chosen.tokens)} tokens)"
+    interval = f"{chosen.low:.3f} to {chosen.high:.3f}"
+    prediction = f"predicted {chosen.loss:.3f} ({interval}, {chosen.tokens / 1e6:.3g}M tokens)"
     if output.exists():  # an earlier plan
         os.replace(output, f"{output}.bak")
     with atomic_write(output) as file:
         file.write(json.dumps(plan_fields(text, chosen, fields, machine, prediction), indent=2).encode())
     draw_plan(picture_of(output), law, machine, text, chosen, probes)
-    print(f"{prediction}; planned in {clock.seconds - clock.left():.0f} s -> {output}, {picture_of(output)}")
+    print(f"{prediction}; planned in {imported + clock.seconds - clock.left():.0f} s -> {output}, {picture_of(output)}")
     command = ["-t", "plan" if output == Path("config/plan.json") else str(output)]
     if not args.run:
         print(f"to train it: {command_line('train.py', *command)}")

@@ -201,6 +201,7 @@ def evaluate_and_save(run: Run, log: RunLog) -> None:
     state, config = run.state, run.config
     began = time.perf_counter()
     val_loss, standard_error = evaluate(run)
+    run.val_loss = val_loss
     improved = val_loss < state.best_val_loss  # never true of nan
     state.evals_without_gain = 0 if improved else state.evals_without_gain + 1
     before = state.best_val_loss
@@ -391,7 +392,9 @@ def train_with_log(run: Run, argv: list[str]) -> None:
         print(f"step {state.step:,}{ended_by}, {reached}; log: {log.path}")
         if config.prediction and math.isfinite(state.best_val_loss):
             early = ", stopped before its time" if run.stopped else ""
-            print(f"{config.prediction}; reached {state.best_val_loss:.3f} ({state.tokens / 1e6:.3g}M tokens{early})")
+            worse = f", at the end {run.val_loss:.3f}" if run.val_loss > 1.001 * state.best_val_loss else ""
+            reached = f"reached {state.best_val_loss:.3f}{worse}"
+            print(f"{config.prediction}; {reached} ({state.tokens / 1e6:.3g}M tokens{early})")
         if math.isfinite(peak := engine.peak_memory()):
             print(f"memory at the peak: {peak / 1e9:.2f} GB, estimated {header['memory_estimate_mb'] / 1e3:.2f}")
         print(f"to go on: {going_on(run, argv)}")

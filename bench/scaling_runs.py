@@ -1,8 +1,9 @@
 """The runs that plan.py's prior is made of: sizes and amounts of tokens on a text, each with its own full decay.
 
-    python bench/scaling_runs.py novels.txt dickens.txt     appends them to planning/runs.jsonl
+    python bench/scaling_runs.py novels.txt dickens.txt     appends them to planning/runs.jsonl, and fits prior.json
 
 Runs that the file has already are left out, so that it can be ended and started again. One text takes 5 to 20 minutes.
+The file as it is has most of this grid for five texts, and a few longer runs.
 """
 
 import argparse
@@ -17,14 +18,14 @@ from measuring import ROOT
 
 import plan
 from base.configuration import UserError, run_main
+from planning.law import PRIOR, RUNS, Prior, read_runs
 from planning.machine import Clock
 from planning.recipe import Shape, recipe
 from planning.text import open_text
 
-OUTPUT = ROOT / "planning" / "runs.jsonl"
 GRID = [  # width, window, tokens; the quick ones first
     *((48, 128, 120e3), (96, 128, 120e3), (48, 128, 350e3), (64, 128, 350e3), (128, 128, 120e3), (96, 128, 350e3)),
-    *((48, 128, 1e6), (64, 64, 350e3), (64, 256, 350e3), (128, 128, 350e3), (192, 128, 120e3), (64, 128, 2e6)),
+    *((48, 128, 1e6), (64, 64, 350e3), (64, 256, 350e3), (128, 128, 350e3), (64, 128, 2e6), (48, 128, 3e6)),
 ]
 VALIDATION_TOKENS = 60_000
 
@@ -37,7 +38,7 @@ def main() -> None:
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: no such file")
-    lines = OUTPUT.read_text(encoding="utf-8").splitlines() if OUTPUT.exists() else []
+    lines = RUNS.read_text(encoding="utf-8").splitlines() if RUNS.exists() else []
     done = {(run["text"], run["n_embd"], run["window"], run["asked"]) for run in map(json.loads, lines)}
     for file in files:
         with tempfile.TemporaryDirectory() as folder:
@@ -61,10 +62,13 @@ def main() -> None:
                     "unigram": text.baselines["unigram"],
                     "loss": result.loss,
                 }
-                with OUTPUT.open("a", encoding="utf-8") as output:
+                with RUNS.open("a", encoding="utf-8") as output:
                     output.write(json.dumps(record) + "\n")
                 print(json.dumps(record), flush=True)
             os.chdir(ROOT)
+    prior = Prior.of_texts(read_runs())
+    values = {"mean": prior.mean.round(6).tolist(), "covariance": prior.covariance.round(8).tolist()}
+    PRIOR.write_text(json.dumps(values) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The scaling law: which validation loss a size reaches after so many tokens, and how sure that is.
 
-    prior = Prior.of_texts(read_runs())         # what runs on other texts say of a text before it is seen
+    prior = Prior.load()                        # what runs on other texts say of a text before it is seen
     law = Law.fit(runs, prior)                  # runs (n, 5): short ones, on the text at hand
     law.predict(further)                        # (n, 3): the median, and the interval of nine in ten
 
@@ -31,6 +31,7 @@ from planning.recipe import Shape
 NAMES = ("E", "A", "B", "C", "alpha", "beta", "delta", "epsilon", "gamma", "R")
 FIRST_GUESS = np.log([0.30, 0.06, 0.12, 0.04, 0.4, 0.35, 0.1, 0.15, 0.7, 8.0])
 FIRST_SPREAD = np.array([0.3, 0.5, 0.5, 0.7, 0.4, 0.4, 0.7, 0.7, 0.5, 0.5])  # of those, before any run is seen
+RUNS, PRIOR = (Path(__file__).with_name(name) for name in ("runs.jsonl", "prior.json"))
 NOISE = 0.008  # standard deviation of the logarithm of a loss: of seeds, and of what the law leaves out
 
 
@@ -76,6 +77,12 @@ class Prior:
     @functools.cached_property
     def precision(self) -> np.ndarray:
         return np.linalg.inv(self.covariance)
+
+    @classmethod
+    def load(cls) -> "Prior":
+        """That of the runs in runs.jsonl, from prior.json: bench/scaling_runs.py writes both."""
+        values = json.loads(PRIOR.read_text(encoding="utf-8"))
+        return cls(np.array(values["mean"]), np.array(values["covariance"]))
 
     @classmethod
     def of_texts(cls, texts: dict[str, np.ndarray], iterations: int = 12) -> "Prior":
@@ -127,6 +134,11 @@ class Law:
     thetas: np.ndarray
 
     @classmethod
+    def of_prior(cls, prior: Prior) -> "Law":
+        """Of a text on which nothing was trained yet."""
+        return cls(np.random.default_rng(0).multivariate_normal(prior.mean, prior.covariance, 1000))
+
+    @classmethod
     def fit(cls, runs: np.ndarray, prior: Prior) -> "Law":
         """To runs (n, 5) of the text, by 200 Markov chains that begin where Laplace's approximation says.
 
@@ -159,7 +171,7 @@ class Law:
 def read_runs() -> dict[str, np.ndarray]:
     """The runs of planning/runs.jsonl, (n, 5) by text."""
     texts: dict[str, list[Run]] = {}
-    for line in (Path(__file__).with_name("runs.jsonl")).read_text(encoding="utf-8").splitlines():
+    for line in RUNS.read_text(encoding="utf-8").splitlines():
         run = json.loads(line)
         shape = Shape(run["n_embd"], run["window"])
         loss = run["loss"] / run["unigram"]

@@ -107,6 +107,10 @@ class Machine:
         """Seconds after which the loop should end, so that all ends in time."""
         return 0.99 * 60 * minutes - self.start_up
 
+    def minutes(self, shape: Shape, tokens: float) -> float:
+        """In what time the shape reads so many tokens: the inverse of seconds()."""
+        return (tokens / self.tokens_per_s(shape) / TRAINING + self.start_up) / 0.99 / 60
+
     def add(self, shape: Shape, tokens_per_s: float) -> None:
         """A measurement; of the same width it takes the place of an earlier one."""
         self.flops = {s: rate for s, rate in self.flops.items() if s.n_embd != shape.n_embd}
@@ -133,7 +137,7 @@ def measure_machine(
         guess = 60 * minutes * (machine.tokens_per_s(shape) if machine.flops else 10_000)
         n_tokens = min(limit, tokens_per_step(guess))
         batch = {"batch_size": max(1, round(n_tokens / window)), "gradient_accumulation_steps": 1}
-        machine.add(shape, measure_speed(shape, text.fields | fields | recipe(shape, 1e6) | batch, seconds / 12, clock))
+        machine.add(shape, measure_speed(shape, text.fields | fields | recipe(shape, 1e6) | batch, seconds / 6, clock))
     return machine
 
 

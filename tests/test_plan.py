@@ -98,7 +98,9 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 
 def test_the_runs_of_the_prior_are_what_the_law_says_of_them():
     texts = read_runs()
-    prior = Prior.of_texts(texts)
+    prior, stored = Prior.of_texts(texts), Prior.load()
+    assert prior.mean == pytest.approx(stored.mean, abs=1e-3)
+    assert prior.covariance == pytest.approx(stored.covariance, abs=1e-3)
     for runs in texts.values():
         theta, _ = most_likely(runs, prior)
         assert np.abs(log_loss(theta, runs) - np.log(runs[:, 4])).max() < 0.05
@@ -147,7 +149,8 @@ def test_a_plan_is_a_config_that_trains_and_compares_itself_with_what_it_reached
     assert config["decay_over"] == "time" and 0.25 < config["max_minutes"] <= 0.5
     assert not list((prepared / "checkpoint").glob("*"))  # probes leave nothing behind
 
-    trained = call("train.py", "-t", "plan", "--max_minutes", "0.02")
+    (prepared / "config" / "plan.json").write_text(json.dumps(config | {"max_minutes": 0.02}))
+    trained = call("train.py", "-t", "plan", "--log_interval", "2")
     assert trained.status == 0, trained.err
     assert "warning" not in trained.err
     numbers = re.search(r"predicted ([\d.]+) \(([\d.]+) to ([\d.]+), .* tokens\); reached ([\d.]+)", trained.out)
@@ -155,6 +158,9 @@ def test_a_plan_is_a_config_that_trains_and_compares_itself_with_what_it_reached
     assert low < predicted < high
     (log,) = prepared.glob("train_*.log")
     assert reached == pytest.approx(min(r["val_loss"] for r in read_log(log, "val")), abs=6e-4)
+
+    trained = call("train.py", "-t", "plan", "--n_layer", "1", "--learning_rate", "0.01")
+    assert "not as it was planned (learning_rate, n_layer); reached" in trained.out
 
     text.write_text("completely different text, " * 500)
     assert call("data.py", text, "--tokenizer", "char").status == 0
@@ -204,8 +210,8 @@ def test_probes_are_what_is_asked_of_them(prepared, call):
     assert call("data.py", text, "--tokenizer", "char").status == 0
     text = open_text(prepared / "dataset" / "pretrain_train.bin")
     slow = Machine(text.vocab_size, 1.0, {})
-    slow.add(Shape(96, 64), 2_000)  # so that the runs are short
-    law = Law.fit(np.empty((0, 5)), Prior(FIRST_GUESS, np.diag(np.full(10, 0.01))))
+    slow.add(Shape(96, 64), 20_000)  # so that the runs are short
+    law = Law.of_prior(Prior(FIRST_GUESS, np.diag(np.full(10, 0.01))))
     fields = {"device": "cpu", "compile": "false", "eval_iters": 1}
     probes = plan.run_probes(law, slow, text, fields, 30, Clock(20))
     best = plan.candidates(law, slow, text, 30)[0].shape

@@ -18,6 +18,8 @@ RAW_FILES = {  # what data.py prepares by itself, by stage: in its output folder
 
 def preparing(path: Path, config: TrainConfig) -> str:
     """How a token file that is missing is made."""
+    if config.planned_for:
+        return "a plan is trained in the folder in which it was made"
     stage, folder = path.stem.removesuffix("_train").removesuffix("_val"), path.parent
     if stage not in RAW_FILES or stage == path.stem:
         example = '\'[["dataset/pretrain_train.bin", "dataset/pretrain_val.bin"]]\''

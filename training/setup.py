@@ -65,6 +65,7 @@ class Run:
     matmul_flops: float | None = None  # the device's measured rate in FLOP/s, for mfu
     dtype_reason: str = ""  # why the engine's dtype is what dtype auto means here
     stopped: bool = False  # by a signal
+    val_loss: float = math.nan  # of the latest evaluation
     began: float = field(default_factory=time.perf_counter)
     seconds_before: float = 0.0  # that training had taken when it was resumed
     written: set[Path] = field(default_factory=set)  # checkpoints that this run itself has written
@@ -132,6 +133,13 @@ class RunConfig:
     settings: ProblemConfig | None = None  # the data's own config
 
 
+# what a command line may say of a run without making it another than the one that plan.py has a prediction for
+BESIDE_A_PLAN = (
+    *("stage", "from_checkpoint", "save_checkpoint_to", "save_interval", "stop_on_failed_save", "random_seed"),
+    *("sample_tokens", "sample_prompt", "log_interval", "log_to", "max_log_mb", "backend", "process_timeout"),
+)
+
+
 def read_configs(training: str | None, model: str | None, overrides: dict[str, Any]) -> RunConfig:
     """The configs that -t and -m name, with the command line's fields over them.
 
@@ -145,6 +153,8 @@ def read_configs(training: str | None, model: str | None, overrides: dict[str, A
         known = {**model_fields, **train_fields, **problem_fields}
         values = check_fields(read_json(path), known, str(path))
         data = values.get("stage") or path.stem  # --stage names the checkpoints, not the data
+        if changed := [name for name in overrides if values.get("prediction") and name not in BESIDE_A_PLAN]:
+            values["prediction"] = f"not as it was planned ({', '.join(changed)})"
         values |= overrides
     if "problem" in values:
         if model:
