@@ -191,7 +191,9 @@ def attend(
     k, v (B, n_kv_head, keys, width): every head of theirs serves a group of query heads. mask None: all keys, or with
     is_causal those up to the query itself. scale: None for 1 / sqrt(width).
     """
-    is_causal = is_causal and mask is None and q.size(2) > 1  # a single token comes last and sees every key
+    is_causal = is_causal and mask is None
+    if q.size(2) == 1:  # a single token comes last and sees every key
+        is_causal = False
     n_groups = q.size(1) // k.size(1)
     if isinstance(mask, BlockMask):
         y = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=n_groups > 1)
