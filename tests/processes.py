@@ -195,7 +195,7 @@ def end_of(n_processes, cwd, *argv, script="train_ddp.py", **options) -> tuple[l
         environment = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
         jobs.append(fork(script, *argv, cwd=cwd, output=f"rank_{rank}.out", environment=environment, **options))
     for job in jobs:
-        job.join(timeout=120)
+        job.join(timeout=240)
         job.kill()
         job.join()
     said = [(cwd / f"rank_{rank}.out").read_text(encoding="utf-8") for rank in range(n_processes)]

@@ -111,7 +111,8 @@ def test_any_jsonl_gives_whole_conversations_or_bad_lines(lines, end):
     for (conversation,) in found:
         roles = [message["role"] for message in conversation if message["role"] != "system"]
         assert roles == ["user", "assistant"] * (len(roles) // 2) and roles
-        assert all(message["content"].strip() for message in conversation[1:])  # the first question may be empty
+        question = next(message for message in conversation if message["role"] == "user")  # the first one may be empty
+        assert all(message["content"].strip() for message in conversation if message is not question)
 
 
 JSON_OR_NOT = st.one_of(
