@@ -126,7 +126,7 @@ class ModelConfig(Config):
         if not self.attention:
             raise UserError(f"attention must name a kind or more ({', '.join(ATTENTION)}), got an empty list")
         for kind, attention in ATTENTION.items():
-            if kind in self.attention:
+            if attention in self.attention_classes:
                 attention.check(self)
             elif given := [name for name in attention.FIELDS if getattr(self, name) is not None]:
                 raise UserError(f"{given[0]} is for attention {kind}: leave it out (null), or name {kind} in attention")

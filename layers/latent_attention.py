@@ -147,6 +147,8 @@ class LatentAttention(Attention):
         config.q_rank = config.q_rank or 0
         if config.rope_dim is None:
             config.rope_dim = config.head_dim // 4 * 2 if config.use_rope else 0
+            if config.use_rope and not config.rope_dim:
+                raise UserError(f"head_dim {config.head_dim} is too small to rotate half of it: 4 is the least")
         if config.rope_dim % 2 or config.rope_dim >= config.head_dim:
             raise UserError(f"rope_dim must be even and below head_dim ({config.head_dim}), got {config.rope_dim}")
         if config.rope_dim and not config.use_rope:

@@ -95,7 +95,10 @@ class DraftModel(Drafter):
     def propose(self, context: torch.Tensor, n: int, draw: Draw) -> torch.Tensor:
         # the cache keeps what it has read of this context: all up to the first wrong guess, nothing of another text
         known = min(len(self.read), int(self.cache.lengths[0]), context.size(1) - 1)
-        self.cache.lengths[:] = int((self.read[:known] == context[0, :known]).cumprod(0).sum())
+        common = int((self.read[:known] == context[0, :known]).cumprod(0).sum())
+        if any(self.draft.config.windows) and self.cache.lengths[0] - common > self.cache.spare:
+            common = 0  # a ring has lost what stood there
+        self.cache.lengths[:] = common
         for _ in range(n):
             hidden = self.draft.hidden(context[:, self.cache.lengths[0] :], self.cache)
             token = draw(self.draft.lm_head(hidden[:, -1]), context)
@@ -121,7 +124,8 @@ def generate_speculatively(
     cache = KVCache(model.config, 1, idx.device, dtype, spare=drafter.n_tokens)
     drafter.n_passes = drafter.n_guesses = drafter.n_right = 0
     while max_new_tokens > 0:
-        n = min(drafter.n_tokens, max_new_tokens - 1, block_size - context.size(1))
+        # none while the prompt is read: int8 weights have another kernel for few tokens, which is to stay the same
+        n = min(drafter.n_tokens, max_new_tokens - 1, block_size - context.size(1)) if cache.lengths[0] else 0
         random_state = generator.get_state()
         guesses = drafter.propose(context, n, draw)  # (1, up to n)
         generator.set_state(random_state)  # the model draws with the random numbers that the draft had

@@ -269,6 +269,8 @@ def load_text_generator(
 
 def load_drafter(name: str, generator: TextGenerator) -> Drafter:
     """What guesses tokens for a generator's model: "lookup", or the checkpoint of a draft model; raises UserError."""
+    if any(attention.IS_RECURRENT for attention in generator.model.config.attention_classes):
+        raise UserError("--draft: a linear layer cannot take back a token that was guessed wrong: leave it out")
     if name == "lookup":
         return PromptLookup()
     checkpoint = load_full_checkpoint(name)
