@@ -128,7 +128,9 @@ class ModelConfig(Config):
         for kind, attention in ATTENTION.items():
             if attention in self.attention_classes:
                 attention.check(self)
-            elif given := [name for name in attention.FIELDS if getattr(self, name) is not None]:
+            elif kind not in self.attention and (
+                given := [f for f in attention.FIELDS if getattr(self, f) is not None]
+            ):
                 raise UserError(f"{given[0]} is for attention {kind}: leave it out (null), or name {kind} in attention")
         if self.use_rope and self.block_size * self.head_dim > 1 << 28:
             raise UserError(

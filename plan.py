@@ -27,7 +27,7 @@ import numpy as np
 import train
 from base.configuration import Parser, UserError, command_line, read_json, run_main
 from base.devices import find_device
-from base.files import atomic_write
+from base.files import atomic_write, nearest_place
 from planning.law import Law, Prior
 from planning.machine import Clock, Machine, fit_memory, make_run, measure_machine
 from planning.picture import draw
@@ -110,7 +110,7 @@ def probe(shape: Shape, fields: dict[str, Any], clock: Clock) -> Probe:
 
 @dataclass
 class Candidate:
-    """A shape, what it can read in the time, and the loss that the law foretells for the end."""
+    """A shape, what it can read in the time, and the loss that the law predicts for the end."""
 
     shape: Shape
     minutes: float
@@ -307,7 +307,7 @@ def check_arguments(args: argparse.Namespace) -> float:
     if output.exists() and not (isinstance(values := read_json(output), dict) and "planned_for" in values):
         raise UserError(f"{output}: not a plan's config; --output names another file")
     for path in (output, picture_of(output)):
-        folder = next(place for place in (path.parent, *path.absolute().parents) if place.exists())
+        folder = nearest_place(path.parent)
         if not folder.is_dir() or not os.access(folder, os.W_OK) or (path.exists() and not path.is_file()):
             raise UserError(f"{path}: no file can be written there")
     return minutes

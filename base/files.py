@@ -38,6 +38,11 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             os.close(folder)
 
 
+def nearest_place(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists (it may be a file): where something would be made."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+
+
 @contextlib.contextmanager
 def hold_lock(path: Path) -> Iterator[None]:
     """Hold an exclusive file lock, released even if the process is killed; raises BlockingIOError if it is taken."""

@@ -13,12 +13,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
-from measuring import ROOT, show
+from measuring import ROOT, show, text_files
 from time_to_loss import train_once
 
-from base.configuration import UserError, run_main
+from base.configuration import run_main
 
 
 def main() -> None:
@@ -30,9 +29,7 @@ def main() -> None:
     parser.add_argument("--a", default="", help="options of run a")
     parser.add_argument("--b", required=True, help="options of run b")
     args = parser.parse_args()
-    file = Path(args.file).resolve()
-    if not file.is_file():
-        raise UserError(f"{args.file}: no such file")
+    (file,) = text_files([args.file])
     rows, results = [("seed", "a", "b", "b - a", "time b / a")], []
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)

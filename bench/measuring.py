@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from base.configuration import UserError  # noqa: E402
 from base.devices import device_name, synchronise  # noqa: E402
 from training.preflight import best_seconds, matmul_flops  # noqa: E402
 from training.run_log import print_table  # noqa: E402
@@ -23,6 +24,15 @@ def show(title: str, rows: list[tuple[str, ...]], results: dict[str, Any]) -> No
     print(f"\n{title}")
     print_table(rows)
     print(json.dumps({title: results, "machine": platform.machine(), "threads": torch.get_num_threads()}), flush=True)
+
+
+def text_files(names: list[str]) -> list[Path]:
+    """The files of these names; raises UserError for one that does not exist."""
+    files = [Path(name).resolve() for name in names]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: no such file")
+    return files
 
 
 def newest_records() -> list[dict[str, Any]]:
@@ -58,4 +68,5 @@ __all__ = [
     "newest_records",
     "show",
     "synchronise",
+    "text_files",
 ]

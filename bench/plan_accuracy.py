@@ -1,4 +1,4 @@
-"""How well plan.py foretells: plans made and trained, predicted loss and time beside what was reached.
+"""How accurate the predictions of plan.py are: plans made and trained, predicted loss and time beside what was reached.
 
     python bench/plan_accuracy.py tinyshakespeare.txt world.txt --minutes 2 5
     python bench/plan_accuracy.py tinyshakespeare.txt --minutes 2 --grid        also twelve configs made by hand
@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measuring import ROOT, newest_records, show
+from measuring import ROOT, newest_records, show, text_files
 
 from base.configuration import UserError, run_main
 from planning.recipe import Shape
@@ -91,10 +91,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, nargs="+", default=[2.0])
     parser.add_argument("--grid", action="store_true", help="beside each plan the best of twelve configs made by hand")
     args = parser.parse_args()
-    files = [Path(name).resolve() for name in args.files]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file}: no such file")
+    files = text_files(args.files)
     header = (
         "text",
         "minutes",

@@ -14,10 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measuring import ROOT
+from measuring import ROOT, text_files
 
 import plan
-from base.configuration import UserError, run_main
+from base.configuration import run_main
 from planning.law import PRIOR, RUNS, Prior, read_runs
 from planning.machine import Clock
 from planning.recipe import Shape, recipe
@@ -34,10 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", help="text files, one text each")
     args = parser.parse_args()
-    files = [Path(name).resolve() for name in args.files]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file}: no such file")
+    files = text_files(args.files)
     lines = RUNS.read_text(encoding="utf-8").splitlines() if RUNS.exists() else []
     done = {(run["text"], run["n_embd"], run["window"], run["asked"]) for run in map(json.loads, lines)}
     for file in files:

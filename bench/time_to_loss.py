@@ -16,9 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-from measuring import ROOT, newest_records, show
+from measuring import ROOT, newest_records, show, text_files
 
 from base.configuration import UserError, run_main
 
@@ -52,9 +51,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="number of runs; their seeds are 1337, 1338, ...")
     parser.add_argument("-t", "--training", default="shakespeare_fast", help="training config")
     args, options = parser.parse_known_args()
-    file = Path(args.file).resolve()
-    if not file.is_file():
-        raise UserError(f"{args.file}: no such file")
+    (file,) = text_files([args.file])
     rows, results = [("seed", "seconds", "relative to nanoGPT", "validation loss", "steps", "tokens/s", "target")], []
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)

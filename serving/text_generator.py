@@ -17,6 +17,7 @@ import torch
 
 from base.configuration import Config, UserError, option
 from base.devices import find_device
+from layers.cache import KVCache
 from layers.compiled_step import CompiledStep
 from layers.speculative import Drafter, DraftModel, PromptLookup
 from model import GPT
@@ -269,8 +270,7 @@ def load_text_generator(
 
 def load_drafter(name: str, generator: TextGenerator) -> Drafter:
     """What guesses tokens for a generator's model: "lookup", or the checkpoint of a draft model; raises UserError."""
-    if any(attention.IS_RECURRENT for attention in generator.model.config.attention_classes):
-        raise UserError("--draft: a linear layer cannot take back a token that was guessed wrong: leave it out")
+    KVCache(generator.model.config, 0, generator.device, torch.float32, spare=1)  # raises UserError if it can take none
     if name == "lookup":
         return PromptLookup()
     checkpoint = load_full_checkpoint(name)

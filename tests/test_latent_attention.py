@@ -159,6 +159,7 @@ def test_eight_bit_weights_are_the_same_absorbed_or_not(monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"n_embd": 12}, "head_dim 3 is too small to rotate"),
         ({"n_kv_head": 2}, "n_kv_head .2. is for full attention.*leave n_kv_head out"),
         ({"qkv_bias": True}, "qkv_bias is for full attention"),
         ({"rope_dim": 3}, "rope_dim must be even and below head_dim .8., got 3"),

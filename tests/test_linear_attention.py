@@ -1,6 +1,7 @@
 """Linear attention: the gated delta rule, in chunks and token by token, in the layer of Qwen3-Next."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from layers.linear_attention import gated_delta_rule
 from layers.speculative import DraftModel, PromptLookup
 from model import GPT, ModelConfig
 from serving.rows import Rows
+from serving.text_generator import load_drafter
 
 SHAPE = {"vocab_size": 50, "block_size": 256, "n_layer": 1, "n_head": 4, "n_embd": 32, "attention": ["linear"]}
 
@@ -171,6 +173,8 @@ def test_drafts_are_refused():
         next(linear.generate(tokens(1, 5), 10, drafter=PromptLookup()))
     with pytest.raises(UserError, match="no token can be taken back"):
         DraftModel(linear, full)
+    with pytest.raises(UserError, match="no token can be taken back"):  # not at the first answer
+        load_drafter("lookup", SimpleNamespace(model=linear, device=torch.device("cpu")))
 
 
 def test_a_cache_for_shorter_texts_has_the_same_states():

@@ -1,5 +1,4 @@
 import math
-import random
 import warnings
 
 import pytest
@@ -368,31 +367,6 @@ def test_a_windowed_cache_holds_no_more_than_its_window(pattern):
     options = {"max_new_tokens": 40, "seed": 3}
     cached = torch.stack(list(model.generate(idx[:, :3], **options)))
     assert torch.equal(cached, torch.stack(list(model.generate(idx[:, :3], **options, use_cache=False))))
-
-
-@pytest.mark.parametrize("options", [{}, {"use_rope": False}, {"n_kv_head": 2, "attention_window": [3, 0, 7, 1]}])
-def test_rows_of_a_cache_are_as_if_alone(options):
-    """Texts that are read in pieces of any length, alone or some together, in rows that others have left."""
-    model, rng = make(n_layer=4, **options), random.Random(0)
-    cache = KVCache(model.config, 3, torch.device("cpu"), torch.float32)
-    texts, seen = [[], [], []], 0
-    for _ in range(120):
-        first = rng.randrange(3)
-        rows = slice(first, rng.randint(first + 1, 3))
-        T = rng.choice([1, 1, 1, 2, 5, 9])
-        for row in range(rows.start, rows.stop):
-            if len(texts[row]) + T > 16:
-                texts[row], cache.lengths[row] = [], 0
-        idx = torch.tensor([[rng.randrange(50) for _ in range(T)] for _ in range(rows.start, rows.stop)])
-        with torch.inference_mode():
-            logits = model.lm_head(model.hidden(idx, cache[rows]))
-            for row, new, cached in zip(range(rows.start, rows.stop), idx.tolist(), logits, strict=True):
-                texts[row] += new
-                expected = model(torch.tensor([texts[row]]))[0][0, -T:]
-                torch.testing.assert_close(cached, expected, rtol=1e-4, atol=1e-4)
-        assert cache.lengths.tolist() == [len(text) for text in texts]
-        seen += len({len(texts[row]) for row in range(rows.start, rows.stop)}) > 1
-    assert seen > 20  # rows of different lengths were together
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rope": False}, {"attention_window": [3]}, {"is_causal": False}])

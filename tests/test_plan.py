@@ -227,7 +227,7 @@ def test_probes_are_what_is_asked_of_them(prepared, call):
 
 
 @pytest.mark.real("a plan of a minute is trained to its end")
-def test_a_plan_ends_in_time_and_near_what_was_foretold(work):
+def test_a_plan_ends_in_time_and_near_what_was_predicted(work):
     sources = sorted(Path(json.__file__).parent.parent.glob("*.py"))[:60]  # text that is there wherever Python is
     (work / "text.txt").write_text("\n".join(file.read_text(encoding="utf-8") for file in sources), encoding="utf-8")
     began = time.perf_counter()

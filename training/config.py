@@ -72,7 +72,7 @@ class TrainConfig(Config):
         0.5, "on_spike rollback: the first one multiplies all later learning rates by this", above=0.0, maximum=1.0
     )
 
-    prediction: str = option("", "what plan.py foretells of this run; printed beside what it has reached")
+    prediction: str = option("", "the validation loss that plan.py predicted; printed beside the one reached")
     planned_for: str = option("", "the preparation of the data that plan.py looked at; empty: no plan")
 
     optimizer: str = option("adamw", "optimizer", choices=OPTIMIZERS, section="Optimizer and learning rate")

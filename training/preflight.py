@@ -20,6 +20,7 @@ from torch.nn.attention import sdpa_kernel
 
 from base.configuration import UserError, command_line, fields_of
 from base.devices import device_name, dtype_name, memory_available, memory_total, synchronise
+from base.files import nearest_place
 from layers.attention import Attention
 from layers.masks import attention_mask, block_masks
 from model import GPT, SDP_KERNELS, ModelConfig
@@ -226,7 +227,7 @@ def check_outputs(config: Any, engine: Engine) -> None:
     folders = [("save_checkpoint_to", Path(config.save_checkpoint_to))] * (engine.is_main or engine.writes_shards)
     folders += [("the log", Path())] * engine.is_main
     for what, folder in folders:
-        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        place = nearest_place(folder)
         if not place.is_dir():
             raise UserError(f"{what}: {place} is a file, not a folder")
         if not os.access(place, os.W_OK):
