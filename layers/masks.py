@@ -9,9 +9,13 @@ entirely: the shorter the documents or the window, the more blocks it skips.
 """
 
 import functools
+import math
+from collections.abc import Callable
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
+
+BLOCK = 128  # of flex attention's kernels
 
 
 def attention_mask(
@@ -50,7 +54,7 @@ def block_masks(
         def mask_mod(b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             return is_visible(query, key, window, is_causal) & (documents[b, query] == documents[b, key])
 
-        return create_block_mask(mask_mod, len(documents), None, T, T, device=device)  # None: one for all heads
+        return make_block_mask(mask_mod, window, is_causal, documents)
 
     return {window: block_mask(window) for window in windows}
 
@@ -58,9 +62,40 @@ def block_masks(
 @functools.lru_cache(maxsize=16)
 def window_mask(T: int, window: int, is_causal: bool, device: torch.device) -> BlockMask:
     """The mask of a sliding window alone: of every sequence, every head and every batch, so it is made once."""
-    return create_block_mask(
-        lambda b, h, query, key: is_visible(query, key, window, is_causal), None, None, T, T, device=device
+    one_document = torch.zeros(1, T, dtype=torch.long, device=device)
+    return make_block_mask(
+        lambda b, h, query, key: is_visible(query, key, window, is_causal), window, is_causal, one_document
     )
+
+
+def make_block_mask(mask_mod: Callable, window: int, is_causal: bool, documents: torch.Tensor) -> BlockMask:
+    """Which blocks of BLOCK x BLOCK pairs mask_mod allows wholly, in part or not at all, for documents (B, T).
+
+    torch's create_block_mask() asks mask_mod about every pair. Here a block is told by its corners: by how far its
+    queries and keys are from each other, and by the first and last documents in both.
+    """
+    T = documents.size(1)
+    n = math.ceil(T / BLOCK)
+    padding = documents[:, -1:].expand(-1, n * BLOCK - T)
+    parts = torch.cat((documents, padding), dim=1).view(-1, n, BLOCK)
+    first, last = parts.amin(2), parts.amax(2)  # (B, n)
+    block = torch.arange(n, device=documents.device)
+    steps = block[:, None] - block  # from the key's block to the query's: distances are BLOCK steps -+ (BLOCK - 1)
+    some, all_ = torch.ones_like(steps, dtype=torch.bool), torch.ones_like(steps, dtype=torch.bool)
+    if is_causal:
+        some, all_ = steps >= 0, steps > 0
+    if window:
+        some = some & (BLOCK * steps.abs() - (BLOCK - 1) < window)
+        all_ = all_ & (BLOCK * steps.abs() + (BLOCK - 1) < window)
+    if T % BLOCK:  # what lies beyond the end is not allowed
+        all_ = all_ & (block[:, None] < n - 1) & (block < n - 1)
+    some = some & (first[:, :, None] <= last[:, None]) & (first[:, None] <= last[:, :, None])  # (B, n, n)
+    all_ = all_ & (first[:, :, None] == last[:, None]) & (first[:, None] == last[:, :, None])
+    arguments = []
+    for blocks in (some & ~all_, all_):
+        indices = blocks.int().argsort(dim=-1, descending=True, stable=True)  # those that are allowed come first
+        arguments += blocks.sum(-1, dtype=torch.int32)[:, None], indices.int()[:, None]  # (B, 1, n), (B, 1, n, n)
+    return BlockMask.from_kv_blocks(*arguments, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(T, T))
 
 
 def takes_groups(q: torch.Tensor, mask: torch.Tensor | None) -> bool:

@@ -71,6 +71,38 @@ def test_blocks_in_which_nothing_sees_anything_are_passed_over():
     assert windowed.kv_num_blocks.sum() + windowed.full_kv_num_blocks.sum() == 7
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("window", [0, 1, 100, 129, 256, 400])
+@pytest.mark.parametrize("T", [128, 300, 512])
+def test_blocks_are_those_that_a_look_at_every_pair_finds(T, window, is_causal):
+    """torch's create_block_mask() looks. Ids that do not rise, which nothing here makes, may cost blocks too many."""
+
+    def allowed(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        n = indices.size(-1)
+        places = torch.where(torch.arange(n) < counts[..., None], indices, n).long()
+        return torch.zeros(*indices.shape[:-1], n + 1).scatter(-1, places, 1.0)[..., :n]
+
+    rng = torch.Generator().manual_seed(0)
+    rising = draw_documents(rng, 3, T), torch.zeros(2, T, dtype=torch.long)
+    for documents in (None, *rising, torch.randint(3, (2, T), generator=rng)):
+        blocks = block_masks(T, {window}, is_causal, documents, torch.device("cpu"))[window]
+        if blocks is None:
+            continue
+        n_rows = 1 if documents is None else len(documents)
+        expected = torch_flex.create_block_mask(blocks.mask_mod, n_rows, None, T, T, device="cpu")
+        part, whole, expected_part, expected_whole = (
+            allowed(counts, indices)
+            for mask in (blocks, expected)
+            for counts, indices in (
+                (mask.kv_num_blocks, mask.kv_indices),
+                (mask.full_kv_num_blocks, mask.full_kv_indices),
+            )
+        )
+        if documents is None or (documents.diff() >= 0).all():
+            assert torch.equal(part, expected_part) and torch.equal(whole, expected_whole)
+        assert (whole <= expected_whole).all() and (part + whole >= expected_part + expected_whole).all()
+
+
 def test_the_blocks_of_a_window_are_made_once_those_of_documents_for_every_batch():
     device = torch.device("cpu")
     first, second = (block_masks(200, {50, 0}, True, None, device) for _ in range(2))

@@ -9,7 +9,7 @@ from base.configuration import UserError
 from layers.attention_maps import attention_maps
 from layers.cache import KVCache
 from layers.experts import count_expert_tokens, mixture_layers
-from layers.head import ChunkedCrossEntropy, Head
+from layers.head import ChunkedCrossEntropy, Head, loss_and_gradients_compiled, softmax_gradient
 from layers.norm import rms_norm
 from layers.sampling import filter_logits, penalise_repetition
 from model import GPT, SDP_KERNELS, ModelConfig
@@ -309,6 +309,20 @@ def test_a_target_that_is_not_in_the_loss_needs_no_logits():
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other, strict=True):
             torch.testing.assert_close(b, a)
+
+
+@pytest.mark.parametrize("chunk_size", [5, 12])
+def test_the_loss_compiled_for_a_gpu_is_that_of_all_logits(monkeypatch, chunk_size):
+    """Run as it is written: tests/test_gpu.py compiles it."""
+    monkeypatch.setattr("layers.head.compiled_softmax_gradient", lambda: softmax_gradient)
+    hidden, weight = (torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (12, 50))
+    targets, mask = torch.arange(12) * 4, (torch.arange(12) % 3 > 0).long()
+    loss = (F.cross_entropy(hidden @ weight.T, targets, reduction="none") * mask).sum()
+    loss.backward()
+    with torch.no_grad():
+        actual = loss_and_gradients_compiled(hidden, weight, targets, mask, chunk_size)
+    for a, b in zip(actual, (loss.detach(), hidden.grad, weight.grad), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_losses_of_single_targets_need_no_logits_either(monkeypatch):

@@ -179,9 +179,12 @@ def output_layer(run: Any, tokens: int) -> tuple[float, float]:
     chunk = min(logits, logits_per_chunk(engine.device))
     half = chunk * size if size < 4 else 0  # the product in half precision, before the softmax's float32
     if name == "next_token":  # in chunks, with the gradients of hidden and weight computed in the forward pass
-        in_turn = chunk * (size + 4) + d_weight * size / 4  # logits and log-probabilities; a chunk's share of d_weight
-        if half:  # the gradient of the logits, and copies of hidden and weight
-            in_turn += half + size * (tokens + config.vocab_size) * config.n_embd
+        is_one_pass = engine.device.type == "cuda" and engine.use_compile  # the gradient takes the place of the logits
+        in_turn = chunk * size + d_weight * size / 4  # logits; a chunk's share of d_weight
+        if not is_one_pass:  # log-probabilities; in half precision the gradient, too
+            in_turn += chunk * 4 + half
+        if half:  # copies of hidden and weight
+            in_turn += size * (tokens + config.vocab_size) * config.n_embd
         return 3 * hidden + d_weight + in_turn, 4 * hidden + 2 * d_weight
     kept = 4 * logits  # the log-probabilities of all targets: their gradient is not known yet
     return 2 * hidden + kept + half + 4 * chunk, 3 * hidden + kept + half + 2 * 4 * chunk + 2 * d_weight
