@@ -68,16 +68,6 @@ class KVCache:
         part.layers = [tuple(tensor[rows] for tensor in layer) for layer in self.layers]
         return part
 
-    def first(self, n: int) -> "KVCache":
-        """The same cache for texts of at most n tokens: no layer has more places; they share their memory."""
-        if n == self.block_size:
-            return self
-        part = self[:]
-        part.block_size = n
-        layers = zip(self.layers, self.are_states, strict=True)
-        part.layers = [layer if is_state else tuple(ring[:, :, :n] for ring in layer) for layer, is_state in layers]
-        return part
-
     def tensors(self) -> list[torch.Tensor]:
         """Those of all layers."""
         return [tensor for layer in self.layers for tensor in layer]
@@ -86,10 +76,15 @@ class KVCache:
         """Positions of T new tokens of every row: (B, T); a slice if they are the same in all rows."""
         self.T, self.longest = T, int(self.lengths.max())
         self.is_even = self.longest == self.lengths.min()
-        device = self.layers[0][0].device
-        lengths = self.lengths[:1] if self.is_even else self.lengths
-        self.positions = torch.tensor(lengths, device=device)[:, None] + torch.arange(T, device=device)
+        self.positions = self.next_positions() + torch.arange(T, device=self.layers[0][0].device)
         return slice(self.longest, self.longest + T) if self.is_even else self.positions
+
+    def next_positions(self) -> torch.Tensor:
+        """Every row's next position, (B, 1); (1, 1) if they are the same in all rows."""
+        device = self.layers[0][0].device
+        if self.lengths.min() == self.lengths.max():  # as a constant: to copy numbers to a GPU is to wait for it
+            return torch.full((1, 1), int(self.lengths[0]), device=device)
+        return torch.tensor(self.lengths, device=device)[:, None]
 
     def mask(self, window: int) -> torch.Tensor | None:
         """Which keys, of those that extend() returns, the new tokens see: (1 or B, 1, T, keys).
@@ -145,13 +140,13 @@ class KVCache:
 class StaticCache(KVCache):
     """The rows of a cache, for a compiled step of one token: positions are a tensor, no shape ever changes.
 
-    All places take part in every step, those that are empty behind a mask.
+    The first n_places take part in every step, those that are empty behind a mask.
     """
 
-    def __init__(self, cache: KVCache, positions: torch.Tensor) -> None:
-        """positions (B, 1): those of the new tokens; cache.lengths is neither read nor advanced."""
+    def __init__(self, cache: KVCache, positions: torch.Tensor, n_places: int) -> None:
+        """positions (B, 1): those of the new tokens, below n_places; cache.lengths is neither read nor advanced."""
         self.block_size, self.spare, self.layers = cache.block_size, cache.spare, cache.layers
-        self.T, self.positions, self.longest, self.is_even = 1, positions, cache.block_size - 1, False
+        self.T, self.positions, self.longest, self.is_even = 1, positions, n_places - 1, False
 
     def begin(self, T: int) -> torch.Tensor:
         return self.positions

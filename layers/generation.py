@@ -81,7 +81,7 @@ def generate_tokens(
     stop = torch.tensor(stop_tokens, device=idx.device, dtype=torch.long)
     tokens = context[:, -1]
     for _ in range(max_new_tokens):
-        if step is not None and unread.shape == (1, 1):
+        if step is not None and unread.size(1) == 1:
             logits = step(unread, cache)
         else:
             hidden = model.hidden(unread if use_cache else context, cache)

@@ -56,8 +56,7 @@ class Rows:
         idx = torch.zeros(n_rows, 1, dtype=torch.long)
         idx[rows, 0] = torch.tensor(list(tokens.values()))
         positions = torch.tensor(self.cache.lengths[:n_rows], device=self.device)[:, None]
-        part = StaticCache(self.cache[:n_rows], positions)
-        part.longest = n_keys - 1
+        part = StaticCache(self.cache[:n_rows], positions, n_keys)
         idle = [row for row in range(n_rows) if row not in tokens]
         states = [state[idle] for state in self.states]
         logits = self.model.lm_head(self.model.hidden(idx.to(self.device), part)[:, -1])  # (n_rows, vocab_size)

@@ -177,15 +177,6 @@ def test_drafts_are_refused():
         load_drafter("lookup", SimpleNamespace(model=linear, device=torch.device("cpu")))
 
 
-def test_a_cache_for_shorter_texts_has_the_same_states():
-    """What a compiled step takes where a text is short: places are left out, of rings alone."""
-    model, idx = make(["linear", "full"], block_size=64), tokens(1, 6)
-    cache = KVCache(model.config, 1, idx.device, torch.float64)
-    with torch.inference_mode():
-        parts = [model.hidden(idx[:, :3], cache), model.hidden(idx[:, 3:], cache.first(8))]
-        torch.testing.assert_close(torch.cat(parts, 1), model.hidden(idx), rtol=1e-9, atol=1e-9)
-
-
 def test_steps_of_other_rows_leave_a_state_alone():
     """A step of a batch computes idle rows too: one that is half read, one that is empty."""
     rows, model = Rows(make(**SHAPE), 4), make(**SHAPE)
