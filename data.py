@@ -1,8 +1,9 @@
 """Tokenise raw text: train a tokenizer, filter and deduplicate, split into training and validation, write token files.
 
-    python data.py                                   the files pretrain.*, sft.* and dpo.* in dataset/
+    python data.py                                   the files pretrain.*, sft.*, vision.* and dpo.* in dataset/
     python data.py book.txt notes/ questions.csv     text, JSON, CSV, Parquet; folders, archives, compressed or not
     python data.py qa.json --fields question=Q answer=A      other names of fields
+    python data.py dataset/vision.jsonl              questions about images: lines with "image": "file.png"
     python data.py --tokenizer bpe --vocab_size 4096
     python data.py --inspect dataset/sft_train.bin
 
@@ -58,7 +59,7 @@ from text.tokenizer_files import load_tokenizer
 
 BPE_SAMPLE = 50_000_000  # characters that BPE merges are learned from
 N_LEFT_OUT = 10  # files left out that are named
-STAGES = ("pretrain", "sft", "dpo")
+STAGES = ("pretrain", "sft", "vision", "dpo")
 
 
 # ------------------------------------------------------------------------------------------------------ second pass
@@ -88,8 +89,8 @@ def write_token_files(
     with progress_bar(scan.sources, f"encoding {stage}") as progress, ThreadPoolExecutor(1) as executor:
         compression = executor.submit(compression_baselines, scan.compression_sample) if not has_samples else None
         if has_samples:
-            records = (r for s in scan.sources for r in corpus.chat_records(s, bad_lines, progress))
-            n_records = write_chats(records, split, tokenizer, writers)
+            records = (r for s in scan.sources for r in corpus.chat_records(s, bad_lines, progress, scan.image_size))
+            n_records = write_chats(records, split, tokenizer, writers, (args.image_size // args.patch_size) ** 2)
         else:
             documents = (d for s in scan.sources for d in scan.documents(s, bad_lines, progress))
             n_records = write_documents(documents, split, tokenizer, writers)
@@ -110,6 +111,7 @@ def write_token_files(
             "dropped": dict(scan.cleaner.dropped),
             "sources": sources,
             "baselines": {**baselines, **(compression.result() if compression else {})},
+            **({"image_size": args.image_size, "patch_size": args.patch_size} if stage == "vision" else {}),
             **shared,
         }
         for name, writer in writers.items():
@@ -139,16 +141,21 @@ def write_documents(
 
 
 def write_chats(
-    records: Iterator[list[Messages]], split: Split, tokenizer: Tokenizer, writers: dict[str, TokenFileWriter]
+    records: Iterator[list[Messages]],
+    split: Split,
+    tokenizer: Tokenizer,
+    writers: dict[str, TokenFileWriter],
+    n_patches: int = 0,
 ) -> int:
-    """Encode conversations, or the two of a preference pair; returns the number of records."""
+    """Encode conversations, or the two of a preference pair; returns their number. n_patches: of an image."""
     record = -1
     for record, conversations in enumerate(records):
         for messages in conversations if split.is_kept[record] else ():
-            ids, mask = tokenizer.encode_chat(messages)
+            ids, mask = tokenizer.encode_chat(messages, n_patches)
+            image = next((message["image"] for message in messages if "image" in message), None)
             answers = [m for m in messages if m["role"] == "assistant" and m.get("weight", 1)]
             n_characters = sum(len(message["content"]) for message in answers)
-            writers["val" if split.is_val[record] else "train"].add(ids, n_characters, mask)
+            writers["val" if split.is_val[record] else "train"].add(ids, n_characters, mask, image)
     return record + 1
 
 
@@ -179,7 +186,8 @@ def report(
         line = f"{paths[name]}: {writer.n_tokens:,} tokens"
         if writer.mask_file is not None:
             n_samples = (len(writer.starts) - 1) // (1 + (scan.stage == "dpo"))
-            line += f" in {n_samples:,} {noun}, {writer.n_loss_tokens:,} of them in the loss (answers)"
+            about = f" about {len(writer.image_numbers):,} images" if writer.image_numbers else ""
+            line += f" in {n_samples:,} {noun}{about}, {writer.n_loss_tokens:,} of them in the loss (answers)"
         elif writer.n_tokens < args.block_size + 1:
             line += f"; shorter than one window of {args.block_size} + 1: the validation loss will be unreliable"
         result.append(line)
@@ -318,7 +326,7 @@ def make_parser() -> Parser:
     parser = Parser(__doc__, CleaningConfig)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("files", nargs="*", help="raw files, folders or archives [pretrain.*, sft.*, dpo.* in the output folder]")
+    add("files", nargs="*", help="raw files, folders or archives [those named after a stage in the output folder]")
     add(
         "--fields",
         metavar="OURS=NAME",
@@ -335,6 +343,8 @@ def make_parser() -> Parser:
     add("--split_by", choices=SPLIT_BY, default="sample", help="fine-tuning: what may not be on both sides [sample]")
     add("--output", metavar="FOLDER", default="dataset", help="folder for the token files [dataset]")
     add("--block_size", metavar="N", type=int, help="context window to check lengths against [config/model.json]")
+    add("--image_size", metavar="N", type=int, help="width and height that images get [config/vision.json]")
+    add("--patch_size", metavar="N", type=int, help="those of the patches they are read in [config/vision.json]")
     add("--max_bad_lines", metavar="N", type=int, default=10, help="bad records to skip before giving up [10]")
     add("--inspect", metavar="FILE", help="print statistics and samples of a token file")
     return parser
@@ -365,13 +375,35 @@ def default_files(output: Path) -> list[str]:
 def options_given(parser: Parser, args: argparse.Namespace, overrides: dict[str, Any]) -> list[str]:
     """The options of a command that prepares the same data again with another tokenizer."""
     options = []
-    for name in ("encoding", "plain_text", "val_fraction", "split_by", "output", "block_size", "max_bad_lines"):
+    for name in (
+        "encoding",
+        "plain_text",
+        "val_fraction",
+        "split_by",
+        "output",
+        "block_size",
+        "image_size",
+        "patch_size",
+        "max_bad_lines",
+    ):
         value = getattr(args, name)
         if value != parser.get_default(name):
             options += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     options += [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
     options += ["--fields", *args.fields] if args.fields else []
     return [os.fsencode(option).decode("utf-8", "replace") for option in options]
+
+
+def choose_image_size(args: argparse.Namespace, has_images: bool) -> None:
+    """Put the sizes of config/vision.json where none are given, 0 where there are no images; raises UserError."""
+    if not has_images and (args.image_size or args.patch_size):
+        raise UserError("--image_size and --patch_size are for questions about images, which are not among the files")
+    values = read_json(find_config("vision")) if has_images else {"image_size": 0, "patch_size": 1}
+    for name in ("image_size", "patch_size"):
+        setattr(args, name, values[name] if getattr(args, name) is None else getattr(args, name))
+    if not 1 <= args.patch_size <= max(1, args.image_size) <= 4096 or args.image_size % args.patch_size:
+        sizes = f"{args.image_size} and {args.patch_size}"
+        raise UserError(f"--image_size must be a multiple of --patch_size, at most 4096; got {sizes}")
 
 
 def prepare(parser: Parser, args: argparse.Namespace, overrides: dict[str, Any]) -> None:
@@ -398,13 +430,14 @@ def prepare(parser: Parser, args: argparse.Namespace, overrides: dict[str, Any])
     by_stage = {stage: [source for source in sources if source.stage == stage] for stage in STAGES}
     if args.split_by != "sample" and not by_stage["sft"]:
         raise UserError(f"--split_by {args.split_by} is for fine-tuning data, which is not among the files")
+    options = options_given(parser, args, overrides)
+    choose_image_size(args, has_images=bool(by_stage["vision"]))
     scans = [
-        scan_corpus(stage, group, bad_lines, Cleaner(cleaning), args.split_by)
+        scan_corpus(stage, group, bad_lines, Cleaner(cleaning), args.split_by, args.image_size)
         for stage, group in by_stage.items()
         if group
     ]
     tokenizer = choose_tokenizer(args.tokenizer, args.vocab_size, scans, output)
-    options = options_given(parser, args, overrides)
     contents = [tokenizer.fingerprint(), options, [[s.name, s.sha256] for s in sources]]
     preparation = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
     lines = []

@@ -20,6 +20,7 @@ FLOORS = [
     ["weights"],
     ["problems", "model"],
     ["text"],
+    ["vision"],
     ["layers"],
     ["base"],
 ]

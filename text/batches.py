@@ -34,6 +34,7 @@ class Batch(NamedTuple):
     reference: torch.Tensor | None = None  # reference model: pairs' margins (B / 2,), rollouts' log p (B, T)
     old: torch.Tensor | None = None  # (B, T) rollouts: log p of the policy that sampled them
     advantage: torch.Tensor | None = None  # (B,) rollouts
+    images: torch.Tensor | None = None  # (N, 3, S, S) uint8, for the places in idx with the id vocab_size, in order
 
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """A batch with the function applied to every tensor."""
@@ -48,7 +49,7 @@ class Batch(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------------ datasets
-# get(index, epoch) returns a sample: its tokens, and its loss mask or None
+# get(index, epoch) returns a sample: its tokens, its loss mask or None, and its image if it has one
 
 
 class Windows:
@@ -129,12 +130,14 @@ class Samples:
         """Of the samples, in tokens that a model reads."""
         return np.minimum(np.diff(self.file.starts)[self.kept] - 1, self.block_size)
 
-    def get_sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        start = self.file.starts[i]
-        end = min(self.file.starts[i + 1], start + self.block_size + 1)
-        return self.file.tokens[start:end], self.file.loss_mask[start:end]
+    def get_sample(self, i: int) -> "Sample":
+        file, start = self.file, self.file.starts[i]
+        end = min(file.starts[i + 1], start + self.block_size + 1)
+        has_image = file.images is not None and file.image_of[i] >= 0
+        image = (file.images[file.image_of[i]],) if has_image else ()
+        return file.tokens[start:end], file.loss_mask[start:end], *image
 
-    def get(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def get(self, index: int, epoch: int) -> "Sample":
         return self.get_sample(self.kept[index])
 
 
@@ -187,7 +190,8 @@ def make_dataset(file: TokenFile, block_size: int, overlong: str, windows: Calla
 
 # ------------------------------------------------------------------------------------------------------ collation
 
-Sample = tuple[np.ndarray, np.ndarray | None]  # tokens, and their loss mask (None: all are in the loss)
+# tokens, their loss mask (None: all are in the loss), and the pixels (3, S, S) of a sample about an image
+Sample = tuple[np.ndarray, np.ndarray | None] | tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def pack(samples: list[Sample], block_size: int) -> list[list[Sample]]:
@@ -227,33 +231,40 @@ def collate(
     keep_mask: bool = False,
     keep_documents: bool = False,
     delimiters: tuple[int | None, int] = (BOS, EOS),
+    image_size: int = 0,
 ) -> Batch:
     """Rows of samples as one batch, padded to a common length: a multiple of pad_to, at most block_size.
 
     Samples packed into a row get different document ids, so that attention stays within each; with mask_documents so do
     the documents of running text. Without a loss mask, all targets but padding are in the loss. Masks that say nothing
-    are left out, unless they are to be kept: a compiled model is compiled again where an input is missing.
+    are left out, unless they are to be kept: a compiled model is compiled again where an input is missing. With an
+    image_size there are always images, perhaps none of them: in DDP every process must use all weights.
     """
-    longest = max(sum(len(tokens) - 1 for tokens, _ in row) for row in rows)
+    longest = max(sum(len(tokens) - 1 for tokens, *_ in row) for row in rows)
     T = min(block_size, math.ceil(longest / pad_to) * pad_to)
     idx, targets = (np.full((len(rows), T), PADDING, dtype=np.int64) for _ in range(2))
     mask = np.zeros((len(rows), T), dtype=np.float32)
     documents = np.zeros((len(rows), T), dtype=np.int64)  # 0: padding
+    images: list[np.ndarray] = []
     for i, row in enumerate(rows):
         start = 0
-        for tokens, loss_mask in row:
+        for tokens, loss_mask, *image in row:
+            images += image
             end, is_text = start + len(tokens) - 1, loss_mask is None
             idx[i, start:end], targets[i, start:end] = tokens[:-1], tokens[1:]  # each token predicts the next
             mask[i, start:end] = 1 if is_text else loss_mask[1:]
             ids = document_ids(tokens[:-1], *delimiters) if mask_documents and is_text and end > start else 1
             documents[i, start:end] = documents[i].max() + ids
             start = end
-    if max(idx.max(), targets.max()) >= vocab_size:
+    if image_size:
+        targets[targets == vocab_size] = PADDING  # a patch: what is read there is no token, and not in the loss
+    if max(idx.max() - bool(image_size), targets.max()) >= vocab_size:
         raise UserError(
             f"token id {max(idx.max(), targets.max())} in the data is outside the vocabulary of {vocab_size}: "
             "was the data prepared with a different tokenizer?"
         )
     count = int(mask.sum())
+    pixels = np.stack(images) if images else np.zeros((0, 3, image_size, image_size), dtype=np.uint8)
     has_documents = documents.max() > 1 or keep_documents
     return Batch(
         torch.from_numpy(idx),
@@ -263,6 +274,7 @@ def collate(
         else torch.from_numpy(mask),  # without a mask there is less to compute
         count,
         torch.from_numpy(documents) if has_documents else None,
+        images=torch.from_numpy(pixels) if image_size else None,
     )
 
 
@@ -281,7 +293,7 @@ class Batches:
     """Settings and collation that training and validation batches share.
 
     rank of world_size: this process. pad_to: sequence lengths are padded to multiples of it, for few different shapes.
-    is_compiled: the model is, so that every batch is to have the same inputs.
+    is_compiled: the model is, so that every batch is to have the same inputs. image_size: of a model that sees.
     """
 
     def __init__(
@@ -298,7 +310,9 @@ class Batches:
         mask_documents: bool = False,
         pack_samples: bool = False,
         is_compiled: bool = False,
+        image_size: int = 0,
     ) -> None:
+        self.image_size = image_size
         self.block_size, self.vocab_size, self.batch_size, self.seed = block_size, vocab_size, batch_size, seed
         self.overlong, self.rank, self.world_size, self.pad_to = overlong, rank, world_size, pad_to
         self.mask_documents, self.pack_samples, self.is_compiled = mask_documents, pack_samples, is_compiled
@@ -313,7 +327,7 @@ class Batches:
         keep_documents = keep_mask and (self.mask_documents or self.pack_samples)
         shape = self.block_size, self.vocab_size, self.pad_to
         delimiters = self.datasets[0].file.delimiters
-        return collate(rows, *shape, self.mask_documents, keep_mask, keep_documents, delimiters)
+        return collate(rows, *shape, self.mask_documents, keep_mask, keep_documents, delimiters, self.image_size)
 
 
 class TrainBatches(Batches):

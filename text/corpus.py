@@ -18,13 +18,14 @@ from typing import Any
 from base.configuration import UserError, escape_control_characters
 from text.formats import CHUNK, Progress, Source, members_of, printable_name, records, text_chunks
 from text.recognition import recognise
-from text.records import EmptyRecord, parse_conversation, parse_preference, parse_text
+from text.records import EmptyRecord, image_file, parse_conversation, parse_preference, parse_text
 from text.tokenizer import Messages, may_contain_special, remove_special_tokens
+from vision.images import read_image
 
 LONGEST_DOCUMENT = 1 << 22  # characters; a longer document comes in pieces
 LONGEST_SPECIAL_TOKEN = 16  # characters
 # in folders left out: what this toolkit makes from texts, and keeps for tests
-OWN_FILES = ("held_out.jsonl", "tokenizer.json", "world.py", "everyday.py")
+OWN_FILES = ("held_out.jsonl", "vision_held_out.jsonl", "tokenizer.json", "world.py", "everyday.py", "pictures.py")
 
 delimiter = re.compile(r"(<\|bos\|>|<\|eos\|>|<\|endoftext\|>)")
 
@@ -207,19 +208,49 @@ def parsed(
     bad_lines.n_empty[source.name] = n_empty
 
 
-def chat_records(source: Source, bad_lines: BadLines, progress: Progress = lambda n: None) -> Iterator[list[Messages]]:
-    """The records of a fine-tuning file, [conversation], or of a preference file, [chosen, rejected]."""
-    parse = parse_preference if source.stage == "dpo" else lambda values: [parse_conversation(values)]
-    return (record for _, record in parsed(source, parse, bad_lines, progress))
+def chat_records(
+    source: Source, bad_lines: BadLines, progress: Progress = lambda n: None, image_size: int = 0
+) -> Iterator[list[Messages]]:
+    """The records of a fine-tuning file, [conversation], or of a preference file, [chosen, rejected].
+
+    A conversation about an image has it in the first question: "image" (3, image_size, image_size) uint8.
+    """
+
+    def parse(values: Any) -> list[Messages]:
+        return [with_image(parse_conversation(values), values, source, image_size)]
+
+    records = parsed(source, parse_preference if source.stage == "dpo" else parse, bad_lines, progress)
+    return (record for _, record in records)
+
+
+def with_image(messages: Messages, values: dict[str, Any], source: Source, image_size: int) -> Messages:
+    """A conversation with its record's image, if there is one, in the first question: pixels; for size 0 the Path."""
+    path = image_file(values, source.path.parent)
+    if path is None:
+        return messages
+    if source.member:
+        raise UserError('"image" in a zip archive: unpack it, images are read from files')
+    if source.stage != "vision":
+        raise UserError('"image", where the first records have none: begin with one that has, or name another file')
+    asked = next(i for i, message in enumerate(messages) if message["role"] == "user")
+    try:
+        image = read_image(path, image_size) if image_size else path
+    except UserError as error:
+        raise UserError(f"{printable_name(path)[-100:]}: {error}") from None
+    return [message | {"image": image} if i == asked else message for i, message in enumerate(messages)]
 
 
 def read_conversations(
     path: str, encoding: str = "utf-8", rename: dict[str, str] | None = None
 ) -> list[tuple[str, Messages]]:
-    """All conversations of a fine-tuning file with their places in it ("line 3"); raises UserError."""
+    """All conversations of a fine-tuning file with their places in it ("line 3"); raises UserError.
+
+    An "image" in a question is the Path of its file.
+    """
     found = []
     for source in find_sources([path], encoding, rename)[0]:
-        if source.stage != "sft":
+        if source.stage not in ("sft", "vision"):
             raise UserError(f"{source.name}: no questions and answers, but what is for {source.stage}")
-        found += parsed(source, parse_conversation, BadLines(0), lambda n: None)
+        parse = lambda values, source=source: with_image(parse_conversation(values), values, source, 0)  # noqa: E731
+        found += parsed(source, parse, BadLines(0), lambda n: None)
     return found

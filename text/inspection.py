@@ -35,7 +35,8 @@ def inspect(file: TokenFile, tokenizer: Tokenizer, tokenizer_path: str, block_si
 
     counts = np.zeros(header["vocab_size"], dtype=np.int64)
     for start in range(0, len(tokens), 1 << 22):
-        counts += np.bincount(tokens[start : start + (1 << 22)], minlength=len(counts))
+        part = tokens[start : start + (1 << 22)]
+        counts += np.bincount(part[part < len(counts)], minlength=len(counts))  # the others: patches of images
     order = np.argsort(-counts, kind="stable")[:20]
     print("most frequent: " + "  ".join(f"{tokenizer.decode([i])!r} {counts[i] / len(tokens):.2%}" for i in order))
     special = tokenizer.special_tokens.items()
@@ -47,6 +48,8 @@ def inspect(file: TokenFile, tokenizer: Tokenizer, tokenizer_path: str, block_si
     if file.starts is not None:
         lengths = np.diff(file.starts)
         print(f"samples: {len(lengths):,}; share of tokens masked out of the loss: {1 - file.loss_mask.mean():.1%}")
+        if file.images is not None:
+            print(f"images: {len(file.images):,} of {header['image_size']} x {header['image_size']} pixels")
         print(f"longer than block_size {block_size}: {(lengths > block_size + 1).sum():,}")
         edges = np.unique(np.quantile(lengths, np.linspace(0, 1, 11)).astype(int))
         heights, edges = np.histogram(lengths, bins=edges if len(edges) > 1 else 1)
@@ -64,7 +67,7 @@ def inspect(file: TokenFile, tokenizer: Tokenizer, tokenizer_path: str, block_si
         )
         samples = [batches.sample(i) for i in range(min(batch_size, batches.samples_per_epoch))]
         pairs = [(sample.chosen, sample.rejected) if isinstance(sample, Pair) else (sample,) for sample in samples]
-        rows = [tokens for parts in pairs for tokens, _ in parts]
+        rows = [tokens for parts in pairs for tokens, *_ in parts]
         ngrams = Counter(tuple(row[i : i + 8]) for row in rows for i in range(len(row) - 7))
         print(
             f"a batch of {len(rows)}: {len({row.tobytes() for row in rows})} distinct samples, "
@@ -72,4 +75,4 @@ def inspect(file: TokenFile, tokenizer: Tokenizer, tokenizer_path: str, block_si
             f"{len(ngrams) / max(1, ngrams.total()):.0%} of its 8-grams distinct"
         )
         for row in rows[:n_samples]:
-            print(f"sample: {tokenizer.decode(row[:200])!r}")
+            print(f"sample: {tokenizer.decode(row[row < len(counts)][:200])!r}")

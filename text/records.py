@@ -11,6 +11,7 @@ cannot be used, and EmptyRecord for one that says nothing.
 import json
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from base.configuration import UserError
@@ -19,7 +20,7 @@ from text.tokenizer import Messages, normalise
 PROMPTS = ("question", "prompt", "instruction")
 ANSWERS = ("answer", "completion", "output")
 CONVERSATIONS = ("messages", "conversations")  # lists of messages; conversations is ShareGPT's name
-FIELDS = (*PROMPTS, *ANSWERS, *CONVERSATIONS, "text", "input", "system", "history", "chosen", "rejected")
+FIELDS = (*PROMPTS, *ANSWERS, *CONVERSATIONS, "text", "input", "system", "history", "image", "chosen", "rejected")
 FIELDS_OF_MESSAGES = ("role", "content")
 # role names of OpenAI, ShareGPT, Gemini and LLaMA-Factory; what a tool returns is read to the model as a user's message
 ROLES = {"system": "system", "developer": "system"}
@@ -29,7 +30,8 @@ ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
 
 WHAT_IS_TAKEN = (
     '"text" for pretraining; "question" and "answer", "prompt" and "completion", "instruction" and "output", '
-    '"messages" or "conversations" for fine-tuning; a prompt with "chosen" and "rejected" for preferences'
+    '"messages" or "conversations" for fine-tuning, with "image" beside them if it is about one; '
+    'a prompt with "chosen" and "rejected" for preferences'
 )
 
 
@@ -43,7 +45,7 @@ def stage_of_fields(names: Iterable[str]) -> str:
     if {"chosen", "rejected"} <= names:
         return "dpo"
     if names & set(CONVERSATIONS) or (names & set(PROMPTS) and names & set(ANSWERS)):
-        return "sft"
+        return "vision" if "image" in names else "sft"
     return "pretrain" if "text" in names else ""
 
 
@@ -262,6 +264,18 @@ def parse_conversation(values: dict[str, Any]) -> Messages:
     if not any(turn["role"] == "assistant" and turn.get("weight", 1) for turn in conversation):
         raise UserError('every answer has "weight": 0: nothing to learn')
     return conversation
+
+
+def image_file(values: dict[str, Any], folder: Path) -> Path | None:
+    """The file that a record's "image" names, relative to the folder that the record is in; None if it has none."""
+    name = values.get("image")
+    if name is None:
+        return None
+    if not isinstance(name, str) or not name.strip():
+        raise UserError('"image" must be the name of a png or jpeg file')
+    if "://" in name or name.startswith("data:"):
+        raise UserError(f'"image" is {name[:40]!r}: images are read from files alone, nothing is fetched')
+    return folder / name
 
 
 def parse_preference(values: dict[str, Any]) -> list[Messages]:

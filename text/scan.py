@@ -40,8 +40,9 @@ class CorpusScan:
     group (the pieces of a document, the pairs of a prompt) stay on one side of the split.
     """
 
-    def __init__(self, stage: str, sources: list[Source], cleaner: Cleaner, split_by: str) -> None:
+    def __init__(self, stage: str, sources: list[Source], cleaner: Cleaner, split_by: str, image_size: int = 0) -> None:
         self.stage, self.sources, self.cleaner, self.split_by = stage, sources, cleaner, split_by
+        self.image_size = image_size  # for the stage vision: what images are resized to
         self.hashes = array("Q")  # 64 bits per record, in order: duplicates are found without storing texts
         self.groups = array("Q")  # the hash of each record's group
         self.answers = array("Q")  # fine-tuning: the hash of each record's last answer
@@ -95,18 +96,27 @@ class CorpusScan:
         """The hash of what decides on which side of the split a conversation or a preference pair lies."""
         if self.stage == "dpo":  # a prompt's pairs have the same question
             return hash64(conversation_text(messages[:-1]))
+        images = [message["image"] for message in messages if "image" in message]
+        if images:  # all questions about an image lie on the side where it is
+            return hash_bytes(images[0].tobytes())
         if self.split_by == "question":
             questions = (message["content"] for message in messages if message["role"] == "user")
             return hash64(next(filter(None, questions), ""))
         return answer_hash if self.split_by == "answer" else content_hash
 
 
+def hash_bytes(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
 def hash64(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
+    return hash_bytes(text.encode("utf-8"))
 
 
 def conversation_text(messages: Messages) -> str:
-    return json.dumps([[message["role"], message["content"]] for message in messages], ensure_ascii=False)
+    images = [hash_bytes(message["image"].tobytes()) for message in messages if "image" in message]
+    texts = [[message["role"], message["content"]] for message in messages]
+    return json.dumps([*texts, *images], ensure_ascii=False)
 
 
 @contextlib.contextmanager
@@ -119,16 +129,21 @@ def progress_bar(sources: list[Source], title: str) -> Iterator[Callable[[int], 
 
 
 def scan_corpus(
-    stage: str, sources: list[Source], bad_lines: BadLines, cleaner: Cleaner, split_by: str = "sample"
+    stage: str,
+    sources: list[Source],
+    bad_lines: BadLines,
+    cleaner: Cleaner,
+    split_by: str = "sample",
+    image_size: int = 0,
 ) -> CorpusScan:
     """The first pass over one stage's files."""
-    scan = CorpusScan(stage, sources, cleaner, split_by)
+    scan = CorpusScan(stage, sources, cleaner, split_by, image_size)
     with progress_bar(sources, f"reading {stage}") as progress:
         for source in sources:
             if stage == "pretrain":
                 scan_documents(scan, scan.documents(source, bad_lines, progress))
             else:
-                scan_chats(scan, corpus.chat_records(source, bad_lines, progress))
+                scan_chats(scan, corpus.chat_records(source, bad_lines, progress, image_size))
     scan.n_empty = sum(bad_lines.n_empty.get(source.name, 0) for source in sources)
     if not any(scan.is_accepted):
         empty = [f"{scan.n_empty} empty"] if scan.n_empty else []

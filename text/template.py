@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from base.configuration import UserError
 
-Messages = list[dict[str, Any]]  # {"role": "system", "user" or "assistant", "content": text}, perhaps "weight": 0
+# {"role": "system", "user" or "assistant", "content": text}, perhaps "weight": 0, perhaps "image" of a user's message
+Messages = list[dict[str, Any]]
 
 
 class Run(NamedTuple):
@@ -26,6 +27,7 @@ class Run(NamedTuple):
 
     pieces: list[tuple[str, bool]]  # (text, whether it belongs to the template and may name special tokens)
     in_loss: int = 0  # 1: a model learns to write it
+    is_image: bool = False  # the places of an image's patches, and no text
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,12 @@ class ChatTemplate:
             elif message["role"] == "system" and self.system_in_question:
                 system += pieces
             elif message["role"] == "user":
-                yield Run([pieces[0], *system, *pieces[1:]])
+                first, rest = pieces[:1], [*system, *pieces[1:]]
+                if message.get("image") is not None:  # it comes first in the question
+                    yield Run(first)
+                    yield Run([], is_image=True)
+                    first = []
+                yield Run(first + rest)
                 system = []
             else:
                 yield Run(pieces)

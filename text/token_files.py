@@ -3,14 +3,17 @@
     file = TokenFile("dataset/sft_train.bin")   # verifies the checksum; of several processes, on the first of each host
     file.tokens                                 # (n_tokens,) uint16 or uint32
     file.loss_mask, file.starts                 # (n_tokens,), (n_samples + 1,) for fine-tuning; None for pretraining
+    file.images, file.image_of                  # (n_images, 3, S, S) uint8, (n_samples,); None without images
     file.header                                 # dict: counts, tokenizer fingerprint, source files, baseline losses
 
 Layout (github.com/huggingface/safetensors): 8 bytes with the length of the JSON header, the header, then the arrays.
 """
 
 import functools
+import hashlib
 import itertools
 import json
+import math
 import tempfile
 import zlib
 from array import array
@@ -42,12 +45,23 @@ class TokenFileWriter:
         self.n_tokens = self.n_loss_tokens = self.n_unknown = self.n_characters = 0
         self.mask_file = tempfile.TemporaryFile() if has_samples else None  # noqa: SIM115
         self.starts = array("q", [0])
+        self.image_file = tempfile.TemporaryFile()  # noqa: SIM115
+        self.image_of = array("q")  # by sample: the number of its image; -1: none
+        self.image_numbers: dict[bytes, int] = {}  # by hash: each is stored once, however many questions there are
+        self.image_shape: tuple[int, ...] = ()
         self.checksum = 0
         file.write(b" " * header_size)
 
     def _write(self, data: bytes | np.ndarray) -> None:
         self.file.write(data)
         self.checksum = zlib.crc32(data, self.checksum)
+
+    def _append(self, file: BinaryIO) -> None:
+        """Write what is in a temporary file, and close that one."""
+        file.seek(0)
+        for chunk in chunks_of(file):
+            self._write(chunk)
+        file.close()
 
     @property
     def counts(self) -> np.ndarray:
@@ -61,8 +75,13 @@ class TokenFileWriter:
             self._counts += np.bincount(ids[start : start + COUNT_CHUNK], minlength=len(self._counts))
         self._uncounted, self._n_uncounted = [], 0
 
-    def add(self, ids: np.ndarray, n_characters: int, mask: np.ndarray | None = None) -> None:
-        """Append token ids (T,). With a loss mask (T,), 1 on the targets in the loss, they are one sample."""
+    def add(
+        self, ids: np.ndarray, n_characters: int, mask: np.ndarray | None = None, image: np.ndarray | None = None
+    ) -> None:
+        """Append token ids (T,). With a loss mask (T,), 1 on the targets in the loss, they are one sample.
+
+        image (3, S, S) uint8: the sample's, whose places are among the ids.
+        """
         ids = np.ascontiguousarray(ids, DTYPES[self.dtype])
         self._write(ids)
         self.n_tokens += len(ids)
@@ -77,21 +96,41 @@ class TokenFileWriter:
         if mask is not None:
             self.mask_file.write(mask.astype(np.uint8).tobytes())
             self.starts.append(self.n_tokens)
+            self.image_of.append(-1 if image is None else self._number_of(image))
+
+    def _number_of(self, image: np.ndarray) -> int:
+        """The number of an image, which is stored if it is a new one."""
+        data = image.tobytes()
+        digest = hashlib.blake2b(data, digest_size=16).digest()
+        if digest not in self.image_numbers:
+            self.image_file.write(data)
+            self.image_numbers[digest], self.image_shape = len(self.image_numbers), image.shape
+        return self.image_numbers[digest]
 
     def finish(self, metadata: dict[str, Any]) -> None:
-        """Append loss mask and sample starts, and write the header."""
+        """Append loss mask, sample starts and images, and write the header."""
         size = np.dtype(DTYPES[self.dtype]).itemsize * self.n_tokens
         header = {"tokens": {"dtype": self.dtype, "shape": [self.n_tokens], "data_offsets": [0, size]}}
         if self.mask_file is not None:
-            self.mask_file.seek(0)
-            for chunk in chunks_of(self.mask_file):
-                self._write(chunk)
-            self.mask_file.close()
+            self._append(self.mask_file)
             end = size + self.n_tokens
             header["loss_mask"] = {"dtype": "U8", "shape": [self.n_tokens], "data_offsets": [size, end]}
             starts = np.array(self.starts, dtype=np.int64)
             self._write(starts.tobytes())
             header["starts"] = {"dtype": "I64", "shape": [len(starts)], "data_offsets": [end, end + starts.nbytes]}
+            end += starts.nbytes
+        if self.image_numbers:
+            image_of, shape = np.array(self.image_of, dtype=np.int64), [len(self.image_numbers), *self.image_shape]
+            self._write(image_of.tobytes())
+            header["image_of"] = {
+                "dtype": "I64",
+                "shape": [len(image_of)],
+                "data_offsets": [end, end + image_of.nbytes],
+            }
+            end += image_of.nbytes
+            header["images"] = {"dtype": "U8", "shape": shape, "data_offsets": [end, end + math.prod(shape)]}
+            self._append(self.image_file)
+        self.image_file.close()
         counts = {
             "n_tokens": self.n_tokens,
             "n_loss_tokens": self.n_loss_tokens,
@@ -183,6 +222,19 @@ class TokenFile:
                 and (np.diff(self.starts) > 0).all()
             ):
                 raise ValueError("sample boundaries")
+            self.images = self._map(layout["images"], 8 + length) if "images" in layout else None
+            self.image_of = np.array(self._map(layout["image_of"], 8 + length)) if "images" in layout else None
+            if (
+                self.images is not None
+                and not (  # that of sample i is images[image_of[i]]
+                    self.images.ndim == 4
+                    and self.images.shape[1:] == (3, self.header["image_size"], self.header["image_size"])
+                    and len(self.image_of) == len(self.starts) - 1
+                    and self.image_of.min() >= -1
+                    and self.image_of.max() < len(self.images)
+                )
+            ):
+                raise ValueError("images")
         except UserError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
@@ -191,9 +243,9 @@ class TokenFile:
             ) from None
 
     def _map(self, entry: dict[str, Any], data_start: int) -> np.ndarray:
-        dtype, (length,), (start, end) = np.dtype(DTYPES[entry["dtype"]]), entry["shape"], entry["data_offsets"]
-        if not 0 <= start <= end or end - start != length * dtype.itemsize:
+        dtype, shape, (start, end) = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), entry["data_offsets"]
+        if not 0 <= start <= end or end - start != math.prod(shape) * dtype.itemsize or min(shape) < 0:
             raise ValueError("array sizes")
-        if length == 0:
-            return np.empty(0, dtype)
-        return np.memmap(self.path, dtype=dtype, mode="r", offset=data_start + start, shape=(length,))
+        if math.prod(shape) == 0:
+            return np.empty(shape, dtype)
+        return np.memmap(self.path, dtype=dtype, mode="r", offset=data_start + start, shape=shape)

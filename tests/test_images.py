@@ -1,0 +1,286 @@
+"""Images as files: what is read, what is refused, and how data.py prepares questions about them."""
+
+import contextlib
+import io
+import struct
+import zlib
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import ROOT, write_jsonl
+from PIL import Image
+
+from base.configuration import UserError
+from text.token_files import TokenFile
+from text.tokenizer_files import load_tokenizer
+from vision import images
+from vision.images import read_image
+
+
+def contents(image: Image.Image, form: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def gradient(width: int = 8, height: int = 8) -> np.ndarray:
+    """Pixels (height, width, 3), all different."""
+    return np.arange(height * width * 3, dtype=np.uint8).reshape(height, width, 3)
+
+
+def header_of(width: int, height: int) -> bytes:
+    """A png file that claims so many pixels, and has none."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [chunk, b"IDAT" + zlib.compress(b""), b"IEND"]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+def test_pixels_are_read_as_they_are(tmp_path):
+    pixels = gradient()
+    (tmp_path / "a.png").write_bytes(contents(Image.fromarray(pixels)))
+    read = read_image(tmp_path / "a.png", 8)
+    assert read.dtype == np.uint8 and np.array_equal(read, pixels.transpose(2, 0, 1))
+
+
+def test_a_wide_image_fits_in_and_keeps_its_proportions():
+    red = Image.new("RGB", (40, 20), (255, 0, 0))
+    read = read_image(contents(red), 8)
+    assert (read[:, 2:6] == np.array([255, 0, 0])[:, None, None]).all()  # in the middle
+    assert (read[:, :2] == 255).all() and (read[:, 6:] == 255).all()  # white above and below
+    assert read_image(contents(Image.new("RGB", (5000, 1), (0, 0, 0))), 8).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("image", "form", "expected"),
+    [
+        (Image.new("L", (4, 4), 100), "PNG", (100, 100, 100)),
+        (Image.new("1", (4, 4), 1), "PNG", (255, 255, 255)),
+        (Image.fromarray(np.full((4, 4), 300 * 128, np.uint16)), "PNG", (150, 150, 150)),  # 16 bits of grey
+        (Image.new("RGBA", (4, 4), (0, 0, 0, 0)), "PNG", (255, 255, 255)),  # transparent: what is behind
+        (Image.new("RGBA", (4, 4), (200, 0, 0, 255)), "PNG", (200, 0, 0)),
+        (Image.new("LA", (4, 4), (0, 0)), "PNG", (255, 255, 255)),
+        (Image.new("RGB", (4, 4), (10, 200, 30)).quantize(2), "PNG", (10, 200, 30)),  # a palette
+        (Image.new("RGB", (4, 4), (10, 200, 30)), "JPEG", (10, 200, 30)),
+        (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG", (255, 0, 0)),
+    ],
+)
+def test_every_kind_of_colours_becomes_rgb(image, form, expected):
+    read = read_image(contents(image, form), 4)
+    assert np.abs(read[:, 1, 1].astype(int) - expected).max() <= 3
+
+
+def test_a_photo_is_turned_upright():
+    pixels = Image.fromarray(gradient())
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it turned by 90 degrees clockwise
+    read = read_image(contents(pixels, exif=exif), 8)
+    assert np.array_equal(read.transpose(1, 2, 0), np.rot90(gradient(), -1))
+
+
+def test_an_animation_is_refused():
+    frames = [Image.new("RGB", (4, 4), (i, 0, 0)) for i in (0, 200)]
+    with pytest.raises(UserError, match="animated, 2 pictures"):
+        read_image(contents(frames[0], save_all=True, append_images=frames[1:]), 4)
+
+
+@pytest.mark.parametrize("side", [6000, 100_000, 2**31 - 1])
+def test_claims_of_many_pixels_are_refused_before_they_are_decoded(side):
+    with pytest.raises(UserError, match="pixels"):
+        read_image(header_of(side, side), 4)
+
+
+def test_the_largest_image_is_still_read(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 64)
+    read_image(contents(Image.new("RGB", (8, 8))), 4)
+    with pytest.raises(UserError, match="9 x 8 pixels; at most 64"):
+        read_image(contents(Image.new("RGB", (9, 8))), 4)
+
+
+@pytest.mark.parametrize("form", ["GIF", "TIFF", "BMP", "PPM", "WEBP", "ICO"])
+def test_other_formats_are_not_even_tried(form):
+    with pytest.raises(UserError, match="not a png or jpeg"):
+        read_image(contents(Image.new("RGB", (16, 16)), form), 4)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_damaged_files_are_refused_plainly(form):
+    """Every length of the file, and a changed byte at every place: pixels or a UserError, nothing else."""
+    whole = contents(Image.fromarray(gradient(40, 40)), form)
+    with pytest.raises(UserError, match="damaged"):
+        read_image(whole[: len(whole) // 2], 8)
+    step = max(1, len(whole) // 150)
+    damaged = [whole[:n] for n in range(0, len(whole), step)]
+    damaged += [whole[:n] + bytes([whole[n] ^ 0x55]) + whole[n + 1 :] for n in range(0, len(whole), step)]
+    for data in damaged:
+        with contextlib.suppress(UserError):
+            assert read_image(data, 8).shape == (3, 8, 8)
+
+
+# ------------------------------------------------------------------------------------------------------ data.py
+
+
+def make_pictures(work, n: int = 12) -> list[dict]:
+    """n pictures of one colour, and two questions about each."""
+    (work / "p").mkdir()
+    rows = []
+    for i in range(n):
+        colour = (20 * i, 255 - 20 * i, 100)
+        (work / "p" / f"{i}.png").write_bytes(contents(Image.new("RGB", (6, 6), colour)))
+        rows += [{"image": f"p/{i}.png", "question": f"q{j}?", "answer": f"a{i}"} for j in (0, 1)]
+    return rows
+
+
+SIZES = ["--image_size", "8", "--patch_size", "4"]
+
+
+def prepare(work, call, rows):
+    write_jsonl(work / "vision.jsonl", rows)
+    result = call("data.py", "vision.jsonl", *SIZES)
+    assert result.status == 0, result.err
+    return [TokenFile(work / "dataset" / f"vision_{split}.bin") for split in ("train", "val")], result
+
+
+def test_prepared_samples_have_their_own_image(work, call):
+    rows = make_pictures(work)
+    files, result = prepare(work, call, rows)
+    tokenizer, found = load_tokenizer(work / "dataset" / "tokenizer.json"), []
+    for file in files:
+        assert file.images.shape[1:] == (3, 8, 8) and isinstance(file.images, np.memmap)
+        assert len(np.unique(file.images[:, :, 0, 0], axis=0)) == len(file.images)  # stored once each
+        for i, image in enumerate(file.image_of):
+            ids = file.tokens[file.starts[i] : file.starts[i + 1]]
+            mask = file.loss_mask[file.starts[i] : file.starts[i + 1]]
+            places = ids == tokenizer.vocab_size
+            assert places.tolist() == [False, *[True] * 4, *[False] * (len(ids) - 5)]  # 4 patches after the first mark
+            assert not mask[places].any()
+            text = tokenizer.decode(ids[~places])
+            number = int(text.split("a")[-1].removesuffix("<|eos|>"))
+            found.append((f"p/{number}.png", text.split("?")[0][-2:] + "?"))
+            assert file.images[image][:, 4, 4].tolist() == [20 * number, 255 - 20 * number, 100]
+    assert sorted(found) == sorted((row["image"], row["question"]) for row in rows)
+    assert "about" in result.out and "images" in result.out
+
+
+def test_questions_about_one_image_stay_on_one_side(work, call):
+    (train, val), _ = prepare(work, call, make_pictures(work, 12))
+    sides = [{image[:, 4, 4].tobytes() for image in file.images} for file in (train, val)]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+
+
+def test_the_same_question_about_another_image_is_no_duplicate(work, call):
+    rows = [{**row, "question": "q?", "answer": "a"} for row in make_pictures(work, 12)]
+    (train, val), result = prepare(work, call, rows)
+    assert len(train.image_of) + len(val.image_of) == 12  # of 24, two by two alike
+    assert "12 exact duplicates removed" in result.out
+
+
+def test_text_alone_may_stand_among_them(work, call):
+    rows = [*make_pictures(work), *({"question": f"t{i}", "answer": "b"} for i in range(30))]
+    files, _ = prepare(work, call, rows)
+    without = sum((file.image_of == -1).sum() for file in files)
+    assert without == 30
+
+
+@pytest.mark.parametrize(
+    ("image", "problem"),
+    [
+        ("missing.png", "no such file"),
+        ("p", "not a file"),
+        ("vision.jsonl", "not a png or jpeg"),
+        ("bomb.png", "pixels; at most"),
+        ("half.png", "damaged"),
+        ("/dev/zero", "not a file"),
+        ("https://example.com/a.png", "nothing is fetched"),
+        ("data:image/png;base64,AAAA", "nothing is fetched"),
+        ("", "must be the name"),
+        (7, "must be the name"),
+        (["a.png"], "must be the name"),
+        ("a\0b.png", ""),
+        ("x" * 5000, ""),
+    ],
+)
+def test_images_that_cannot_be_used_are_named_by_their_line(work, call, image, problem):
+    rows = make_pictures(work)
+    (work / "bomb.png").write_bytes(header_of(60_000, 60_000))
+    (work / "half.png").write_bytes(contents(Image.fromarray(gradient(40, 40)))[:200])
+    write_jsonl(work / "vision.jsonl", [*rows[:3], {**rows[3], "image": image}, *rows[4:]])
+    result = call("data.py", "vision.jsonl", *SIZES)
+    assert result.status == 0 and "skipped vision.jsonl: line 4: " in result.err and problem in result.err
+    result = call("data.py", "vision.jsonl", *SIZES, "--max_bad_lines", "0")
+    assert result.status == 1 and result.err.count("\n") == 1
+
+
+def test_an_image_after_records_without_is_refused(work, call):
+    rows = [{"question": "q", "answer": "a"}, *make_pictures(work)]
+    write_jsonl(work / "mixed.jsonl", rows)
+    result = call("data.py", "mixed.jsonl")
+    assert result.status == 1 and "begin with one that has" in result.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--image_size", "10", "--patch_size", "4"], "multiple of --patch_size"),
+        (["--image_size", "0"], "multiple of --patch_size"),
+        (["--image_size", "100000", "--patch_size", "4"], "at most 4096"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(work, call, options, words):
+    write_jsonl(work / "vision.jsonl", make_pictures(work))
+    result = call("data.py", "vision.jsonl", *options)
+    assert result.status == 1 and words in result.err
+
+
+def test_sizes_without_images_are_refused(work, call):
+    write_jsonl(work / "sft.jsonl", [{"question": f"q{i}", "answer": "a"} for i in range(9)])
+    result = call("data.py", "sft.jsonl", "--image_size", "8")
+    assert result.status == 1 and "not among the files" in result.err
+
+
+def test_a_damaged_prepared_file_is_refused(work, call):
+    prepare(work, call, make_pictures(work))
+    path = work / "dataset" / "vision_train.bin"
+    whole = bytearray(path.read_bytes())
+    whole[-1] ^= 1  # a pixel
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="wrong checksum"):
+        TokenFile(path)
+    path.write_bytes(whole[:-10])
+    with pytest.raises(UserError, match="damaged"):
+        TokenFile(path)
+
+
+def test_inspect_shows_samples_with_images(work, call):
+    prepare(work, call, make_pictures(work))
+    result = call("data.py", "--inspect", "dataset/vision_train.bin")
+    assert result.status == 0 and "8 x 8 pixels" in result.out and "q0?" in result.out
+
+
+def test_pictures_of_held_out_combinations_are_in_no_training_picture(monkeypatch):
+    """What is drawn and what is answered, by kind of picture; and that a second call makes the same."""
+    monkeypatch.syspath_prepend(ROOT / "dataset")
+    import pictures
+
+    drawn, draw_shape = [], pictures.draw_shape
+    recording = lambda draw, rng, place, name, colour: (  # noqa: E731
+        drawn.append((colour, name)),
+        draw_shape(draw, rng, place, name, colour),
+    )
+    monkeypatch.setattr(pictures, "draw_shape", recording)
+    training, held_out = pictures.make_pictures()
+    of_training = Counter(drawn[: 3 * pictures.N_PICTURES["scene"]])  # scenes come first, those for training before
+    answers = {m["content"] for _, (s,) in training for m in s.get("messages", [{"content": s.get("answer")}])}
+    asked = [sample["answer"] for _, samples in held_out for sample in samples]
+    numbers = {answer for answer in asked if answer.isdigit() and len(answer) == 2}
+    things = {answer for answer in asked if answer.startswith(("a ", "an "))}
+    assert len(numbers) == 15 and len(things) == 6 and not (numbers | things) & answers
+    assert not {tuple(thing.split()[1:]) for thing in things} & set(of_training)
+    assert len(of_training) == len(pictures.COLOURS) * len(pictures.SHAPES) - 6 and min(of_training.values()) > 100
+    again = pictures.make_pictures()[1]
+    assert all(a.tobytes() == b.tobytes() and x == y for (a, x), (b, y) in zip(held_out, again, strict=True))
