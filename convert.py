@@ -136,6 +136,8 @@ def main() -> None:
         model, tokenizer = read_nanogpt(args.source, args.tokenizer)
     else:
         model, tokenizer = read(args.source, args.lora or args.template)
+    if model.vision is not None and target != ".pt":
+        raise UserError(f"{args.source}: a model that sees: no other format here has a place for its image encoder")
     type_name = args.type or DEFAULT_TYPES.get(target, "float32")
     use = write(args.target, model.eval(), tokenizer, type_name)
     files = [Path(args.target)] if Path(args.target).is_file() else list(Path(args.target).iterdir())

@@ -30,6 +30,7 @@ from layers.masks import attention_mask, block_masks, positions_inside
 from layers.norm import NORMS, make_norm
 from layers.rope import ROPE_SCALING, rope_table
 from layers.sampling import check_token_ids
+from vision.encoder import VisionEncoder, check_vision, encoder_shape, put_patches
 
 SDP_KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -110,6 +111,18 @@ class ModelConfig(Config):
     router_loss_weight: float = option(0.01, "weight of the auxiliary loss", minimum=0.0)
     expert_bias_rate: float = option(0.001, "update rate of the biases", above=0.0)
 
+    image_size: int = option(
+        0,
+        "width and height that images get, in pixels; 0: a model of text alone",
+        minimum=0,
+        maximum=4096,
+        section="Vision",
+    )
+    patch_size: int = option(8, "width and height of a patch of an image, in pixels", minimum=1, maximum=4096)
+    n_vision_layer: int = option(
+        0, "blocks of full attention over the patches, before the text; 0: a projection alone", minimum=0, maximum=1000
+    )
+
     def check(self) -> None:
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
@@ -146,6 +159,12 @@ class ModelConfig(Config):
             )
         if self.n_expert and (self.mlp != "swiglu" or self.bias):
             raise UserError("experts are swiglu MLPs without biases: mlp must be swiglu, bias false")
+        check_vision(self)
+
+    @property
+    def n_patches(self) -> int:
+        """Patches of an image: as many places it takes among the tokens."""
+        return (self.image_size // self.patch_size) ** 2
 
     @property
     def windows(self) -> list[int]:
@@ -249,6 +268,10 @@ class GPT(nn.Module):
         self.embedding_dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config)
+        self.vision = None
+        if config.image_size:
+            shape = encoder_shape(config)
+            self.vision = VisionEncoder(config, [Block(shape, layer) for layer in range(config.n_vision_layer)])
         self.lm_head = Head(config.n_embd, config.vocab_size)
         if config.tie_embeddings:  # a token's embedding is also the direction that predicts it (arXiv:1608.05859)
             self.lm_head.weight = self.token_embedding.weight
@@ -274,6 +297,8 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if onto_residual else 0.02)
         for block in self.blocks:
             block.attention.initialise()
+        if self.vision is not None:
+            self.vision.initialise()
 
     def hidden(
         self,
@@ -281,20 +306,20 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         documents: torch.Tensor | None = None,
         routing: Routing | None = None,
+        images: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Final hidden states (B, T, n_embd) of token ids (B, T); with a cache, each row follows the tokens in its own.
 
         documents (B, T): a number for every token's document; attention stays inside. With restart_positions each of
         them begins at position 0. routing: for a mixture of experts, which tokens are padding; collects losses.
+        images (N, 3, image_size, image_size): see embed().
         """
         T = idx.size(1)
         positions = cache.begin(T) if cache is not None else slice(T)
         end = T + (cache.longest if cache is not None else 0)
         if end > self.config.block_size:
             raise UserError(f"{end} tokens do not fit the context window of {self.config.block_size} (block_size)")
-        if idx.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_token_ids(idx, self.config.vocab_size)  # on a GPU this would be an assert that ends the process
-        x = self.token_embedding(idx)  # (B, T, n_embd)
+        x = self.embed(idx, images)  # (B, T, n_embd)
         if documents is not None and self.restart_positions:
             positions = positions_inside(documents)  # (B, T)
         if not self.config.use_rope:  # once, on the input; RoPE: inside of attention, on queries and keys
@@ -307,6 +332,18 @@ class GPT(nn.Module):
         if cache is not None:
             cache.advance()
         return self.norm(x)
+
+    def embed(self, idx: torch.Tensor, images: torch.Tensor | None = None) -> torch.Tensor:
+        """Embeddings (B, T, n_embd) of token ids (B, T), and of patches where the id is vocab_size, of no token.
+
+        The patches of images (N, 3, image_size, image_size) take these places in order, through all rows.
+        """
+        is_patch = idx == self.config.vocab_size if images is not None else None
+        if idx.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU an assert would end the process
+            check_token_ids(idx if is_patch is None else idx[~is_patch], self.config.vocab_size)
+        if is_patch is None:
+            return self.token_embedding(idx)
+        return put_patches(self.vision, images, self.token_embedding(idx.masked_fill(is_patch, 0)), is_patch)
 
     def rope_name(self, part: str, width: int) -> str:
         """The buffer of the cosines or sines for so many numbers of a head: rope_cos, rope_sin where they are all."""
@@ -344,18 +381,19 @@ class GPT(nn.Module):
         reduction: str = "mean",
         documents: torch.Tensor | None = None,
         with_logits: bool = True,
+        images: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Logits (B, T, vocab_size) and, given targets (B, T), the cross-entropy loss in nats.
 
         loss_mask (B, T): 1 where a target counts, 0 where not; the mean is taken over those that count.
         reduction: "mean" or "sum" (scalars), or "none": (B, T), 0 where the mask is 0. documents: as in hidden().
         In training, "mean" and "sum" include the experts' load-balancing loss, times the number of targets in a sum.
-        with_logits: false where only the loss is wanted: None instead, and much less memory.
+        with_logits: false where only the loss is wanted: None instead, and much less memory. images: as in embed().
         """
         routing = Routing()
         if self.config.n_expert and loss_mask is not None:  # what follows a row's last target is padding
             routing.is_token = loss_mask.flip(1).cummax(1).values.flip(1) > 0
-        hidden = self.hidden(idx, None, documents, routing)
+        hidden = self.hidden(idx, None, documents, routing, images)
         if targets is None:
             return self.lm_head(hidden), None
         router_loss = 0.0
@@ -386,6 +424,7 @@ class GPT(nn.Module):
 
         6 per weight of a matrix product (the embedding look-up is none; of experts, the active ones), and those of
         attention (Chowdhery et al. 2022, arXiv:2204.02311, appendix B); if causal, only half of the keys count.
+        A model that sees has an image in every sequence.
         """
         config, T = self.config, sequence_length or self.config.block_size
         total = 6.0 * self._n_matrix_weights
@@ -393,6 +432,8 @@ class GPT(nn.Module):
             w = min(window, T) if window else T
             keys = w - w * w / (2 * T) if config.is_causal else min(T, 2 * w - 1 if window else T)  # on average
             total += attention.flops_per_token(config, keys)
+        if self.vision is not None:
+            total += self.vision.flops_per_image() / T
         return int(total)
 
     generate = generate  # token by token: layers/generation.py

@@ -26,6 +26,7 @@ def generate(
     use_cache: bool = True,
     step: Callable[[torch.Tensor, KVCache], torch.Tensor] | None = None,
     drafter: Drafter | None = None,
+    images: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
     """Continue token ids (B, T >= 1): yields one (B,) tensor of tokens a step.
 
@@ -34,13 +35,21 @@ def generate(
     position 0, and generation goes on; of a longer prompt the newest block_size tokens are read, with a warning.
     step: computes logits (1, vocab_size) from one token (1, 1) and the cache in another way, such as a CompiledStep.
     drafter: guesses tokens, for one sequence: the same tokens from fewer passes (layers/speculative.py).
+    images (N, 3, image_size, image_size): those in the prompt, see GPT.embed(); generation then ends with the window,
+    as images that have half slid out of it cannot be read again.
     """
     if not model.config.is_causal:
         raise UserError("generate() needs causal attention; a model with is_causal: false answers by predict()")
     if idx.dim() != 2 or idx.size(1) == 0:
         raise UserError("generate() needs a prompt of at least one token, shape (B, T)")
-    check_token_ids(idx.cpu(), model.config.vocab_size)
+    block_size, n_tokens = model.config.block_size, model.config.vocab_size
+    check_token_ids((idx if images is None else idx[idx != n_tokens]).cpu(), n_tokens)
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    if images is not None:
+        if drafter is not None or idx.size(1) > block_size:
+            why = "a drafter guesses from text alone" if drafter is not None else f"{idx.size(1)} tokens are too many"
+            raise UserError(f"a prompt with images: {why}")
+        max_new_tokens = min(max_new_tokens, block_size - idx.size(1) + 1)
     if idx.size(1) > model.config.block_size:
         warnings.warn(
             f"the prompt has {idx.size(1)} tokens; the model reads the newest {model.config.block_size}",
@@ -51,10 +60,15 @@ def generate(
     generator = torch.Generator(device=idx.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
     settings = temperature, top_k, top_p, min_p, repetition_penalty
-    draw = lambda logits, context: sample(logits, context, generator, *settings)  # noqa: E731
+
+    def draw(logits: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        if images is not None:  # patches are no tokens that could be repeated
+            context = torch.where(context == n_tokens, context[:, -1:], context)
+        return sample(logits, context, generator, *settings)
+
     if drafter is not None:
         return generate_speculatively(model, idx, max_new_tokens, draw, generator, drafter, stop_tokens)
-    return generate_tokens(model, idx, max_new_tokens, draw, stop_tokens, use_cache, step)
+    return generate_tokens(model, idx, max_new_tokens, draw, stop_tokens, use_cache, step, images)
 
 
 @torch.inference_mode()
@@ -66,6 +80,7 @@ def generate_tokens(
     stop_tokens: tuple[int, ...] = (),
     use_cache: bool = True,
     step: Callable[[torch.Tensor, KVCache], torch.Tensor] | None = None,
+    images: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
     """Continue token ids (B, T): yields tokens (B,), one step at a time; ends when every row drew one of stop_tokens.
 
@@ -84,7 +99,8 @@ def generate_tokens(
         if step is not None and unread.size(1) == 1:
             logits = step(unread, cache)
         else:
-            hidden = model.hidden(unread if use_cache else context, cache)
+            seen = images if unread is context or not use_cache else None  # the first pass reads them, into the cache
+            hidden = model.hidden(unread if use_cache else context, cache, images=seen)
             logits = model.lm_head(hidden[:, -1])  # only the last position predicts something new
         drawn = draw(logits, context)
         tokens = torch.where(stopped, tokens, drawn)

@@ -25,7 +25,8 @@ from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer
 
 def next_token(model: torch.nn.Module, batch: Batch, reduction: str) -> torch.Tensor:
     """Cross-entropy of the targets in the loss mask: -log p(next token)."""
-    return model(batch.idx, batch.targets, batch.loss_mask, reduction, batch.documents, with_logits=False)[1]
+    inputs = batch.idx, batch.targets, batch.loss_mask, reduction, batch.documents
+    return model(*inputs, with_logits=False, images=batch.images)[1]
 
 
 def load_frozen_model(field: str, path: str, tokenizer: Tokenizer, device: torch.device, block_size: int = 1) -> GPT:
@@ -72,10 +73,11 @@ class DistillationLoss:
     def __call__(self, model: torch.nn.Module, batch: Batch, reduction: str) -> torch.Tensor:
         if reduction == "none":
             return next_token(model, batch, reduction)
-        logits, losses = model(batch.idx, batch.targets, batch.loss_mask, "none", batch.documents)
+        inputs = batch.idx, batch.targets, batch.loss_mask, "none", batch.documents
+        logits, losses = model(*inputs, images=batch.images)
         cross_entropy = losses.sum()
         with torch.no_grad():
-            teacher_logits = self.teacher(batch.idx, documents=batch.documents)[0]
+            teacher_logits = self.teacher(batch.idx, documents=batch.documents, images=batch.images)[0]
         T = self.temperature
         kl = F.kl_div(  # kl_div(log q, log p) is KL(p || q): the student's distribution comes first
             (logits.float() / T).log_softmax(-1),

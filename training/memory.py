@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from layers.attention import FullAttention
 from layers.head import logits_per_chunk
 from model import GPT, ModelConfig
 from training.optimizer import muon_matrices, rows_of_fused_matrices, trainable_parameters
+from vision.encoder import encoder_shape
 
 # A process takes more than its tensors: malloc cuts a margin off every aligned block, so where one was freed between
 # two that are kept there is seldom room for the next one of that size. Shares that are lost, fitted to the peaks that
@@ -39,7 +41,7 @@ def memory_estimate(run: Any, batch_size: int) -> float:
     has_buckets = isinstance(run.engine.network, DistributedDataParallel)  # whose gradients are never freed
     earlier = gradients if is_accumulated or has_buckets else 0  # those of the micro-batches, or the step, before
 
-    kept = activations(run, rows, length)
+    kept = activations(run, rows, length) + vision_activations(run, batch_size)
     loss, loss_backward = output_layer(run, rows * length)
     mlp_backward = rows * length * mlp_gradients(run.model.config, activation_bytes(run.engine))
     moments = (
@@ -106,6 +108,17 @@ def activations(run: Any, rows: int, length: int) -> float:
     if size < 4:  # autocast keeps copies of the weights of the products
         total += size * sum(p.numel() for p in run.model.blocks.parameters() if p.dim() >= 2)
     return total
+
+
+def vision_activations(run: Any, n_images: int) -> float:
+    """Bytes that the image encoder keeps for the backward pass, of so many images."""
+    if run.model.vision is None:
+        return 0.0
+    config, size = encoder_shape(run.model.config), activation_bytes(run.engine)
+    vision, n_layer = run.model.vision, run.model.config.n_vision_layer
+    per_patch = n_layer * (FullAttention.activations(config, size) + mlp_activations(config, size))
+    per_patch += max(4, size) * 3 * config.patch_size**2 + 4 * config.n_embd  # pixels as numbers; the patches' vectors
+    return n_images * vision.config.n_patches * per_patch
 
 
 def mlp_activations(config: ModelConfig, size: int) -> int:

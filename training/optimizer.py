@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from base.devices import has_bfloat16
 from model import GPT, ModelConfig
+from vision.encoder import encoder_shape
 
 # ------------------------------------------------------------------------------------------------------ schedules
 # a schedule maps progress through the decay, 0..1, to a factor that falls from 1 to 0
@@ -260,6 +261,7 @@ def rows_of_fused_matrices(config: ModelConfig, name: str, n_rows: int) -> list[
     """Number of rows of each matrix fused in the weight of this name (n_rows in all), as queries, keys and values."""
     if found := re.search(r"blocks\.(\d+)\.attention\.(\w+)\.weight$", name):
         layer, part = int(found[1]), found[2]
+        config = encoder_shape(config) if name.startswith("vision.") else config
         return config.attention_classes[layer].fused_rows(config).get(part, [n_rows])
     is_gated = config.mlp == "swiglu" and name.endswith((".up", ".up.weight"))
     return [n_rows // 2] * 2 if is_gated else [n_rows]

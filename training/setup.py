@@ -4,6 +4,7 @@ Every run on every engine is built here, in this order: read the configs, open w
 load the model, make batches, hand the model to the engine, take over the state of the run that is resumed.
 """
 
+import dataclasses
 import math
 import reprlib
 import time
@@ -167,7 +168,7 @@ def read_configs(training: str | None, model: str | None, overrides: dict[str, A
     explicit = {name: value for name, value in values.items() if name not in train_fields}
     values = {name: value for name, value in values.items() if name in train_fields}
     defaults = {}
-    if model or not explicit.keys() - overrides.keys():
+    if model or not explicit.keys() - overrides.keys() - VISION_FIELDS:
         model_path = find_config(model or "model")
         defaults = check_fields(read_json(model_path), model_fields, str(model_path))
         if model:
@@ -236,6 +237,10 @@ def make_model(config: TrainConfig, shape: dict[str, Any], tokenizer: Tokenizer)
 CONTEXT_FIELDS = ("block_size", "rope_scaling", "rope_factor")
 
 
+# what a model of text alone gets when it learns to see
+VISION_FIELDS = {"image_size", "patch_size", "n_vision_layer"}
+
+
 def context_changes(config: TrainConfig, explicit: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Fields of another context window for a trained model, as far as they were asked for and are possible."""
     trained = checkpoint["model_config"]
@@ -264,6 +269,11 @@ def restore_model(
     """
     where = config.from_checkpoint
     changes = context_changes(config, explicit, checkpoint)
+    vision = {name: value for name, value in explicit.items() if name in VISION_FIELDS and value is not None}
+    learns_to_see = bool(vision.get("image_size")) and not checkpoint["model_config"].get("image_size")
+    if learns_to_see and config.use_lora:
+        raise UserError(f"{where} reads text alone: train an encoder with all weights first, without --use_lora")
+    explicit = {name: value for name, value in explicit.items() if not (learns_to_see and name in vision)}
     for name, value in explicit.items():
         trained = checkpoint["model_config"].get(name, fields_of(ModelConfig)[name].default)
         if value is not None and value != trained and name not in changes:
@@ -280,6 +290,10 @@ def restore_model(
         raise UserError(f"{where}: an adapter; --use_lora true resumes it; `{merging}` makes a whole model of it")
     base, base_path = lora.load_base(checkpoint, where) if is_adapter else (checkpoint, where)
     model = load_model(base, base_path, config.sdp_kernel, **changes)
+    if learns_to_see:  # its weights, and a new encoder
+        weights = model.state_dict()
+        model = GPT(dataclasses.replace(model.config, **vision), config.sdp_kernel)
+        model.load_state_dict(weights, strict=False)
     if not config.use_lora:
         return model, None
     settings = lora.settings_of(config)

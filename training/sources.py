@@ -64,6 +64,7 @@ class TokenFiles:
         train_files, val_files = [train for train, _ in pairs], [val for _, val in pairs]
         for file in (*train_files, *val_files):
             check_vocabulary(file, self.tokenizer, config)
+            check_images(file, shape, config)
         for train, val in pairs:
             check_preparation(train, val, config)
         shared = {
@@ -77,6 +78,7 @@ class TokenFiles:
             "pad_to": pad_to(shape.block_size, engine.use_compile),
             "mask_documents": config.mask_documents,
             "is_compiled": engine.use_compile,
+            "image_size": shape.image_size,
         }
         steps, pack_samples = config.gradient_accumulation_steps, config.pack_samples
         batches = TrainBatches(train_files, accumulation_steps=steps, pack_samples=pack_samples, **shared)
@@ -150,6 +152,22 @@ def check_vocabulary(file: TokenFile, tokenizer: Tokenizer, config: TrainConfig)
     raise UserError(
         f"{file.path} was prepared with another vocabulary ({file.header.get('vocab_size')} tokens) "
         f"than that of {where} ({tokenizer.vocab_size}); {advice}"
+    )
+
+
+def check_images(file: TokenFile, shape: ModelConfig, config: TrainConfig) -> None:
+    """Raises UserError where a file has images, and of other sizes than the model reads."""
+    names = "image_size", "patch_size"
+    prepared, read = ([values.get(name) for name in names] for values in (file.header, shape.to_dict()))
+    if file.images is None or prepared == read:
+        return
+    sizes = " ".join(f"--{name} {value}" for name, value in zip(names, read, strict=True))
+    advice = f"run `{preparing_again(file, config.from_checkpoint or config.tokenizer_path)} {sizes}`"
+    if not shape.image_size:
+        advice = f"--image_size {prepared[0]} --patch_size {prepared[1]} gives a new model an encoder for them"
+    raise UserError(
+        f"{file.path}: images of {prepared[0]} pixels in patches of {prepared[1]}, which this model does not read "
+        f"(image_size {read[0]}, patch_size {read[1]}); {advice}"
     )
 
 
