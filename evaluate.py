@@ -34,7 +34,7 @@ from base.logs import group_by_config, seed_of, series
 from data import check_fields_seen
 from evaluation import choices
 from evaluation.copied import describe_copied
-from evaluation.questions import Answer, Turn, ask, turns_of
+from evaluation.questions import Answer, Turn, ask, check_sight, turns_of
 from evaluation.statistics import compare, mean_interval, verdict
 from evaluation.text import Units, judge_pieces, judge_windows, read_ids
 from layers.rope import ROPE_SCALING
@@ -73,10 +73,10 @@ def find_files(args: Namespace) -> list[Source]:
         tell(f"left out: {len(left_out)} files; {left_out[0]}")
     check_fields_seen(args.fields, sources)
     stages = {source.stage: source for source in sources}
-    if args.text and "sft" in stages:
-        file = shlex.quote(printable_name(stages["sft"].path))
+    if args.text and (asked := stages.get("sft") or stages.get("vision")):
+        file = shlex.quote(printable_name(asked.path))
         raise UserError(
-            f"{stages['sft'].name}: questions and answers, not a text: --questions {file} asks them "
+            f"{asked.name}: questions and answers, not a text: --questions {file} asks them "
             "(--plain_text reads them as a text)"
         )
     if args.text and "dpo" in stages:
@@ -221,6 +221,7 @@ def evaluate_questions(args: Namespace) -> None:
     training = find_sources([args.copied], args.encoding, parse_fields(args.fields))[0] if args.copied else []
     rest = args.device, True, [], args.lora, args.weights
     generators = {path: load_text_generator(path, *rest) for path in args.model}
+    check_sight(generators, turns)
     answers: dict[str, list[Answer]] = {path: [] for path in args.model}
     try:
         for path, generator in generators.items():

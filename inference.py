@@ -3,6 +3,7 @@
 python inference.py -m checkpoint/pretrain.pt -p "Once upon a time"     continues a text
 python inference.py -i -m checkpoint/sft.pt                             a conversation; /help lists its commands
 python inference.py -i -m checkpoint/sft.pt -p "你好" -t 0              one answer, on standard output alone
+python inference.py -i -m checkpoint/vision.pt --image X.png            questions about an image; /image names others
 cat questions.txt | python inference.py -i -m checkpoint/sft.pt         one answer for every line; --encoding gbk
 python inference.py -i -m checkpoint/sft.pt --draft lookup --profile    guesses tokens: the same answers, sooner
 python inference.py -m checkpoint/pretrain.pt --lora A.pt --merge B.pt  one checkpoint of a model and its adapter
@@ -16,6 +17,8 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
 
 from base.configuration import (
     BOOLEANS,
@@ -46,7 +49,13 @@ def system_message(text: str) -> Messages:
 
 
 def print_answer(
-    generator: TextGenerator, prompt: str, config: GenerationConfig, history: Messages, profile: bool, where: str = ""
+    generator: TextGenerator,
+    prompt: str,
+    config: GenerationConfig,
+    history: Messages,
+    profile: bool,
+    where: str = "",
+    image: np.ndarray | None = None,
 ) -> str:
     """Print one answer as it is generated; returns it. where: what notes about the prompt begin with."""
     if unknown := unknown_note(generator.tokenizer, prompt):
@@ -55,7 +64,7 @@ def print_answer(
     began, first, n_first = time.perf_counter(), None, 0
     with warnings.catch_warnings():  # it also lets Python repeat what it has warned of before
         warnings.showwarning = lambda message, *_: tell(f"warning: {where}{message}")
-        for piece in generator.answer(prompt, config, history, drawn):
+        for piece in generator.answer(prompt, config, history, drawn, image):
             if first is None:
                 first, n_first = time.perf_counter(), len(drawn)
             pieces.append(piece)
@@ -87,12 +96,23 @@ class Session:
     system: str
     profile: bool
     turns: Messages = dataclasses.field(default_factory=list)  # of the conversation so far
+    image: np.ndarray | None = None  # that the next question is about
 
     def ask(self, text: str) -> None:
         history = system_message(self.system) + self.turns
-        answer = print_answer(self.generator, text, self.config, history, self.profile)
+        answer = print_answer(self.generator, text, self.config, history, self.profile, image=self.image)
         if self.generator.instruct:
-            self.turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+            asked = {"role": "user", "content": text} | ({} if self.image is None else {"image": self.image})
+            self.turns += [asked, {"role": "assistant", "content": answer}]
+            self.image = None  # it is part of the conversation now
+
+    def change_image(self, path: str) -> None:
+        if not path:
+            raise UserError("/image FILE: which file?")
+        if not self.generator.instruct:
+            raise UserError("an image is part of a question: start with -i")
+        self.image = self.generator.open_image(path)
+        self.forget("")
 
     def change_adapter(self, path: str) -> None:
         self.generator.use_adapter(path)
@@ -127,6 +147,7 @@ class Session:
 
 COMMANDS = {  # name -> argument, line of /help, method that takes the argument
     "/system": ("TEXT", "the system message, in front of the conversation; /system alone: none", Session.change_system),
+    "/image": ("FILE", "begin a conversation about this png or jpeg image", Session.change_image),
     "/lora": ("FILE", "answer with this adapter; /lora alone: without any", Session.change_adapter),
     "/set": ("NAME VALUE", "change a setting; /set alone shows them", Session.change_setting),
     "/reset": ("", "forget the conversation so far, but for the system message", Session.forget),
@@ -193,7 +214,12 @@ def input_lines(encoding: str) -> Iterator[str]:
 
 
 def answer_lines(
-    generator: TextGenerator, config: GenerationConfig, history: Messages, profile: bool, encoding: str
+    generator: TextGenerator,
+    config: GenerationConfig,
+    history: Messages,
+    profile: bool,
+    encoding: str,
+    image: np.ndarray | None = None,
 ) -> None:
     """An answer for every line of standard input; an empty one for a blank line and for one that is refused.
 
@@ -204,7 +230,7 @@ def answer_lines(
         line = line.removeprefix("\ufeff") if number == 1 else line
         try:
             if line.strip():
-                print_answer(generator, line, config, history, profile, f"line {number}: ")
+                print_answer(generator, line, config, history, profile, f"line {number}: ", image)
                 continue
         except UserError as error:
             tell(f"error: line {number}: {error}")
@@ -231,6 +257,7 @@ def make_parser() -> Parser:
     parser.add_argument("-i", "--instruct", action="store_true", help="prompts are questions (instruct template)")
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="answer this prompt and exit")
     parser.add_argument("--system", metavar="TEXT", default="", help="system message, in front of the questions (-i)")
+    parser.add_argument("--image", metavar="FILE", default="", help="png or jpeg that the question is about (-i)")
     parser.add_argument("--lora", metavar="FILE", default="", help="answer with this adapter on the model")
     parser.add_argument("--merge", metavar="OUT.pt", help="write model and adapter together as one checkpoint")
     parser.add_argument("--num_samples", metavar="N", type=int, default=1, help="answers to draw for -p [1]")
@@ -260,6 +287,8 @@ def check_arguments(parser: Parser, args: Namespace) -> GenerationConfig:
         (args.merge and for_answers, f"--merge writes a file and answers nothing: leave out {for_answers}"),
         (args.merge and not args.lora, "--merge needs the adapter: --lora FILE"),
         (args.system and not args.instruct, "--system is part of a conversation: add -i"),
+        (args.image and not args.instruct, "--image is part of a question: add -i"),
+        (args.image and args.draft, "--draft guesses from text alone: leave it out, or --image"),
         (args.num_samples > 1 and args.prompt is None, "--num_samples is for one prompt: add -p"),
         (args.num_samples < 1, f"--num_samples must be at least 1, got {args.num_samples}"),
         (
@@ -300,16 +329,20 @@ def main() -> None:
     history = system_message(args.system)
     if unknown := unknown_note(generator.tokenizer, args.system):
         tell(f"--system: {unknown}")
+    image = generator.open_image(args.image) if args.image else None
+    if generator.model.vision is not None and image is None and not sys.stdin.isatty():
+        tell("this model can see, and was given no image: --image FILE")
     if args.prompt is not None:
         for i in range(args.num_samples):
             if args.num_samples > 1:
                 tell(f"answer {i + 1} of {args.num_samples}:")
             seed = None if config.seed is None else config.seed + i
-            print_answer(generator, args.prompt, dataclasses.replace(config, seed=seed), history, args.profile)
+            settings = dataclasses.replace(config, seed=seed)
+            print_answer(generator, args.prompt, settings, history, args.profile, image=image)
     elif sys.stdin.isatty():
-        converse(Session(generator, config, args.system, args.profile))
+        converse(Session(generator, config, args.system, args.profile, image=image))
     else:
-        answer_lines(generator, config, history, args.profile, args.encoding)
+        answer_lines(generator, config, history, args.profile, args.encoding, image)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ does not make it fail at a later one.
 import re
 import unicodedata
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from base.configuration import UserError
@@ -32,6 +33,7 @@ class Turn:
     history: Messages
     question: str
     expected: str
+    image: Path | None = None  # what the question is about
 
 
 @dataclass
@@ -54,10 +56,20 @@ class Answer:
 
     def describe(self, model: str) -> dict[str, Any]:
         """The record of --out."""
-        record = {"model": model, "where": self.turn.where, "history": self.turn.history}
+        history = [{**m, "image": str(m["image"])} if "image" in m else m for m in self.turn.history]
+        record = {"model": model, "where": self.turn.where, "history": history}
+        record |= {"image": str(self.turn.image)} if self.turn.image else {}
         record |= {"question": self.turn.question, "expected": self.turn.expected, "answer": self.text}
         record |= {"exact": self.is_exact, "normalised": self.is_alike}
         return record | ({"error": self.error} if self.error else {})
+
+
+def check_sight(generators: dict[str, TextGenerator], turns: list[Turn]) -> None:
+    """Raises UserError where there are images in the questions, and a model that reads text alone."""
+    about = next((turn for turn in turns if turn.image), None)
+    for path, generator in generators.items():
+        if about and generator.model.vision is None:
+            raise UserError(f"{about.where}: a question about an image, and {path} reads text alone")
 
 
 def turns_of(conversations: list[tuple[str, Messages]]) -> list[Turn]:
@@ -67,14 +79,18 @@ def turns_of(conversations: list[tuple[str, Messages]]) -> list[Turn]:
         for i, message in enumerate(messages):
             if message["role"] == "assistant" and message.get("weight", 1):
                 place = f"{where}, message {i + 1}" if len(messages) > 2 else where
-                turns.append(Turn(place, number, messages[: i - 1], messages[i - 1]["content"], message["content"]))
+                asked = messages[i - 1]
+                texts = asked["content"], message["content"]
+                turns.append(Turn(place, number, messages[: i - 1], *texts, asked.get("image")))
     return turns
 
 
 def ask(generator: TextGenerator, turn: Turn) -> Answer:
     """The greedy answer to a question, after the turns before it."""
     try:
-        pieces = generator.answer(turn.question, GenerationConfig(temperature=0.0), turn.history)
+        history = [{**m, "image": generator.open_image(m["image"])} if "image" in m else m for m in turn.history]
+        image = generator.open_image(turn.image) if turn.image else None
+        pieces = generator.answer(turn.question, GenerationConfig(temperature=0.0), history, image=image)
         return Answer(turn, "".join(pieces))
     except UserError as error:
         return Answer(turn, None, str(error))

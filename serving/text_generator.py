@@ -11,8 +11,10 @@ import itertools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from base.configuration import Config, UserError, option
@@ -22,6 +24,7 @@ from layers.compiled_step import CompiledStep
 from layers.speculative import Drafter, DraftModel, PromptLookup
 from model import GPT
 from text.tokenizer import SPECIAL_TOKENS, UNKNOWN, Messages, Tokenizer, normalise
+from vision.images import read_image
 from weights import lora, quantise
 from weights.checkpointing import load_checkpoint, load_checkpoint_tokenizer, load_model
 
@@ -61,16 +64,34 @@ class TextGenerator:
     step: CompiledStep | None = None  # a compiled step of one token
     drafter: Drafter | None = None  # guesses tokens: the same answers from fewer passes
 
-    def prompt_ids(self, prompt: str, history: Messages = (), max_length: int | None = None) -> list[int]:
+    def open_image(self, path: str | Path) -> np.ndarray:
+        """The pixels (3, S, S) of an image file in the size that the model reads; raises UserError if it reads none."""
+        if self.model.vision is None:
+            raise UserError(f"{path}: this model reads text alone; one that sees is trained with train.py -t vision")
+        try:
+            return read_image(Path(path), self.model.config.image_size)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    def prompt_ids(
+        self,
+        prompt: str,
+        history: Messages = (),
+        max_length: int | None = None,
+        image: np.ndarray | None = None,
+    ) -> list[int]:
         """Token ids (T,) to continue, fewer than max_length (None: the model's window); raises UserError.
 
         A question must fit into the window. A text to continue may be longer: without a max_length it is cut here, with
-        one by generate(); either warns.
+        one by generate(); either warns. image: what the question is about, as of open_image().
         """
+        if image is not None and not self.instruct:
+            raise UserError("an image is part of a question: start with -i")
         window = self.model.config.block_size
         limit = max_length or window
         if self.instruct:
-            ids = self.chat_ids([*history, {"role": "user", "content": prompt}], min(limit, window) * 3 // 4)
+            question = {"role": "user", "content": prompt, "image": image}
+            ids = self.chat_ids([*history, question], min(limit, window) * 3 // 4)
         else:
             ids = self.tokenizer.encode(normalise(prompt)).tolist()
         n_tokens = len(ids)
@@ -104,7 +125,7 @@ class TextGenerator:
         def ids_without(n_turns: int) -> list[int]:
             start = asked[n_turns] if n_turns else 0
             kept = [message for message in messages[:start] if message["role"] == "system"] + messages[start:]
-            return self.tokenizer.encode_chat(kept)[0].tolist()
+            return self.tokenizer.encode_chat(kept, self.model.config.n_patches)[0].tolist()
 
         ids = ids_without(0)
         if len(ids) <= limit or len(asked) < 2:
@@ -113,13 +134,23 @@ class TextGenerator:
         return ids_without(bisect.bisect_left(range(len(asked) - 1), True, key=lambda n: len(ids_without(n)) <= limit))
 
     def answer(
-        self, prompt: str, config: GenerationConfig, history: Messages = (), drawn: list[int] | None = None
+        self,
+        prompt: str,
+        config: GenerationConfig,
+        history: Messages = (),
+        drawn: list[int] | None = None,
+        image: np.ndarray | None = None,
     ) -> Iterator[str]:
         """Pieces of the answer (or continuation) as they are generated; raises UserError for a prompt too long.
 
-        drawn: a list to add every token to that is drawn, the one that ends the answer included.
+        drawn: a list to add every token to that is drawn, the one that ends the answer included. image: as of
+        open_image(); questions in the history may have some, too.
         """
-        ids = self.prompt_ids(prompt, history, config.max_length)
+        ids = self.prompt_ids(prompt, history, config.max_length, image)
+        images = [message["image"] for message in history if message.get("image") is not None]
+        images += [] if image is None else [image]
+        n_kept = ids.count(self.tokenizer.vocab_size) // max(1, self.model.config.n_patches)  # without the oldest turns
+        images = images[len(images) - n_kept :]
         steps = self.model.generate(
             torch.tensor([ids], device=self.device),
             (config.max_length or self.model.config.block_size) - len(ids),
@@ -132,6 +163,7 @@ class TextGenerator:
             seed=config.seed,
             step=self.step,
             drafter=self.drafter,
+            images=torch.from_numpy(np.stack(images)).to(self.device) if images else None,
         )
 
         drawn = [] if drawn is None else drawn

@@ -71,7 +71,7 @@ def test_exact_match_is_counted(call, chat):
 def test_every_turn_is_asked_with_the_true_turns_before_it(call, chat, monkeypatch):
     asked = []
 
-    def answering(self, prompt, config, history):
+    def answering(self, prompt, config, history, image=None):
         asked.append((prompt, [message["content"] for message in history]))
         return iter("no")
 
@@ -116,7 +116,7 @@ def test_answers_are_alike_but_for_how_they_are_written(one, other, is_alike):
 
 
 def test_the_normalised_share_is_printed_before_the_exact_one(call, chat, monkeypatch):
-    monkeypatch.setattr(TextGenerator, "answer", lambda *_: iter("Ｙes!"))
+    monkeypatch.setattr(TextGenerator, "answer", lambda *_, **__: iter("Ｙes!"))
     result = ask(call, [pair("a", "yes"), pair("b", "Ｙes!"), pair("c", "no")])
     assert result.out.splitlines()[-2:] == [
         "normalised match (case, spaces, punctuation, full width): 66.7% (2/3)",
@@ -231,10 +231,10 @@ def test_ctrl_c_says_what_was_right_so_far(call, chat, monkeypatch):
     rows = [pair("aa", answer(chat, "aa")), pair("bb", "x"), pair("cc", "x"), pair("dd", "x")]
     answers = TextGenerator.answer
 
-    def interrupted(self, prompt, *args):
+    def interrupted(self, prompt, *args, **options):
         if prompt == "dd":
             raise KeyboardInterrupt
-        return answers(self, prompt, *args)
+        return answers(self, prompt, *args, **options)
 
     monkeypatch.setattr(TextGenerator, "answer", interrupted)
     result = ask(call, rows)
@@ -254,7 +254,7 @@ def test_a_full_disk_keeps_the_answers_file_back_but_not_the_result(call, chat, 
 
 def test_wrong_answers_are_exact_in_a_pipe_and_harmless_in_a_terminal(call, chat, monkeypatch):
     strange = "a\x9b\u202e\u200d"
-    monkeypatch.setattr(TextGenerator, "answer", lambda *_: iter(strange))
+    monkeypatch.setattr(TextGenerator, "answer", lambda *_, **__: iter(strange))
     assert f'wrong: "a" -> "{strange}", expected "b"' in ask(call, [pair("a", "b")]).out
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     shown = ask(call, [pair("a", "b")]).out

@@ -100,7 +100,7 @@ def test_every_sampling_setting_reaches_the_model(chat, monkeypatch):
     monkeypatch.setattr(GPT, "generate", lambda *_, **settings: asked.update(settings) or iter(()))
     settings = {"temperature": 0.3, "top_k": 4, "top_p": 0.7, "min_p": 0.2, "repetition_penalty": 1.5, "seed": 0}
     assert list(chat.answer("a", GenerationConfig(**settings))) == []
-    assert asked == {**settings, "stop_tokens": (3,), "step": None, "drafter": None}
+    assert asked == {**settings, "stop_tokens": (3,), "step": None, "drafter": None, "images": None}
 
 
 def test_answers_are_without_dropout(checkpoint, work):
@@ -378,7 +378,7 @@ def type_lines(monkeypatch, lines):
 def test_a_session_streams_keeps_history_and_obeys_commands(chat, monkeypatch, capsys):
     asked = []
 
-    def fake(self, prompt, settings, history=(), drawn=None):
+    def fake(self, prompt, settings, history=(), drawn=None, image=None):
         asked.append((prompt, settings.temperature, [m["content"] for m in history]))
         return iter(["ok"])
 
