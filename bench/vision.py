@@ -1,0 +1,110 @@
+"""What a model that sees has learnt: questions about pictures with and without them, and handwritten digits.
+
+    python bench/vision.py blind dataset/vision_held_out.jsonl checkpoint/vision.pt     every picture grey
+    python bench/vision.py digits           handwritten digits of scikit-learn: prepare, train, ask (a minute or two)
+
+The first tells seeing from guessing: what is right without the picture can be told from the question alone.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from measuring import ROOT, show
+
+from base.configuration import UserError, run_main
+from evaluation.questions import ask, turns_of
+from serving.text_generator import load_text_generator
+from text.corpus import read_conversations
+
+GREY = 128
+SHAPE = {
+    "n_layer": 2,
+    "n_head": 4,
+    "n_embd": 64,
+    "block_size": 64,
+    "image_size": 8,
+    "patch_size": 2,
+    "n_vision_layer": 0,
+}
+STEPS = 500
+
+
+def blind(questions: str, model: str) -> dict[str, tuple[int, float, float]]:
+    """By kind of question: their number, and exact match with the pictures, and where all of them are grey."""
+    generator, turns = load_text_generator(model, "cpu", True), turns_of(read_conversations(questions))
+    seen = [ask(generator, turn).is_exact for turn in turns]
+    size = generator.model.config.image_size
+    generator.open_image = lambda path: np.full((3, size, size), GREY, np.uint8)
+    unseen = [ask(generator, turn).is_exact for turn in turns]
+    kinds, right = [kind_of(turn.question) for turn in turns], np.array([seen, unseen])  # (2, questions)
+    parts = {kind: np.array([other == kind for other in kinds]) for kind in dict.fromkeys(kinds)}
+    parts["all"] = np.ones(len(kinds), bool)
+    return {kind: (int(part.sum()), *right[:, part].mean(1).tolist()) for kind, part in parts.items()}
+
+
+def kind_of(question: str) -> str:
+    """What is asked, told by words of dataset/pictures.py."""
+    words = {"number": ("number", "数字"), "count": ("How many", "几个", "多少个"), "place": ("Where", "哪里")}
+    words |= {"chart": (" bar", "柱子"), "colour": ("colour", "颜色")}
+    return next((kind for kind, names in words.items() if any(name in question for name in names)), "thing")
+
+
+def write_digits(folder: Path) -> None:
+    """scikit-learn's 1,797 handwritten digits (8 x 8 pixels, 17 greys) as pictures: every fifth one is held out."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits, lines = load_digits(), {"vision.jsonl": "", "vision_held_out.jsonl": ""}
+    (folder / "digits").mkdir()
+    for i, (pixels, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
+        name = f"digits/{i:04}.png"
+        Image.fromarray((pixels * 255 / 16).astype(np.uint8)).save(folder / name)
+        row = {"image": name, "question": "Which digit is it?", "answer": str(digit)}
+        lines["vision_held_out.jsonl" if i % 5 == 0 else "vision.jsonl"] += json.dumps(row) + "\n"
+    for name, text in lines.items():
+        (folder / name).write_text(text)
+
+
+def digits(seed: int = 1337) -> str:
+    """Prepares, trains and asks in a folder of its own; the last line of evaluate.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_digits(Path(folder))
+        sizes = [
+            text for name in ("image_size", "patch_size", "block_size") for text in (f"--{name}", str(SHAPE[name]))
+        ]
+        shape = [text for name, value in SHAPE.items() for text in (f"--{name}", str(value))]
+        train = ["-t", "vision", *shape, "--max_steps", str(STEPS), "--compile", "false", "--random_seed", str(seed)]
+        for script, *options in (
+            ["data.py", "vision.jsonl", *sizes],
+            ["train.py", *train],
+            ["evaluate.py", "--questions", "vision_held_out.jsonl", "-m", "checkpoint/vision.pt"],
+        ):
+            done = subprocess.run(
+                [sys.executable, ROOT / script, *options], cwd=folder, check=True, capture_output=True, text=True
+            )
+        return done.stdout.splitlines()[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("blind", "digits"))
+    parser.add_argument("files", nargs="*", help="blind: questions and checkpoint")
+    args = parser.parse_args()
+    if args.what == "blind" and len(args.files) != 2:
+        raise UserError("blind: name the file of questions, and the checkpoint")
+    if args.what == "blind":
+        results = blind(*args.files)
+        rows = [("questions", "number", "seeing", "blind")]
+        rows += [(kind, str(n), f"{seeing:.1%}", f"{without:.1%}") for kind, (n, seeing, without) in results.items()]
+        show(f"exact match, {args.files[1]}", rows, results)
+    else:
+        print(digits())
+
+
+if __name__ == "__main__":
+    run_main(main)
