@@ -108,6 +108,7 @@ class ModelConfig(Config):
     )
     n_expert_per_token: int = option(2, "experts that a token is routed to (top-k)", minimum=1)
     n_shared_expert: int = option(0, "shared experts, which process every token", minimum=0, maximum=64)
+    shortcut_experts: bool = option(False, "experts read what the layer before gave its MLP; needs n_shared_expert")
     expert_balance: str = option(
         "loss",
         "load balancing: auxiliary loss, bias on the router's choice (auxiliary-loss-free), or none",
@@ -157,6 +158,8 @@ class ModelConfig(Config):
             )
         if self.n_expert and (self.mlp != "swiglu" or self.bias):
             raise UserError("experts are swiglu MLPs without biases: mlp must be swiglu, bias false")
+        if self.shortcut_experts and not (self.n_expert and self.n_shared_expert):
+            raise UserError("shortcut_experts needs experts (n_expert), and n_shared_expert to read the own tokens")
 
     @property
     def windows(self) -> list[int]:
@@ -298,7 +301,7 @@ class GPT(nn.Module):
         documents (B, T): a number for every token's document; attention stays inside. With restart_positions each of
         them begins at position 0. routing: for a mixture of experts, which tokens are padding; collects losses.
         """
-        T = idx.size(1)
+        T, routing = idx.size(1), routing or Routing()
         positions = cache.begin(T) if cache is not None else slice(T)
         end = T + (cache.longest if cache is not None else 0)
         if end > self.config.block_size:

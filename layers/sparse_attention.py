@@ -68,16 +68,15 @@ class SparseAttention(FullAttention):
 
     def choose(
         self, q: torch.Tensor, means: torch.Tensor, is_own: torch.Tensor, is_before: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Numbers of the chosen blocks (B, n_kv_head, T, k), the query's own first, and whether there are so many.
+    ) -> torch.Tensor:
+        """Numbers of the chosen blocks (B, n_kv_head, T, k), the query's own first; where there are fewer, any others.
 
         q (B, n_head, T, head_dim), means (B, n_kv_head, blocks, head_dim); is_own, is_before (B or 1, T, blocks): which
         block each query stands in, and which others it may read.
         """
         scores = q.unflatten(1, (means.size(1), -1)).sum(2) @ means.mT  # (B, n_kv_head, T, blocks)
         scores = scores.masked_fill(~is_before[:, None], -math.inf).masked_fill(is_own[:, None], math.inf)
-        best = scores.topk(min(self.config.sparse_top_k, scores.size(-1)))
-        return best.indices, best.values > -math.inf
+        return scores.topk(min(self.config.sparse_top_k, scores.size(-1))).indices
 
     @torch.no_grad()
     def visible(
@@ -101,9 +100,9 @@ class SparseAttention(FullAttention):
         is_seen = is_visible(place[..., None], key, 0, self.config.is_causal)  # (B or 1, T, keys)
         is_seen = is_seen & (own_document[..., None] == document[:, None])
         is_before = is_seen[..., ::step] & is_in.any(-1)[:, None]
-        blocks, is_there = self.choose(q, means, own[..., None] == first, is_before)
+        blocks = self.choose(q, means, own[..., None] == first, is_before)
         is_chosen = torch.zeros(*blocks.shape[:3], len(first), dtype=torch.bool, device=k.device)
-        is_chosen = is_chosen.scatter(-1, blocks, is_there)  # (B, n_kv_head, T, blocks); of a key: as of its block
+        is_chosen = is_chosen.scatter(-1, blocks, True)  # (B, n_kv_head, T, blocks); of a key: as of its block
         is_chosen = is_chosen.gather(-1, (start // step)[:, None, None].expand(*blocks.shape[:3], -1))
         return (is_chosen & is_seen[:, None]).repeat_interleave(q.size(1) // k.size(1), dim=1)
 
@@ -113,15 +112,15 @@ class SparseAttention(FullAttention):
         position = cache.positions[..., None]  # (B or 1, 1, 1)
         block = torch.arange(cache.longest // b + 1, device=q.device)
         is_own, is_before = block == position // b, block < position // b
-        blocks, is_there = self.choose(q, means[:, :, : len(block)], is_own, is_before)
-        blocks, is_there = blocks[:, :, 0], is_there[:, :, 0]  # (B, n_kv_head, k)
+        blocks = self.choose(q, means[:, :, : len(block)], is_own, is_before)[:, :, 0]  # (B, n_kv_head, k)
         place = (blocks[..., None] * b + torch.arange(b, device=q.device)).flatten(2)  # (B, n_kv_head, k b)
-        is_seen = is_there.repeat_interleave(b, dim=-1) & (place <= position)
-        row, head = torch.arange(len(keys), device=q.device)[:, None], torch.arange(keys.size(1), device=q.device)
-        at = row[..., None], head[:, None], place.clamp(max=keys.size(2) - 1)
-        k, v = keys[at], values[at]  # (B, n_kv_head, k b, head_dim)
+        # all rows and heads as one list of keys: index_select copies whole ones, several times faster than an index
+        B, n_kv_head, n_places, D = keys.shape
+        row, head = torch.arange(B, device=q.device)[:, None], torch.arange(n_kv_head, device=q.device)
+        at = (row * n_kv_head + head)[..., None] * n_places + place.clamp(max=n_places - 1)
+        k, v = (t.reshape(-1, D).index_select(0, at.flatten()).view(B, n_kv_head, -1, D) for t in (keys, values))
         means[row, head, blocks[..., 0]] = k[:, :, :b].mean(2)  # of the own block, right when its last token is there
-        return attend(q, k, v, is_seen[:, :, None], is_causal=False)
+        return attend(q, k, v, (place <= position)[:, :, None], is_causal=False)
 
     @staticmethod
     def check(config: Any) -> None:
