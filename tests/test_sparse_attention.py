@@ -13,6 +13,7 @@ from layers import sparse_attention
 from layers.cache import KVCache
 from layers.sparse_attention import SparseAttention
 from model import ModelConfig
+from serving.rows import Rows
 
 SHAPE = {"vocab_size": 50, "block_size": 64, "n_layer": 1, "n_head": 4, "n_embd": 32}
 SPARSE = {"attention": ["sparse"], "sparse_block_size": 4, "sparse_top_k": 3}
@@ -125,6 +126,29 @@ def test_tokens_taken_back_leave_no_trace_in_the_means(options):
             texts = [torch.cat(pair) for pair in zip(texts, piece, strict=True)]
             for text, ours in zip(texts, model.hidden(piece, cache), strict=True):
                 torch.testing.assert_close(ours[-1], model.hidden(text[None])[0, -1], rtol=1e-9, atol=1e-9)
+
+
+def test_rows_of_the_server_are_read_continued_and_copied_as_if_alone():
+    """Steps compute idle rows too, and leave something in them; a prompt begins with what another has read."""
+    model = make(**{**SHAPE, **SPARSE})
+    rows, texts = Rows(model, 4), tokens(3, 40).tolist()
+    with torch.inference_mode():
+        for row, text in enumerate(texts):
+            rows.read(row, text[: 9 + row])
+        texts[1] = texts[1][:10]
+        for token in range(20):
+            logits = rows.step({1: token})
+            texts[1].append(token)
+            torch.testing.assert_close(logits[0], model(torch.tensor([texts[1]]))[0][0, -1], rtol=1e-9, atol=1e-9)
+        rows.copy(1, 3, 22)
+        assert rows.keep(1, 13) == 13
+        for row, before, new in (
+            (2, texts[2][:11], texts[2][11:]),
+            (3, texts[1][:22], [7, 8]),
+            (1, texts[1][:13], [9]),
+        ):
+            expected = model.hidden(torch.tensor([before + new]))[0, len(before) :]
+            torch.testing.assert_close(rows.read(row, new), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_the_means_take_one_number_per_block_of_keys():
