@@ -30,6 +30,7 @@ from layers.masks import attention_mask, block_masks, positions_inside
 from layers.norm import NORMS, make_norm
 from layers.rope import ROPE_SCALING, rope_table
 from layers.sampling import check_token_ids
+from layers.sparse_attention import SparseAttention
 
 SDP_KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -41,6 +42,7 @@ ATTENTION: dict[str, type[Attention]] = {
     "full": FullAttention,
     "latent": LatentAttention,
     "linear": LinearAttention,
+    "sparse": SparseAttention,
 }
 MLP_HIDDEN = {"swiglu": 8 / 3, "gelu": 4, "gelu_tanh": 4, "relu2": 4}  # width over n_embd: equal parameter counts
 
@@ -83,6 +85,10 @@ class ModelConfig(Config):
     rope_dim: int | None = option(
         None, "attention latent: rotary part of a head's width; null: half of head_dim", minimum=0, maximum=1 << 20
     )
+    sparse_block_size: int | None = option(None, "attention sparse: keys of a block; null: 16", minimum=1)
+    sparse_top_k: int | None = option(
+        None, "attention sparse: blocks that a query reads; null: a quarter of the window", minimum=1
+    )
     tie_embeddings: bool = option(True, "token embedding and output layer share weights")
 
     use_rope: bool = option(
@@ -102,6 +108,7 @@ class ModelConfig(Config):
     )
     n_expert_per_token: int = option(2, "experts that a token is routed to (top-k)", minimum=1)
     n_shared_expert: int = option(0, "shared experts, which process every token", minimum=0, maximum=64)
+    shortcut_experts: bool = option(False, "experts read what the layer before gave its MLP; needs n_shared_expert")
     expert_balance: str = option(
         "loss",
         "load balancing: auxiliary loss, bias on the router's choice (auxiliary-loss-free), or none",
@@ -132,6 +139,11 @@ class ModelConfig(Config):
                 given := [f for f in attention.FIELDS if getattr(self, f) is not None]
             ):
                 raise UserError(f"{given[0]} is for attention {kind}: leave it out (null), or name {kind} in attention")
+        kinds = over_layers(self.attention, self.n_layer)
+        for i, (kind, window) in enumerate(zip(kinds, self.windows, strict=True)):
+            if window and not ATTENTION[kind].HAS_WINDOW:
+                where = f"attention_window {window} of layer {i + 1}"
+                raise UserError(f"{where}: attention {kind} has no window; give 0 there")
         if self.use_rope and self.block_size * self.head_dim > 1 << 28:
             raise UserError(
                 f"block_size {self.block_size:,} is too long for a RoPE table of head_dim {self.head_dim:,}"
@@ -146,6 +158,8 @@ class ModelConfig(Config):
             )
         if self.n_expert and (self.mlp != "swiglu" or self.bias):
             raise UserError("experts are swiglu MLPs without biases: mlp must be swiglu, bias false")
+        if self.shortcut_experts and not (self.n_expert and self.n_shared_expert):
+            raise UserError("shortcut_experts needs experts (n_expert), and n_shared_expert to read the own tokens")
 
     @property
     def windows(self) -> list[int]:
@@ -231,7 +245,7 @@ class GPT(nn.Module):
             raise UserError("vocab_size is not set: it comes from the tokenizer")
         self.config, self.sdp_kernel = config, sdp_kernel
         layers = zip(config.attention_classes, config.windows, strict=True)
-        self.windows = [None if attention.IS_RECURRENT else window for attention, window in layers]
+        self.windows = [window if attention.HAS_WINDOW else None for attention, window in layers]
         self.restart_positions = True  # in every document
         self.router_loss: torch.Tensor | float = 0.0  # of the last pass with targets, weighted, mean over layers
         self.use_flex = False  # flex attention where there are masks, once compiled
@@ -287,7 +301,7 @@ class GPT(nn.Module):
         documents (B, T): a number for every token's document; attention stays inside. With restart_positions each of
         them begins at position 0. routing: for a mixture of experts, which tokens are padding; collects losses.
         """
-        T = idx.size(1)
+        T, routing = idx.size(1), routing or Routing()
         positions = cache.begin(T) if cache is not None else slice(T)
         end = T + (cache.longest if cache is not None else 0)
         if end > self.config.block_size:
@@ -325,7 +339,7 @@ class GPT(nn.Module):
     ) -> dict[int | None, torch.Tensor | BlockMask | None]:
         """By sliding window: which keys T tokens see, after those of the cache. None: SDPA's own causal mask does.
 
-        Of a recurrent layer, which has no keys, under None: positions in the documents (B, T), if there are any.
+        Of layers that have no window, under None: positions in the documents (B, T), if there are any.
         """
         windows, is_causal = set(self.windows) - {None}, self.config.is_causal
         starts = {None: None if documents is None else positions_inside(documents)}

@@ -12,5 +12,6 @@ masks             attention masks: causal, sliding window, block-diagonal for pa
 norm              RMSNorm, LayerNorm
 rope              rotary position embeddings
 sampling          temperature, top-k, nucleus sampling
+sparse_attention  attention to a few blocks of keys, chosen by content (MoBA)
 speculative       speculative decoding: several tokens from one pass
 """

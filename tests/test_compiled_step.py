@@ -20,8 +20,7 @@ SHAPES = {
     "learned positions, layernorm": {"use_rope": False, "norm": "layernorm", "mlp": "gelu"},
     "windows": {"attention_window": [8, 0, 5], "n_layer": 3},
     **{
-        kind: {"attention": [kind, "full"], "attention_window": [0 if attention.IS_RECURRENT else 8, 0, 0, 5]}
-        | {"n_layer": 4}
+        kind: {"attention": [kind, "full"], "attention_window": [8 * attention.HAS_WINDOW, 0, 0, 5]} | {"n_layer": 4}
         for kind, attention in ATTENTION.items()
         if kind != "full"
     },

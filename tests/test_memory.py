@@ -61,6 +61,8 @@ OPTIONS = {
     **{kind: ["--attention", kind] for kind in ATTENTION if kind != "full"},
     "linear, full": ["--attention", "linear,full", "--n_embd", "128"],
     "linear, bfloat16": ["--attention", "linear", "--dtype", "bfloat16", "--block_size", "128"],
+    "sparse, documents": ["--attention", "sparse,full", "--sparse_block_size", "8", "--mask_documents", "true"],
+    "sparse, bfloat16": ["--attention", "sparse", "--n_kv_head", "2", "--dtype", "bfloat16", "--block_size", "128"],
     "latent, queries too": ["--attention", "latent,full", "--q_rank", "48", "--kv_rank", "96", "--n_embd", "128"],
     "a large vocabulary": ["--batch_size", "4"],
 }

@@ -18,6 +18,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from layers.head import logits_per_chunk
+from layers.sparse_attention import SparseAttention
 from model import GPT, ModelConfig
 from training.optimizer import muon_matrices, rows_of_fused_matrices, trainable_parameters
 
@@ -135,6 +136,12 @@ def freed_activations(run: Any, rows: int, length: int) -> float:
     if run.adapter:  # what an adapted layer returns without its adapter; into larger ones than these, what follows fits
         freed += size * C * len({"out", "down"} & {*run.adapter["settings"]["targets"]})
     in_attention = sum(attention.freed_activations(config, size) for attention in config.attention_classes)
+    for _ in range(config.attention_classes.count(SparseAttention)):
+        has_documents = run.config.mask_documents or run.config.pack_samples
+        n = length if has_documents else length / config.sparse_block_size  # blocks that a row may have
+        numbers = config.head_dim * (2 + n / length) + 4 * n  # copies of q and k; the means; the scores
+        in_attention += config.n_kv_head * (size * numbers + 2 * n + 2 * length)  # and which blocks and keys are chosen
+        in_attention += config.n_head * length + 14 * length * has_documents
     return rows * length * (config.n_layer * freed + in_attention)
 
 
@@ -148,7 +155,9 @@ def attention_weights(run: Any, rows: int, length: int) -> float:
     """Bytes of tensors (length, length) that attention keeps: masks, and where no kernel avoids it the weights."""
     config, engine = run.model.config, run.engine
     size = activation_bytes(engine)
-    total, n_layer = 0.0, sum(not attention.IS_RECURRENT for attention in config.attention_classes)
+    n_sparse = config.attention_classes.count(SparseAttention)
+    n_layer = sum(not attention.IS_RECURRENT for attention in config.attention_classes)
+    total = n_sparse * rows * config.n_head * length**2 * size  # masks, as numbers that are added to the scores
     drops_weights = config.dropout > 0 and engine.device.type == "cpu"  # no kernel there drops any
     if drops_weights or run.config.sdp_kernel == "math":
         per_head = 3 if drops_weights else 1  # the weights; which are dropped; those that are left
@@ -157,7 +166,7 @@ def attention_weights(run: Any, rows: int, length: int) -> float:
     if run.model.use_flex:
         return total
     if run.config.mask_documents or run.config.pack_samples:  # a mask per row, which every layer turns into numbers
-        total += rows * length**2 * (1 + n_layer * size)
+        total += rows * length**2 * (1 + (n_layer - n_sparse) * size)
         total += rows * length * 2 * sum(set(run.model.rope_widths)) * 4  # RoPE's angles of positions that restart
     return total
 

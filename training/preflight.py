@@ -23,6 +23,7 @@ from base.devices import device_name, dtype_name, memory_available, memory_total
 from base.files import nearest_place
 from layers.attention import Attention
 from layers.masks import attention_mask, block_masks
+from layers.sparse_attention import SparseAttention
 from model import GPT, SDP_KERNELS, ModelConfig
 from text.batches import Samples, Windows
 from text.token_files import TokenFile
@@ -75,14 +76,16 @@ def choose_attention(config: Any, model: GPT, engine: Engine) -> None:
     """
     has_windows = any(0 < window < model.config.block_size for window in model.config.windows)
     has_masks = config.mask_documents or config.pack_samples or has_windows
-    if config.sdp_kernel == "flash" and has_masks and engine.device.type == "cuda":
-        raise UserError("sdp_kernel flash supports no masks (attention_window, mask_documents, pack_samples): use auto")
+    is_masked = has_masks or SparseAttention in model.config.attention_classes
+    if config.sdp_kernel == "flash" and is_masked and engine.device.type == "cuda":
+        what = "attention_window, mask_documents, pack_samples, attention sparse"
+        raise UserError(f"sdp_kernel flash supports no masks ({what}): use auto")
     if config.sdp_kernel not in ("auto", "math"):
         check_kernel(config.sdp_kernel, model.config, engine)
     if engine.device.type != "cuda" or not has_masks:
         return
     if config.sdp_kernel == "auto" and engine.use_compile:
-        kinds = dict.fromkeys(kind for kind in model.config.attention_classes if not kind.IS_RECURRENT)
+        kinds = dict.fromkeys(kind for kind in model.config.attention_classes if kind.HAS_WINDOW)
         reason = next(filter(None, (flex_attention_problem(kind, model.config, engine) for kind in kinds)), "")
         model.use_flex = not reason
         if reason and engine.is_main:
