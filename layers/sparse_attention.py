@@ -13,7 +13,7 @@ a router does with experts, but nothing is learned for it: queries and keys are 
 gradient, what was chosen has: a query that finds something useful in a block moves towards its keys, and their mean.
 
 DeepSeek's sparse attention (arXiv:2512.02556) chooses single tokens, by an indexer with heads of its own. Those learn
-to foretell the weights of full attention: of a model that was trained with it, by a loss of their own, in a stage
+to predict the weights of full attention: of a model that was trained with it, by a loss of their own, in a stage
 before the model sees the choice. MoBA has no weights, no loss and no stage of its own: a small model trains with it
 from its first step, and with all blocks chosen it is full attention. So it is MoBA that is shown here.
 
