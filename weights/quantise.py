@@ -106,8 +106,8 @@ class Int4Linear(nn.Module):
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), *arguments).to(x.dtype)
         else:
             y = F.linear(rows, self.expanded(x.dtype))
-        y = y[:, : self.out_features]
-        return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], -1)
+        y = y[:, : self.out_features].reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
 
 
 def replace_linears(model: GPT, kind: Callable[[str], type[nn.Module]]) -> GPT:
