@@ -119,11 +119,7 @@ class ModelConfig(Config):
     expert_bias_rate: float = option(0.001, "update rate of the biases", above=0.0)
 
     n_future: int = option(
-        1,
-        "tokens that each position learns to predict; above 1 by a module for each, which can draft",
-        minimum=1,
-        maximum=4,
-        section="Multi-token prediction",
+        1, "tokens that each position learns to predict", minimum=1, maximum=4, section="Multi-token prediction"
     )
     future_loss_weight: float = option(0.3, "weight of the modules' mean loss in training", minimum=0.0)
 

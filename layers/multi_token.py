@@ -101,6 +101,7 @@ def future_loss(
     states, goals = [], []
     with model.attention_kernel():
         for k, module in enumerate(model.future, 1):
+            routing.before = None  # with shortcut_experts: a module's experts read what it reads itself
             embedding = model.token_embedding(shift(targets, k - 1))  # of t_{i+k}, which is the target k - 1 places on
             hidden = module(hidden, embedding, rope, mask[model.windows[-1]], None, routing)
             states.append(hidden)
