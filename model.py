@@ -27,6 +27,7 @@ from layers.head import Head
 from layers.latent_attention import LatentAttention
 from layers.linear_attention import LinearAttention
 from layers.masks import attention_mask, block_masks, positions_inside
+from layers.multi_token import FutureModule, future_config, future_loss
 from layers.norm import NORMS, make_norm
 from layers.rope import ROPE_SCALING, rope_table
 from layers.sampling import check_token_ids
@@ -117,6 +118,11 @@ class ModelConfig(Config):
     router_loss_weight: float = option(0.01, "weight of the auxiliary loss", minimum=0.0)
     expert_bias_rate: float = option(0.001, "update rate of the biases", above=0.0)
 
+    n_future: int = option(
+        1, "tokens that each position learns to predict", minimum=1, maximum=4, section="Multi-token prediction"
+    )
+    future_loss_weight: float = option(0.3, "weight of the modules' mean loss in training", minimum=0.0)
+
     def check(self) -> None:
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
@@ -160,6 +166,8 @@ class ModelConfig(Config):
             raise UserError("experts are swiglu MLPs without biases: mlp must be swiglu, bias false")
         if self.shortcut_experts and not (self.n_expert and self.n_shared_expert):
             raise UserError("shortcut_experts needs experts (n_expert), and n_shared_expert to read the own tokens")
+        if self.n_future > 1 and not self.is_causal:
+            raise UserError(f"n_future {self.n_future} needs is_causal: full attention has seen them all")
 
     @property
     def windows(self) -> list[int]:
@@ -264,16 +272,19 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config)
         self.lm_head = Head(config.n_embd, config.vocab_size)
+        modules = future_config(config)
+        self.future = nn.ModuleList(FutureModule(config, Block(modules, i)) for i in range(modules.n_layer))
         if config.tie_embeddings:  # a token's embedding is also the direction that predicts it (arXiv:1608.05859)
             self.lm_head.weight = self.token_embedding.weight
         self._initialise()
         # counted here, because sharding (DeepSpeed's ZeRO-3) empties parameters later
         self._n_weights = sum(p.numel() for p in self.parameters())
-        matrices = {name: p.numel() for name, p in self.blocks.named_parameters() if p.dim() >= 2}
+        layers = [(name, p) for name, p in self.named_parameters() if name.startswith(("blocks.", "future."))]
+        matrices = {name: p.numel() for name, p in layers if p.dim() >= 2}
         for name in matrices if config.n_expert else ():
             if name.endswith(("mlp.up", "mlp.down")):  # a token passes through n_expert_per_token experts only
                 matrices[name] = matrices[name] * config.n_expert_per_token // config.n_expert
-        self._n_matrix_weights = sum(matrices.values()) + self.lm_head.weight.numel()
+        self._n_matrix_weights = sum(matrices.values()) + config.n_future * self.lm_head.weight.numel()
 
     def _initialise(self) -> None:
         """Normal weights of std 0.02; projections onto the residual stream scaled by 1/sqrt(2 n_layer) (GPT-2).
@@ -286,7 +297,7 @@ class GPT(nn.Module):
             elif parameter.dim() >= 2:
                 onto_residual = name.endswith(("attention.out.weight", ".down.weight", "mlp.down"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if onto_residual else 0.02)
-        for block in self.blocks:
+        for block in [*self.blocks, *(module.block for module in self.future)]:
             block.attention.initialise()
 
     def hidden(
@@ -302,25 +313,31 @@ class GPT(nn.Module):
         them begins at position 0. routing: for a mixture of experts, which tokens are padding; collects losses.
         """
         T, routing = idx.size(1), routing or Routing()
-        positions = cache.begin(T) if cache is not None else slice(T)
+        positions = cache.begin(T) if cache is not None else self.positions(T, documents)
         end = T + (cache.longest if cache is not None else 0)
         if end > self.config.block_size:
             raise UserError(f"{end} tokens do not fit the context window of {self.config.block_size} (block_size)")
         if idx.device.type == "cpu" and not torch.compiler.is_compiling():
             check_token_ids(idx, self.config.vocab_size)  # on a GPU this would be an assert that ends the process
         x = self.token_embedding(idx)  # (B, T, n_embd)
-        if documents is not None and self.restart_positions:
-            positions = positions_inside(documents)  # (B, T)
         if not self.config.use_rope:  # once, on the input; RoPE: inside of attention, on queries and keys
             x = x + self.position_embedding.weight[positions]
         x = self.embedding_dropout(x)
         ropes, masks = self.rope(positions), self.masks(T, cache, documents, idx.device)
-        with sdpa_kernel(SDP_KERNELS[self.sdp_kernel]) if self.sdp_kernel != "auto" else contextlib.nullcontext():
+        with self.attention_kernel():
             for block, rope, window in zip(self.blocks, ropes, self.windows, strict=True):
                 x = block(x, rope, masks[window], cache, routing)
         if cache is not None:
             cache.advance()
         return self.norm(x)
+
+    def positions(self, T: int, documents: torch.Tensor | None) -> torch.Tensor | slice:
+        """Positions of T tokens without a cache: (B, T) where each document (B, T) begins at 0; else the same slice."""
+        return slice(T) if documents is None or not self.restart_positions else positions_inside(documents)
+
+    def attention_kernel(self) -> contextlib.AbstractContextManager:
+        """Where attention is computed: allows the kernel of sdp_kernel alone."""
+        return sdpa_kernel(SDP_KERNELS[self.sdp_kernel]) if self.sdp_kernel != "auto" else contextlib.nullcontext()
 
     def rope_name(self, part: str, width: int) -> str:
         """The buffer of the cosines or sines for so many numbers of a head: rope_cos, rope_sin where they are all."""
@@ -363,7 +380,8 @@ class GPT(nn.Module):
 
         loss_mask (B, T): 1 where a target counts, 0 where not; the mean is taken over those that count.
         reduction: "mean" or "sum" (scalars), or "none": (B, T), 0 where the mask is 0. documents: as in hidden().
-        In training, "mean" and "sum" include the experts' load-balancing loss, times the number of targets in a sum.
+        In training, "mean" and "sum" include the modules' loss (n_future), and the experts' load-balancing loss, times
+        the number of targets in a sum.
         with_logits: false where only the loss is wanted: None instead, and much less memory.
         """
         routing = Routing()
@@ -372,15 +390,18 @@ class GPT(nn.Module):
         hidden = self.hidden(idx, None, documents, routing)
         if targets is None:
             return self.lm_head(hidden), None
-        router_loss = 0.0
+        router_loss = extra = 0.0
+        if self.future and self.training and reduction != "none":
+            extra = future_loss(self, hidden, targets, loss_mask, documents, routing)
         if routing.losses and self.config.expert_balance == "loss":
             router_loss = self.config.router_loss_weight * sum(routing.losses) / len(routing.losses)
         self.router_loss = router_loss  # for losses that are made of log-probabilities, which do not include it
         count = targets.numel() if loss_mask is None else loss_mask.sum().clamp(min=1)
+        extra = extra + router_loss * count
         if not with_logits and reduction == "none":
             return None, self.lm_head(hidden, targets, loss_mask, "none")
         if not with_logits:
-            total = self.lm_head(hidden, targets, loss_mask) + router_loss * count
+            total = self.lm_head(hidden, targets, loss_mask) + extra
             return None, total if reduction == "sum" else total / count
         logits = self.lm_head(hidden)
         losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
@@ -388,7 +409,7 @@ class GPT(nn.Module):
             losses = losses * loss_mask
         if reduction == "none":
             return logits, losses
-        total = losses.sum() + router_loss * count
+        total = losses.sum() + extra
         return logits, total if reduction == "sum" else total / count
 
     def parameter_count(self) -> int:
@@ -403,7 +424,8 @@ class GPT(nn.Module):
         """
         config, T = self.config, sequence_length or self.config.block_size
         total = 6.0 * self._n_matrix_weights
-        for attention, window in zip(config.attention_classes, config.windows, strict=True):
+        layers = list(zip(config.attention_classes, config.windows, strict=True))
+        for attention, window in layers + layers[-1:] * (config.n_future - 1):
             w = min(window, T) if window else T
             keys = w - w * w / (2 * T) if config.is_causal else min(T, 2 * w - 1 if window else T)  # on average
             total += attention.flops_per_token(config, keys)

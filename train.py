@@ -94,7 +94,7 @@ def train(run: Run, log: RunLog) -> State:
 
             # every now and then: log, evaluate (and save the best), save
             if state.step == 1 and not config.from_checkpoint and config.loss == "next_token":
-                preflight.check_first_loss(loss.item(), run.model.config.vocab_size)
+                preflight.check_first_loss(loss.item(), run.model.config)
             log.bar.update()
             is_logged, is_evaluated = (done or state.step % n == 0 for n in (config.log_interval, config.eval_interval))
             if is_logged or is_evaluated:

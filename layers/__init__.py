@@ -9,6 +9,7 @@ head              output layer and cross-entropy loss without storing all logits
 latent_attention  attention with a small cache of latents (DeepSeek-V2)
 linear_attention  linear attention with a state of fixed size (Gated DeltaNet)
 masks             attention masks: causal, sliding window, block-diagonal for packed documents
+multi_token       multi-token prediction (DeepSeek-V3): modules that predict the tokens after the next
 norm              RMSNorm, LayerNorm
 rope              rotary position embeddings
 sampling          temperature, top-k, nucleus sampling

@@ -19,7 +19,7 @@ from base.configuration import Config, UserError, option
 from base.devices import find_device
 from layers.cache import KVCache
 from layers.compiled_step import CompiledStep
-from layers.speculative import Drafter, DraftModel, PromptLookup
+from layers.speculative import Drafter, DraftModel, FutureDrafter, PromptLookup
 from model import GPT
 from text.tokenizer import SPECIAL_TOKENS, UNKNOWN, Messages, Tokenizer, normalise
 from weights import lora, quantise
@@ -269,10 +269,15 @@ def load_text_generator(
 
 
 def load_drafter(name: str, generator: TextGenerator) -> Drafter:
-    """What guesses tokens for a generator's model: "lookup", or the checkpoint of a draft model; raises UserError."""
+    """What guesses tokens for a generator's model: "lookup", "future", or the checkpoint of a draft model.
+
+    Raises UserError.
+    """
     KVCache(generator.model.config, 0, generator.device, torch.float32, spare=1)  # raises UserError if it can take none
     if name == "lookup":
         return PromptLookup()
+    if name == "future":
+        return FutureDrafter(generator.model)
     checkpoint = load_full_checkpoint(name)
     if load_checkpoint_tokenizer(checkpoint, name).fingerprint() != generator.tokenizer.fingerprint():
         raise UserError(f"{name}: made with another tokenizer than the model, whose tokens it cannot guess")

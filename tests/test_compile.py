@@ -44,9 +44,11 @@ def files(work, call):
         ("pretrain", {**EXPERTS, "expert_balance": "bias"}, {}),
         ("sft", EXPERTS, {"pack_samples": True}),
         ("pretrain", {**EXPERTS, "n_shared_expert": 1, "shortcut_experts": True}, {}),
+        ("pretrain", {"n_future": 3}, {}),
+        ("sft", {"n_future": 3}, {"pack_samples": True}),
         *(("sft", {"attention": [kind, "full"]}, {"pack_samples": True}) for kind in OTHER_ATTENTION),
     ],
-    ids=[*IDS, *OTHER_ATTENTION],
+    ids=[*IDS, "multi-token", "packed multi-token", *OTHER_ATTENTION],
 )
 def test_a_compiled_model_is_one_graph_with_the_same_gradients(files, stage, shape, options):
     """No graph break, and nothing new to compile after the second step; graphs run by autograd, not by inductor."""

@@ -42,7 +42,7 @@ def traced(monkeypatch):
 
 @pytest.mark.parametrize(
     ("shape", "kind"),
-    [*((shape, "float32") for shape in SHAPES), ("default", "int8"), ("latent", "int8")],
+    [*((shape, "float32") for shape in SHAPES), ("default", "int8"), ("latent", "int8"), ("default", "int4")],
 )
 def test_the_same_logits_as_in_one_pass_beyond_the_context_window(traced, shape, kind):
     model, _ = with_weights(make_model(50, block_size=24, **SHAPES[shape]), kind)

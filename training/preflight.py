@@ -340,12 +340,14 @@ def unknown_tokens(run: Any) -> list[str]:
     ]
 
 
-def check_first_loss(loss: float, vocab_size: int) -> None:
+def check_first_loss(loss: float, config: ModelConfig) -> None:
     """Warn if a new model does not start near ln(vocab_size), the cross-entropy of the uniform distribution."""
-    expected = math.log(vocab_size)
-    if abs(loss - expected) > 1.0:
+    expected = math.log(config.vocab_size)
+    n_losses = 1 + config.future_loss_weight * (config.n_future > 1)  # the modules' mean, weighted, is added
+    if abs(loss - n_losses * expected) > n_losses:
         print(
-            f"warning: the first loss is {loss:.2f}, far from ln(vocab_size) = {expected:.2f}: "
+            f"warning: the first loss is {loss:.2f}, far from ln(vocab_size) = {expected:.2f}"
+            f"{f' times {n_losses:g}, with that of n_future' if n_losses > 1 else ''}: "
             "check the data and the initialisation",
             file=sys.stderr,
         )

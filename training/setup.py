@@ -255,6 +255,20 @@ def context_changes(config: TrainConfig, explicit: dict[str, Any], checkpoint: d
     return changes
 
 
+def modules_left_out(config: TrainConfig, explicit: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, int]:
+    """A smaller n_future for a trained model, if it was asked for: its modules beyond that are left out."""
+    asked, is_new_run = explicit.get("n_future"), checkpoint["train_config"].get("stage") != config.stage
+    is_less = asked is not None and asked < checkpoint["model_config"].get("n_future", 1)
+    return {"n_future": asked} if is_less and is_new_run and not config.use_lora else {}
+
+
+def check_modules(config: TrainConfig, model: GPT) -> None:
+    """Raises UserError where modules (n_future) would get no gradient; with LoRA they are frozen, so need none."""
+    if model.config.n_future > 1 and config.loss != "next_token" and not config.use_lora:
+        modules = f"the modules of n_future {model.config.n_future}"
+        raise UserError(f"loss {config.loss} does not train {modules}: leave them out with --n_future 1")
+
+
 def restore_model(
     config: TrainConfig, explicit: dict[str, Any], checkpoint: dict[str, Any]
 ) -> tuple[GPT, dict[str, Any] | None]:
@@ -263,7 +277,7 @@ def restore_model(
     Raises UserError where a model field was asked to be another than it was trained with.
     """
     where = config.from_checkpoint
-    changes = context_changes(config, explicit, checkpoint)
+    changes = context_changes(config, explicit, checkpoint) | modules_left_out(config, explicit, checkpoint)
     for name, value in explicit.items():
         trained = checkpoint["model_config"].get(name, fields_of(ModelConfig)[name].default)
         if value is not None and value != trained and name not in changes:
@@ -311,6 +325,7 @@ def build_run(asked: RunConfig, engine: Engine) -> Run:
         model, adapter = restore_model(config, asked.model, checkpoint)
     else:
         model, adapter = make_model(config, shape, source.tokenizer), None
+    check_modules(config, model)
     choose_reference(config, checkpoint)
     batches, validation = source.make_batches(model, engine)
     datasets = [*batches.datasets, *getattr(validation, "datasets", ())]
@@ -325,7 +340,7 @@ def build_run(asked: RunConfig, engine: Engine) -> Run:
     elif checkpoint:
         now, before = model.config.to_dict(), checkpoint["model_config"]
         known = fields_of(ModelConfig)
-        context = {name: before.get(name, known[name].default) for name in (*CONTEXT_FIELDS, "dropout")}
+        context = {name: before.get(name, known[name].default) for name in (*CONTEXT_FIELDS, "dropout", "n_future")}
         run.changes = changed_fields(now, context)
     return run
 
