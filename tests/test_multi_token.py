@@ -35,6 +35,13 @@ SHAPES = {
     "latent": {"attention": ["full", "latent"]},
     "linear": {"attention": ["full", "linear"]},
     "experts": {"n_expert": 4, "n_hidden": 24, "router_loss_weight": 0.0},
+    "shortcut": {
+        "n_expert": 4,
+        "n_hidden": 24,
+        "router_loss_weight": 0.0,
+        "n_shared_expert": 1,
+        "shortcut_experts": True,
+    },
 }
 
 
