@@ -69,6 +69,7 @@ class ModelConfig(Config):
     norm_eps: float = option(1e-5, "epsilon of the normalisation", above=0.0)
     qk_norm: bool = option(True, "RMSNorm on queries and keys, per head")
     is_causal: bool = option(True, "causal attention; false: full attention")
+    mask_token: bool = option(False, "an embedding for masked tokens, the id vocab_size; loss diffusion sets it")
     attention: list[str] = option(
         ["full"], "kind of attention of each layer, repeated over the layers", choices=ATTENTION
     )
@@ -130,6 +131,8 @@ class ModelConfig(Config):
             self.head_dim = self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})")
+        if self.mask_token and self.is_causal:
+            raise UserError("mask_token: a token that is masked is told by those on both sides: is_causal must be false")
         if not self.attention:
             raise UserError(f"attention must name a kind or more ({', '.join(ATTENTION)}), got an empty list")
         for kind, attention in ATTENTION.items():
@@ -250,6 +253,8 @@ class GPT(nn.Module):
         self.router_loss: torch.Tensor | float = 0.0  # of the last pass with targets, weighted, mean over layers
         self.use_flex = False  # flex attention where there are masks, once compiled
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.mask_token:  # a table of its own: the output layer has no logit for it, so it is never drawn
+            self.mask_embedding = nn.Embedding(1, config.n_embd)
         self.rope_widths = [attention.rope_width(config) * config.use_rope for attention in config.attention_classes]
         for width in set(self.rope_widths) - {0}:
             cos, sin = rope_table(
@@ -307,8 +312,9 @@ class GPT(nn.Module):
         if end > self.config.block_size:
             raise UserError(f"{end} tokens do not fit the context window of {self.config.block_size} (block_size)")
         if idx.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_token_ids(idx, self.config.vocab_size)  # on a GPU this would be an assert that ends the process
-        x = self.token_embedding(idx)  # (B, T, n_embd)
+            n_ids = self.config.vocab_size + self.config.mask_token
+            check_token_ids(idx, n_ids)  # on a GPU this would be an assert that ends the process
+        x = self.embed(idx)  # (B, T, n_embd)
         if documents is not None and self.restart_positions:
             positions = positions_inside(documents)  # (B, T)
         if not self.config.use_rope:  # once, on the input; RoPE: inside of attention, on queries and keys
@@ -321,6 +327,14 @@ class GPT(nn.Module):
         if cache is not None:
             cache.advance()
         return self.norm(x)
+
+    def embed(self, idx: torch.Tensor) -> torch.Tensor:
+        """Embeddings (B, T, n_embd) of token ids (B, T); vocab_size is the id of the mask token, where there is one."""
+        if not self.config.mask_token:
+            return self.token_embedding(idx)
+        is_masked = idx == self.config.vocab_size
+        x = self.token_embedding(idx.masked_fill(is_masked, 0))
+        return torch.where(is_masked[..., None], self.mask_embedding(idx.new_zeros(1, 1)), x)
 
     def rope_name(self, part: str, width: int) -> str:
         """The buffer of the cosines or sines for so many numbers of a head: rope_cos, rope_sin where they are all."""
@@ -367,7 +381,9 @@ class GPT(nn.Module):
         with_logits: false where only the loss is wanted: None instead, and much less memory.
         """
         routing = Routing()
-        if self.config.n_expert and loss_mask is not None:  # what follows a row's last target is padding
+        if self.config.mask_token:  # any token may be masked, or not: what belongs to no document is padding
+            routing.is_token = None if documents is None else documents > 0
+        elif self.config.n_expert and loss_mask is not None:  # what follows a row's last target is padding
             routing.is_token = loss_mask.flip(1).cummax(1).values.flip(1) > 0
         hidden = self.hidden(idx, None, documents, routing)
         if targets is None:
