@@ -132,7 +132,7 @@ class ModelConfig(Config):
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})")
         if self.mask_token and self.is_causal:
-            raise UserError("mask_token: a token that is masked is told by those on both sides: is_causal must be false")
+            raise UserError("mask_token: a masked token is told by those on both sides: is_causal must be false")
         if not self.attention:
             raise UserError(f"attention must name a kind or more ({', '.join(ATTENTION)}), got an empty list")
         for kind, attention in ATTENTION.items():

@@ -34,8 +34,10 @@ class Batch(NamedTuple):
     reference: torch.Tensor | None = None  # reference model: pairs' margins (B / 2,), rollouts' log p (B, T)
     old: torch.Tensor | None = None  # (B, T) rollouts: log p of the policy that sampled them
     advantage: torch.Tensor | None = None  # (B,) rollouts
-    noise: torch.Tensor | None = None  # (B, T) in [0, 1): a token is masked where it is below the rate; NEVER: not at all
-    rate: torch.Tensor | None = None  # (B, T) in (0, 1]: masking rates (diffusion.py)
+    noise: torch.Tensor | None = (
+        None  # (B, T) in [0, 1): a token is masked where it is below the rate; NEVER: not at all
+    )
+    rate: torch.Tensor | None = None  # (B, T) masking rates in (0, 1]
 
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """A batch with the function applied to every tensor."""

@@ -123,7 +123,7 @@ class NoisyValidationBatches(NoisyBatches, ValidationBatches):
 def masked_losses(
     model: torch.nn.Module, batch: Batch, rate: torch.Tensor, mask_token: int, reduction: str
 ) -> torch.Tensor:
-    """Cross-entropies of the tokens masked at a rate (B, T), times 1 / rate: their sum, or (B, T), 0 where not masked."""
+    """Cross-entropies of the tokens masked at a rate (B, T), times 1 / rate: their sum, or (B, T), 0 elsewhere."""
     is_masked = batch.noise < rate
     idx, weight = batch.targets.masked_fill(is_masked, mask_token), is_masked / rate
     return model(idx, batch.targets, weight, reduction, batch.documents, with_logits=False)[1]
@@ -137,6 +137,16 @@ def bound(model: torch.nn.Module, batch: Batch, mask_token: int, n_rates: int = 
     """
     rates = ((k + batch.rate) / n_rates for k in range(n_rates))
     return sum(masked_losses(model, batch, rate, mask_token, "none") for rate in rates) / n_rates
+
+
+def bound_of_windows(model: torch.nn.Module, idx: torch.Tensor, first: int) -> torch.Tensor:
+    """The same of windows of a text, token ids (B, T), counted from the number `first`: parts (B, T)."""
+    generators = [np.random.default_rng([0, first + i, 2]) for i in range(len(idx))]
+    noise = np.stack([rng.random(idx.size(1), dtype=np.float32) for rng in generators])
+    rates = 1 - (first + np.arange(len(idx))) * GOLDEN % 1
+    rate = torch.from_numpy(rates.astype(np.float32))[:, None].expand(idx.shape)
+    batch = Batch(idx, idx, None, idx.numel(), noise=torch.from_numpy(noise), rate=rate).to(idx.device)
+    return bound(model, batch, model.config.vocab_size)
 
 
 class DiffusionLoss:
