@@ -3,6 +3,7 @@
 attention         attention: what every kind of it offers, and full attention
 attention_maps    attention weights, for inspection and plots
 cache             key/value cache for decoding
+denoising         generation by masked diffusion, the surest tokens first
 experts           mixture of experts (MoE) with a top-k router
 generation        autoregressive decoding
 head              output layer and cross-entropy loss without storing all logits
