@@ -185,6 +185,17 @@ def test_rates_are_spread_over_every_batch(files):
     assert not torch.equal(other.noise, batches.at(0)[0].noise)
 
 
+def test_the_noise_of_validation_is_the_same_whatever_the_seed_and_batch_size(files):
+    for file in files.values():
+        batches = [
+            next(iter(batches_of(file, NoisyValidationBatches, n_samples=0, seed=seed, batch_size=size)))
+            for seed, size in ((1, 8), (2, 4))
+        ]
+        T = min(batch.idx.size(1) for batch in batches)
+        assert torch.equal(batches[0].noise[:4, :T], batches[1].noise[:4, :T])
+        assert torch.equal(batches[0].rate[:4, :T], batches[1].rate[:4, :T])
+
+
 def test_of_running_text_all_tokens_are_masked_alike_and_are_the_targets_of_a_causal_model(files):
     from text.batches import TrainBatches
 
