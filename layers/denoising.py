@@ -1,13 +1,14 @@
 """Generation by a model trained with masked diffusion: all tokens of a block at once, the surest ones first.
 
     The capital of Zupin is _ _ _ _ _ _ _ _        a block of masks behind the text
-    The capital of Zupin is _ _ _ o _ . E E        a pass predicts all of them: the surest stay
-    The capital of Zupin is M _ _ o k . E E        E: the end; what would follow is dropped
+    The capital of Zupin is _ _ _ o _ . _ _        a pass predicts all of them: the surest stay
+    The capital of Zupin is M _ _ o k . E E        E: the end; nothing follows it
 
 A pass gives every masked position a distribution, from all that stands on both sides of it. The positions whose
 distributions are surest (by their largest probability) are drawn and stay; the others are predicted again, now that
-more is known (Chang et al. 2022, arXiv:2202.04200; LLaDA, arXiv:2502.09992). A text of several blocks is generated from
-left to right, block by block, as far as the end or to the length asked for.
+more is known (Chang et al. 2022, arXiv:2202.04200; LLaDA, arXiv:2502.09992). Positions that are likeliest to be the end
+wait: they are many, and sure, and would take a pass each. A text of several blocks is generated from left to right,
+block by block, as far as the end or to the length asked for.
 
 One token a pass is exact: each is drawn from what the model says of it given the others, in an order that does not
 depend on what was drawn but on what was seen. (LLaDA compares the probabilities of tokens that are drawn already, which
@@ -63,8 +64,10 @@ def denoise(
             if not len(masked):
                 break
             logits = model.lm_head(model.hidden(text[None])[0, start + masked])  # (m, vocab_size)
-            sureness = logits.float().softmax(-1).amax(-1)
-            surest = sureness.topk(math.ceil(len(masked) / (n_steps - step))).indices
+            sureness, likeliest = logits.float().softmax(-1).max(-1)
+            # the end last, and its leftmost place first: all places on its right are then known, too
+            order = torch.where(torch.isin(likeliest, stop), -1.0 - masked, sureness)
+            surest = order.topk(math.ceil(len(masked) / (n_steps - step))).indices
             places, known = masked[surest], text[text != mask_token]
             part[places] = draw(logits[surest], known.expand(len(places), -1), len(answer) + places)
             ends = torch.isin(part, stop).nonzero()[:, 0]
@@ -80,9 +83,11 @@ def from_the_left(states: Iterator[torch.Tensor], mask_token: int, max_new_token
     """The tokens (1,) of an answer, at most so many, each as soon as all on its left are drawn."""
     n = 0
     for state in states:
-        while n < min(len(state), max_new_tokens) and state[n] != mask_token:
+        while n < len(state) and state[n] != mask_token:
             n += 1
             yield state[n - 1 : n]
+            if n == max_new_tokens:
+                return
 
 
 def check_denoising(idx: torch.Tensor, steps: int | None, block: int) -> None:

@@ -332,7 +332,7 @@ def test_what_follows_the_end_is_dropped_and_generation_goes_on_block_by_block()
             return logits
 
     greedy = lambda logits, known, places: logits.argmax(-1)  # noqa: E731
-    text = [7, 8, 2, 3, 4, 5, 6, 3, 1, 2]  # 1 ends it
+    text = [7, 8, 2, 3, 4, 5, 6, 3, 1, 1]  # 1 ends it
     model, prompt = Certain(text, 16), torch.tensor([[7, 8]])
     settings = {"stop_tokens": (1,), "block": 4, "fills_window": False}
     states = [state.tolist() for state in denoise(model, prompt, 14, greedy, **settings)]
@@ -340,8 +340,10 @@ def test_what_follows_the_end_is_dropped_and_generation_goes_on_block_by_block()
     assert states[0] == [9, 9, 9, 5] and states[3] == [2, 3, 4, 5] and states[4][:5] == [2, 3, 4, 5, 6]
     assert model.lengths == [6] * 4 + [10] * 3  # with the end, what follows is known
     model.lengths.clear()
+    short = [state.tolist() for state in denoise(Certain([7, 8, 2, 1], 16), prompt, 14, greedy, **settings)]
+    assert short == [[2, 9, 9, 9], [2, 1]]  # the end comes last, and is drawn once
     states = [state.tolist() for state in denoise(model, prompt, 14, greedy, **settings, steps=2)]
     assert states[-1] == [2, 3, 4, 5, 6, 3, 1] and model.lengths == [6] * 2 + [10] * 2
     model.lengths.clear()
     states = list(denoise(model, prompt, 6, greedy, **settings | {"stop_tokens": (), "fills_window": True}))
-    assert set(model.lengths) == {16} and states[-1].tolist() == [2, 3, 4, 5, 6, 3, 1, 2]
+    assert set(model.lengths) == {16} and states[-1].tolist() == [2, 3, 4, 5, 6, 3, 1, 1]
