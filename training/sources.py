@@ -89,6 +89,7 @@ class TokenFiles:
             "validation_tokens": [file.header["n_tokens"] for file in val_files],
             "samples": len(validation.samples),
             **{name: getattr(config, name) for name in ("overlong", "mask_documents", "restart_positions")},
+            **({"answer_block": config.answer_block} if config.loss == "diffusion" else {}),
         }
         n_characters = sum(file.header["n_characters"] for file in val_files)
         n_targets = sum(file.header["n_loss_tokens"] for file in val_files)
