@@ -27,6 +27,7 @@ from layers.head import Head
 from layers.latent_attention import LatentAttention
 from layers.linear_attention import LinearAttention
 from layers.masks import attention_mask, block_masks, positions_inside
+from layers.mlp import MLP, MLP_HIDDEN
 from layers.multi_token import FutureModule, future_config, future_loss
 from layers.norm import NORMS, make_norm
 from layers.rope import ROPE_SCALING, rope_table
@@ -45,7 +46,6 @@ ATTENTION: dict[str, type[Attention]] = {
     "linear": LinearAttention,
     "sparse": SparseAttention,
 }
-MLP_HIDDEN = {"swiglu": 8 / 3, "gelu": 4, "gelu_tanh": 4, "relu2": 4}  # width over n_embd: equal parameter counts
 
 
 @dataclass
@@ -70,6 +70,7 @@ class ModelConfig(Config):
     norm_eps: float = option(1e-5, "epsilon of the normalisation", above=0.0)
     qk_norm: bool = option(True, "RMSNorm on queries and keys, per head")
     is_causal: bool = option(True, "causal attention; false: full attention")
+    mask_token: bool = option(False, "an embedding for masked tokens, the id vocab_size; loss diffusion sets it")
     attention: list[str] = option(
         ["full"], "kind of attention of each layer, repeated over the layers", choices=ATTENTION
     )
@@ -136,6 +137,8 @@ class ModelConfig(Config):
             self.head_dim = self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})")
+        if self.mask_token and self.is_causal:
+            raise UserError("mask_token: a masked token is told by those on both sides: is_causal must be false")
         if not self.attention:
             raise UserError(f"attention must name a kind or more ({', '.join(ATTENTION)}), got an empty list")
         for kind, attention in ATTENTION.items():
@@ -185,33 +188,6 @@ def over_layers(pattern: list, n_layer: int) -> list:
     return [pattern[layer % len(pattern)] for layer in range(n_layer)]
 
 
-class MLP(nn.Module):
-    """Two linear layers around a nonlinearity, for every token by itself.
-
-    swiglu: silu(gate) * up, with a third matrix for the gate (Shazeer 2020, arXiv:2002.05202); gelu (gelu_tanh: GPT-2's
-    approximation of it); or relu2, the square of relu (So et al. 2021, arXiv:2109.08668).
-    """
-
-    def __init__(self, config: ModelConfig, n_hidden: int) -> None:
-        super().__init__()
-        self.kind = config.mlp
-        # swiglu: gate and up projections in one matrix, gate first
-        self.up = nn.Linear(config.n_embd, n_hidden * (2 if self.kind == "swiglu" else 1), bias=config.bias)
-        self.down = nn.Linear(n_hidden, config.n_embd, bias=config.bias)
-        self.residual_dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.up(x)
-        if self.kind == "swiglu":
-            gate, up = x.chunk(2, dim=-1)
-            x = F.silu(gate) * up
-        elif self.kind in ("gelu", "gelu_tanh"):
-            x = F.gelu(x, approximate="none" if self.kind == "gelu" else "tanh")
-        else:
-            x = F.relu(x).square()
-        return self.residual_dropout(self.down(x))
-
-
 class Block(nn.Module):
     """Pre-norm transformer block: attention moves information between tokens, the MLP works on each by itself.
 
@@ -258,6 +234,8 @@ class GPT(nn.Module):
         self.router_loss: torch.Tensor | float = 0.0  # of the last pass with targets, weighted, mean over layers
         self.use_flex = False  # flex attention where there are masks, once compiled
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.mask_token:  # a table of its own: the output layer has no logit for it, so it is never drawn
+            self.mask_embedding = nn.Embedding(1, config.n_embd)
         self.rope_widths = [attention.rope_width(config) * config.use_rope for attention in config.attention_classes]
         for width in set(self.rope_widths) - {0}:
             cos, sin = rope_table(
@@ -318,8 +296,9 @@ class GPT(nn.Module):
         if end > self.config.block_size:
             raise UserError(f"{end} tokens do not fit the context window of {self.config.block_size} (block_size)")
         if idx.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_token_ids(idx, self.config.vocab_size)  # on a GPU this would be an assert that ends the process
-        x = self.token_embedding(idx)  # (B, T, n_embd)
+            n_ids = self.config.vocab_size + self.config.mask_token
+            check_token_ids(idx, n_ids)  # on a GPU this would be an assert that ends the process
+        x = self.embed(idx)  # (B, T, n_embd)
         if not self.config.use_rope:  # once, on the input; RoPE: inside of attention, on queries and keys
             x = x + self.position_embedding.weight[positions]
         x = self.embedding_dropout(x)
@@ -338,6 +317,14 @@ class GPT(nn.Module):
     def attention_kernel(self) -> contextlib.AbstractContextManager:
         """Where attention is computed: allows the kernel of sdp_kernel alone."""
         return sdpa_kernel(SDP_KERNELS[self.sdp_kernel]) if self.sdp_kernel != "auto" else contextlib.nullcontext()
+
+    def embed(self, idx: torch.Tensor) -> torch.Tensor:
+        """Embeddings (B, T, n_embd) of token ids (B, T); vocab_size is the id of the mask token, where there is one."""
+        if not self.config.mask_token:
+            return self.token_embedding(idx)
+        is_masked = idx == self.config.vocab_size
+        x = self.token_embedding(idx.masked_fill(is_masked, 0))
+        return torch.where(is_masked[..., None], self.mask_embedding(idx.new_zeros(1, 1)), x)
 
     def rope_name(self, part: str, width: int) -> str:
         """The buffer of the cosines or sines for so many numbers of a head: rope_cos, rope_sin where they are all."""
@@ -385,7 +372,9 @@ class GPT(nn.Module):
         with_logits: false where only the loss is wanted: None instead, and much less memory.
         """
         routing = Routing()
-        if self.config.n_expert and loss_mask is not None:  # what follows a row's last target is padding
+        if self.config.mask_token:  # any token may be masked, or not: what belongs to no document is padding
+            routing.is_token = None if documents is None else documents > 0
+        elif self.config.n_expert and loss_mask is not None:  # what follows a row's last target is padding
             routing.is_token = loss_mask.flip(1).cummax(1).values.flip(1) > 0
         hidden = self.hidden(idx, None, documents, routing)
         if targets is None:

@@ -215,7 +215,10 @@ def evaluate_and_save(run: Run, log: RunLog) -> None:
         "best_val_loss": state.best_val_loss,
         "tokens": state.tokens,
     }
-    line = f"step {state.step:,}: val loss {val_loss:.4f} ± {standard_error:.4f}"
+    what = "val loss"
+    if config.loss == "diffusion":  # of the mean loss per token: the likelihood itself cannot be computed
+        record["is_bound"], what = True, "val bound, at most"
+    line = f"step {state.step:,}: {what} {val_loss:.4f} ± {standard_error:.4f}"
     if not math.isfinite(val_loss):
         record["not_finite"] = True  # JSON has no nan: val_loss itself becomes null
         line += " (not finite: not compared with the best)"
@@ -307,6 +310,7 @@ def save(run: Run, path: Path, log: RunLog) -> None:
             "tokenizer": run.tokenizer.to_dict(),
             "data": {
                 "sizes": run.source.sizes,
+                "has_questions": run.source.has_questions,
                 "evaluated": run.evaluated,
                 "samples": state.samples,
                 "tokens": state.tokens,

@@ -19,6 +19,7 @@ from base.configuration import Config, UserError, option
 from base.devices import find_device
 from layers.cache import KVCache
 from layers.compiled_step import CompiledStep
+from layers.denoising import BLOCK
 from layers.speculative import Drafter, DraftModel, FutureDrafter, PromptLookup
 from model import GPT
 from text.tokenizer import SPECIAL_TOKENS, UNKNOWN, Messages, Tokenizer, normalise
@@ -45,6 +46,12 @@ class GenerationConfig(Config):
     )
     repetition_penalty: float = option(1.0, "above 1: tokens already in the context become less likely", above=0.0)
     seed: int | None = option(None, "random seed", minimum=0)
+    steps: int | None = option(
+        None, "masked diffusion: passes of the model for a block of tokens; none: one for every token", minimum=1
+    )
+    block: int | None = option(
+        None, "masked diffusion: tokens of a block; none: as the model was trained", minimum=1, maximum=1 << 20
+    )
 
 
 @dataclass
@@ -60,6 +67,7 @@ class TextGenerator:
     weights: str = "float32"  # what the model's matrices are: a key of quantise.KINDS
     step: CompiledStep | None = None  # a compiled step of one token
     drafter: Drafter | None = None  # guesses tokens: the same answers from fewer passes
+    block: int = BLOCK  # tokens that a model of masked diffusion fills in together
 
     def prompt_ids(self, prompt: str, history: Messages = (), max_length: int | None = None) -> list[int]:
         """Token ids (T,) to continue, fewer than max_length (None: the model's window); raises UserError.
@@ -119,6 +127,8 @@ class TextGenerator:
 
         drawn: a list to add every token to that is drawn, the one that ends the answer included.
         """
+        if not self.model.config.mask_token and (config.steps or config.block):
+            raise UserError("steps and block are for models of masked diffusion (train.py --loss diffusion)")
         ids = self.prompt_ids(prompt, history, config.max_length)
         steps = self.model.generate(
             torch.tensor([ids], device=self.device),
@@ -132,6 +142,9 @@ class TextGenerator:
             seed=config.seed,
             step=self.step,
             drafter=self.drafter,
+            denoising_steps=config.steps,
+            block=config.block or self.block,
+            fills_window=not self.instruct,
         )
 
         drawn = [] if drawn is None else drawn
@@ -245,12 +258,15 @@ def load_text_generator(
     tokenizer = load_checkpoint_tokenizer(checkpoint, path)
     place = find_device(device)
     model = load_model(checkpoint, path).to(place).eval()
-    if not model.config.is_causal:
+    if model.config.mask_token:
+        check_options_of_diffusion(path, {"--weights auto": weights == "auto", "--compile": compile, "--draft": draft})
+    elif not model.config.is_causal:
         raise UserError(f"{path}: a model with full attention answers in one pass; python problem.py talks to it")
+    trained = checkpoint["train_config"]
     if instruct is None:
-        was_taught = checkpoint["train_config"].get("stage") != "pretrain" and tokenizer.template.name != "plain"
-        instruct = was_taught or bool(adapter)
-    generator = TextGenerator(model, tokenizer, place, instruct, list(stop))
+        knows_questions = checkpoint["data"].get("has_questions", trained.get("stage") != "pretrain")
+        instruct = (knows_questions and tokenizer.template.name != "plain") or bool(adapter)
+    generator = TextGenerator(model, tokenizer, place, instruct, list(stop), block=trained.get("answer_block", BLOCK))
     if adapter:
         generator.use_adapter(adapter)
     if weights != "float32":
@@ -266,6 +282,16 @@ def load_text_generator(
     if draft:
         generator.drafter = load_drafter(draft, generator)
     return generator
+
+
+def check_options_of_diffusion(path: str, asked: dict[str, Any]) -> None:
+    """Raises UserError for options that speed up the next token: masked diffusion has none."""
+    for name, is_asked in asked.items():
+        if is_asked:
+            raise UserError(
+                f"{path}: {name} is for models that generate token by token; this one fills in masked tokens (loss "
+                "diffusion): --steps N, fewer than a block has tokens, makes it faster"
+            )
 
 
 def load_drafter(name: str, generator: TextGenerator) -> Drafter:

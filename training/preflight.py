@@ -76,9 +76,10 @@ def choose_attention(config: Any, model: GPT, engine: Engine) -> None:
     """
     has_windows = any(0 < window < model.config.block_size for window in model.config.windows)
     has_masks = config.mask_documents or config.pack_samples or has_windows
+    has_masks |= config.loss == "diffusion"  # full attention would see padding
     is_masked = has_masks or SparseAttention in model.config.attention_classes
     if config.sdp_kernel == "flash" and is_masked and engine.device.type == "cuda":
-        what = "attention_window, mask_documents, pack_samples, attention sparse"
+        what = "attention_window, mask_documents, pack_samples, loss diffusion, attention sparse"
         raise UserError(f"sdp_kernel flash supports no masks ({what}): use auto")
     if config.sdp_kernel not in ("auto", "math"):
         check_kernel(config.sdp_kernel, model.config, engine)

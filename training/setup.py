@@ -227,6 +227,8 @@ def make_model(config: TrainConfig, shape: dict[str, Any], tokenizer: Tokenizer)
         raise UserError(
             f"vocab_size is {shape['vocab_size']}, the tokenizer has {tokenizer.vocab_size} tokens; leave it out"
         )
+    if config.loss == "diffusion" and shape.get("is_causal") is False:
+        changes["mask_token"] = True
     model_config = ModelConfig(**{**shape, "vocab_size": tokenizer.vocab_size, **changes})
     preflight.check_size(model_config)
     return GPT(model_config, config.sdp_kernel)
