@@ -167,8 +167,8 @@ class ModelConfig(Config):
             )
         if self.n_expert and (self.mlp != "swiglu" or self.bias):
             raise UserError("experts are swiglu MLPs without biases: mlp must be swiglu, bias false")
-        if self.shortcut_experts and not (self.n_expert and self.n_shared_expert):
-            raise UserError("shortcut_experts needs experts (n_expert), and n_shared_expert to read the own tokens")
+        if self.shortcut_experts and not (self.n_expert and self.n_shared_expert and self.n_layer > 1):
+            raise UserError("shortcut_experts needs n_expert, n_shared_expert (which reads the layer's own), two layers")
         if self.n_future > 1 and not self.is_causal:
             raise UserError(f"n_future {self.n_future} needs is_causal: full attention has seen them all")
 
@@ -368,7 +368,7 @@ class GPT(nn.Module):
         loss_mask (B, T): 1 where a target counts, 0 where not; the mean is taken over those that count.
         reduction: "mean" or "sum" (scalars), or "none": (B, T), 0 where the mask is 0. documents: as in hidden().
         In training, "mean" and "sum" include the modules' loss (n_future), and the experts' load-balancing loss, times
-        the number of targets in a sum.
+        the sum of loss_mask in a sum.
         with_logits: false where only the loss is wanted: None instead, and much less memory.
         """
         routing = Routing()

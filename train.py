@@ -229,7 +229,7 @@ def evaluate_and_save(run: Run, log: RunLog) -> None:
         record["bits_per_character"] = val_loss * run.source.tokens_per_character / math.log(2)
         line += f", {record['bits_per_character']:.3f} bits/character"
     if run.expert_counts is not None:
-        shares = run.expert_counts / run.expert_counts.sum(1, keepdim=True)  # (layers, experts)
+        shares = run.expert_counts / run.expert_counts.sum(1, keepdim=True).clamp(min=1)  # (layers, experts)
         record["expert_load"], run.expert_counts = shares.tolist(), None
         line += f", busiest expert {shares.max() * shares.size(1):.2f}x the mean"
     for metrics in (run.source.metrics, getattr(run.loss, "metrics", dict), getattr(run.batches, "metrics", dict)):
@@ -253,7 +253,8 @@ def sample_text(run: Run, model: GPT) -> str:
     model.eval()
     idx = torch.from_numpy(run.tokenizer.encode(run.config.sample_prompt).astype("int64"))[None].to(run.engine.device)
     with run.engine.autocast():  # the precision of training: some attention kernels know no other
-        steps = model.generate(idx, run.config.sample_tokens, temperature=0.8, seed=run.config.random_seed)
+        settings = {"block": run.config.answer_block, "fills_window": not run.source.has_questions}  # of diffusion
+        steps = model.generate(idx, run.config.sample_tokens, temperature=0.8, seed=run.config.random_seed, **settings)
         text = run.tokenizer.decode([tokens.item() for tokens in steps])
     model.train()
     return text

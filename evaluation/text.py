@@ -55,7 +55,7 @@ def check_attention(config: ModelConfig, path: str, has_strides: bool) -> None:
     if config.mask_token and has_strides:
         raise UserError(
             f"{path}: masked diffusion has a bound on the loss of a whole window, not of a token after others: "
-            "no --stride, --factor or --scaling, and other models of the same window and tokenizer alone"
+            "so no --stride, --factor or --scaling, and beside it only models of the same window and tokenizer"
         )
     if not config.is_causal and not config.mask_token:
         raise UserError(f"{path}: with full attention there is no next token to predict")

@@ -129,7 +129,7 @@ class SparseAttention(FullAttention):
             config.sparse_block_size = min(16, config.block_size)
         if config.sparse_block_size > config.block_size:
             raise UserError(
-                f"sparse_block_size ({config.sparse_block_size}) is longer than the context window: give less than "
+                f"sparse_block_size ({config.sparse_block_size}) is longer than the context window: give at most "
                 f"block_size ({config.block_size})"
             )
         if config.sparse_top_k is None:

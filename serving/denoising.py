@@ -57,7 +57,7 @@ class DenoisingBatch(Batch):
             lambda *drawn_from: self.draw_places(generation, *drawn_from),
             self.generator.tokenizer.stop_tokens,
             steps=generation.sampling.steps,
-            block=self.generator.block,
+            block=self.generator.answer_block,
             fills_window=not self.generator.instruct,
         )
         self.running[row] = generation  # before it leaves: is_idle is asked for by other threads

@@ -143,7 +143,7 @@ class TextGenerator:
             step=self.step,
             drafter=self.drafter,
             denoising_steps=config.steps,
-            block=config.block or self.block,
+            block=config.block or self.answer_block,
             fills_window=not self.instruct,
         )
 
@@ -155,6 +155,11 @@ class TextGenerator:
 
         tokens = itertools.takewhile(lambda token: token not in self.tokenizer.stop_tokens, map(drawn_token, steps))
         yield from until_stop(self.tokenizer.stream(tokens), self.stop)
+
+    @property
+    def answer_block(self) -> int:
+        """Tokens that a model of masked diffusion fills in together: as it, or its adapter, was trained."""
+        return self.adapter[0]["train_config"].get("answer_block", self.block) if self.adapter else self.block
 
     def use_adapter(self, path: str) -> None:
         """Answer with the LoRA adapter of a checkpoint instead of the one there is; empty: with none.

@@ -241,6 +241,15 @@ def test_a_turn_is_drawn_and_a_long_answer_may_end_after_any_block(files):
     assert whole == {6, 20}
 
 
+def test_an_answer_that_begins_where_the_window_ends_is_left_out(files):
+    batches = batches_of(files["sft"], block_size=8)
+    two = np.array([9, 5, 20, EOS, 9, 5, 6, 7, EOS]), np.array([0, 0, 1, 1, 0, 0, 0, 0, 1])
+    samples = [batches.add_noise(two, position, 0, cuts=True) for position in range(20)]
+    assert {int(sample.counted.argmax()) for sample in samples} == {2}
+    none = batches.add_noise((np.array([9] * 8 + [EOS]), np.array([0] * 8 + [1])), 0, 0, cuts=True)
+    assert len(none.tokens) == 8 and not none.counted.any() and (none.noise == NEVER).all()
+
+
 def test_packed_answers_have_rates_and_documents_of_their_own(files):
     plain = batches_of(files["sft"], block_size=32).at(0)[0]
     packed = batches_of(files["sft"], block_size=32, pack_samples=True).at(0)[0]

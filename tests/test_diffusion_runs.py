@@ -85,7 +85,7 @@ def test_a_compiled_model_is_one_graph(prepared):
     [
         (["--loss", "diffusion"], "needs full attention: add --is_causal false"),
         (["--is_causal", "false"], "--loss diffusion trains with full attention"),
-        (["--is_causal", "false", "--mask_token", "true"], "mask_token means nothing to loss next_token"),
+        (["--is_causal", "false", "--mask_token", "true"], "loss next_token cannot train: --loss diffusion does"),
         ([*DIFFUSION, "--answer_block", "0"], "answer_block must be at least 1"),
         ([*DIFFUSION, "--attention", "linear"], "is_causal must be true"),
     ],
@@ -160,7 +160,7 @@ def test_a_trained_model_answers_everywhere(trained, call):
     assert limited.out == "no, \n"
 
     generator = load_text_generator("checkpoint/sft.pt", "cpu", None)
-    assert generator.instruct and generator.block == 8
+    assert generator.instruct and generator.answer_block == 8
     greedy = GenerationConfig(temperature=0.0)
     for earlier in ANSWERS:  # a conversation: what is asked for stands in an earlier turn
         history = [{"role": "user", "content": earlier}, {"role": "assistant", "content": ANSWERS[earlier]}]
@@ -231,6 +231,9 @@ def test_a_text_is_continued_and_its_bound_measured(call, prepared):
     (prepared / "val.txt").write_text(make_text(3000, seed=5), encoding="utf-8")
     results = [call("evaluate.py", "val.txt", *model) for _ in range(2)]
     assert results[0] == results[1] and "overall: an upper bound on the loss, " in results[0].out
+    for kind in ("int8", "int4"):  # whose output layer computes logits alone
+        rounded = call("evaluate.py", "val.txt", *model, "--weights", kind)
+        assert rounded.status == 0 and "overall: an upper bound on the loss, " in rounded.out, rounded.err
     both = call("evaluate.py", "val.txt", "-m", "checkpoint/d.pt", "checkpoint/c.pt")
     assert "checkpoint/c.pt: loss " in both.out and "positions" not in both.out
     bound = read_log(newest_log(prepared), "val")[-1]["val_loss"]

@@ -94,7 +94,7 @@ def test_shortcut_experts_cost_no_weight_and_no_operation():
 
 @pytest.mark.parametrize("options", [{"n_shared_expert": 0}, {"n_expert": 0}])
 def test_shortcut_experts_need_a_shared_one(options):
-    with pytest.raises(UserError, match="shortcut_experts needs experts"):
+    with pytest.raises(UserError, match="shortcut_experts needs n_expert"):
         make(**{"n_shared_expert": 1, "shortcut_experts": True, **options})
 
 

@@ -245,6 +245,11 @@ def test_losses_that_do_not_train_the_modules_are_refused(prepared, call):
         ModelConfig(is_causal=False, n_future=2)
 
 
+def test_toy_problems_have_no_tokens_that_follow(work, call):
+    refused = call("problem.py", "add", "--n_future", "2", "--max_steps", "1", "--device", "cpu")
+    assert refused.status == 1 and "n_future 2 is for texts" in refused.err
+
+
 def test_the_log_shows_what_is_minimised(prepared, call):
     assert call("train.py", *ARGUMENTS, "--max_steps", "1").status == 0
     (first,) = read_log(newest_log(prepared), "train")

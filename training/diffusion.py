@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from base.configuration import UserError
+from layers.head import Head
 from text.batches import Batch, Batches, Sample, TrainBatches, ValidationBatches, document_ids, pack
 from text.tokenizer import PADDING
 
@@ -81,6 +82,9 @@ class NoisyBatches(Batches):
         counted, and with `cuts` it is shown up to one of its blocks, whichever, as if it had come so far.
         """
         edges = np.flatnonzero(np.diff(loss_mask.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
+        edges = edges[edges[:, 0] < self.block_size]  # one that begins with the last target is in no window
+        if not len(edges):
+            return tokens[: self.block_size], np.zeros(min(len(tokens), self.block_size)), len(tokens)
         start, end = edges[rng.integers(len(edges))]
         n_blocks = math.ceil((end - start) / self.answer_block)
         stop = start + self.answer_block * (rng.integers(n_blocks) + 1 if cuts else n_blocks)
@@ -121,22 +125,24 @@ class NoisyValidationBatches(NoisyBatches, ValidationBatches):
 
 
 def masked_losses(
-    model: torch.nn.Module, batch: Batch, rate: torch.Tensor, mask_token: int, reduction: str
+    model: torch.nn.Module, batch: Batch, rate: torch.Tensor, mask_token: int, reduction: str, with_logits: bool = False
 ) -> torch.Tensor:
     """Cross-entropies of the tokens masked at a rate (B, T), times 1 / rate: their sum, or (B, T), 0 elsewhere."""
     is_masked = batch.noise < rate
     idx, weight = batch.targets.masked_fill(is_masked, mask_token), is_masked / rate
-    return model(idx, batch.targets, weight, reduction, batch.documents, with_logits=False)[1]
+    return model(idx, batch.targets, weight, reduction, batch.documents, with_logits=with_logits)[1]
 
 
-def bound(model: torch.nn.Module, batch: Batch, mask_token: int, n_rates: int = N_RATES) -> torch.Tensor:
+def bound(
+    model: torch.nn.Module, batch: Batch, mask_token: int, n_rates: int = N_RATES, with_logits: bool = False
+) -> torch.Tensor:
     """The bound on -log p of each row, as parts (B, T) that add up to it: the mean over rates spread over (0, 1].
 
     Each of n_rates equal parts of 0..1 has one, at the place that batch.rate has in 0..1: unbiased, and the same every
     time.
     """
     rates = ((k + batch.rate) / n_rates for k in range(n_rates))
-    return sum(masked_losses(model, batch, rate, mask_token, "none") for rate in rates) / n_rates
+    return sum(masked_losses(model, batch, rate, mask_token, "none", with_logits) for rate in rates) / n_rates
 
 
 def bound_of_windows(model: torch.nn.Module, idx: torch.Tensor, first: int) -> torch.Tensor:
@@ -146,7 +152,8 @@ def bound_of_windows(model: torch.nn.Module, idx: torch.Tensor, first: int) -> t
     rates = 1 - (first + np.arange(len(idx))) * GOLDEN % 1
     rate = torch.from_numpy(rates.astype(np.float32))[:, None].expand(idx.shape)
     batch = Batch(idx, idx, None, idx.numel(), noise=torch.from_numpy(noise), rate=rate).to(idx.device)
-    return bound(model, batch, model.config.vocab_size)
+    is_rounded = not isinstance(model.lm_head, Head)  # to integers: it computes logits alone
+    return bound(model, batch, model.config.vocab_size, with_logits=is_rounded)
 
 
 class DiffusionLoss:

@@ -22,6 +22,7 @@ from layers.attention import Attention
 from layers.head import logits_per_chunk
 from layers.sparse_attention import SparseAttention
 from model import GPT, ModelConfig
+from text.batches import Samples
 from training.optimizer import muon_matrices, rows_of_fused_matrices, trainable_parameters
 
 # A process takes more than its tensors: malloc cuts a margin off every aligned block, so where one was freed between
@@ -75,13 +76,19 @@ def batch_shape(run: Any, batch_size: int) -> tuple[int, int]:
     datasets, block_size = run.batches.datasets, run.model.config.block_size
     if not datasets:  # a toy problem
         return batch_size, block_size
-    longest = max(dataset.lengths.max() for dataset in datasets)
+    longest = max(dataset.lengths.max() for dataset in datasets) + filling(run)
     pad_to = run.batches.pad_to
     length = min(block_size, math.ceil(longest / pad_to) * pad_to)
     if run.batches.pack_samples:  # several samples a row
-        mean = max(dataset.lengths.mean() for dataset in datasets)
+        mean = min(block_size, max(dataset.lengths.mean() for dataset in datasets) + filling(run))
         return math.ceil(batch_size * mean / block_size), block_size
     return batch_size * max(dataset.rows_per_sample for dataset in datasets), length
+
+
+def filling(run: Any) -> int:
+    """Tokens at most by which loss diffusion fills up an answer (training/diffusion.py)."""
+    is_filled = run.config.loss == "diffusion" and any(isinstance(dataset, Samples) for dataset in run.batches.datasets)
+    return (run.config.answer_block - 1) * is_filled
 
 
 def activation_bytes(engine: Any) -> int:
@@ -182,7 +189,8 @@ def attention_weights(run: Any, rows: int, length: int) -> float:
         total += n_layer * rows * length * size * config.n_embd  # the values, copied for the product with them
     if run.model.use_flex:
         return total
-    if run.config.mask_documents or run.config.pack_samples:  # a mask per row, which every layer turns into numbers
+    if run.config.mask_documents or run.config.pack_samples or filling(run):
+        # a mask per row, which every layer turns into numbers
         total += rows * length**2 * (1 + (n_layer - n_sparse) * size)
         total += rows * length * 2 * sum(set(run.model.rope_widths)) * 4  # RoPE's angles of positions that restart
     return total
@@ -200,12 +208,13 @@ def output_layer(run: Any, tokens: int) -> tuple[float, float]:
     d_weight = 4 * config.vocab_size * config.n_embd * run.model.lm_head.weight.requires_grad
     if name == "distill":  # two networks' logits; then float32: log-probabilities, softened ones, their divergence
         return 2 * hidden + logits * (2 * size + 6 * 4), 2 * hidden + logits * 6 * 4 + d_weight
-    if name == "next_token" and engine.dtype == torch.float16:  # (which takes the logits at once)
+    if name in ("next_token", "diffusion") and engine.dtype == torch.float16:  # (which takes the logits at once)
         hidden, logits = config.n_future * hidden, config.n_future * logits
         return 2 * hidden + logits * (size + 4 + 4), 2 * hidden + logits * (4 + 4 + size) + d_weight
     chunk = min(logits, logits_per_chunk(engine.device))
     half = chunk * size if size < 4 else 0  # the product in half precision, before the softmax's float32
-    if name == "next_token":  # in chunks, with the gradients of hidden and weight computed in the forward pass
+    if name in ("next_token", "diffusion"):
+        # in chunks, with the gradients of hidden and weight computed in the forward pass
         n = config.n_future - 1  # the modules' losses, all in one, come before; of them the gradients are kept
         before = n * hidden + d_weight * (n > 0)
         here, there = chunk_bytes(run, tokens), chunk_bytes(run, n * tokens)

@@ -105,7 +105,8 @@ class TokenFiles:
             advice = f"{start} has causal attention" if start else "add --is_causal false"
             raise UserError(f"loss diffusion fills in tokens from both sides, so it needs full attention: {advice}")
         if not is_diffusion and shape.mask_token:
-            raise UserError(f"mask_token means nothing to loss {self.config.loss}: --loss diffusion masks tokens")
+            what = f"{start} is a model of masked diffusion" if start else "mask_token is for masked diffusion"
+            raise UserError(f"{what}, which loss {self.config.loss} cannot train: --loss diffusion does")
         if not is_diffusion and not shape.is_causal:
             raise UserError(
                 "is_causal is false: with full attention a model sees the very token it is to predict; set it to true "
@@ -222,6 +223,11 @@ class ToyProblem:
 
     def make_batches(self, model: GPT, engine: Engine) -> tuple[TrainInstances | Rollouts, HeldOut]:
         config = self.config
+        if model.config.n_future > 1:
+            raise UserError(
+                f"n_future {model.config.n_future} is for texts: the targets of a toy problem are not the tokens that "
+                "follow; give --n_future 1"
+            )
         check_window(self.sampler, model.config, config.from_checkpoint)
         shared = {
             "batch_size": config.batch_size,
