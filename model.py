@@ -168,7 +168,7 @@ class ModelConfig(Config):
         if self.n_expert and (self.mlp != "swiglu" or self.bias):
             raise UserError("experts are swiglu MLPs without biases: mlp must be swiglu, bias false")
         if self.shortcut_experts and not (self.n_expert and self.n_shared_expert and self.n_layer > 1):
-            raise UserError("shortcut_experts needs n_expert, n_shared_expert (which reads the layer's own), two layers")
+            raise UserError("shortcut_experts needs n_expert, n_shared_expert and two layers")
         if self.n_future > 1 and not self.is_causal:
             raise UserError(f"n_future {self.n_future} needs is_causal: full attention has seen them all")
 
