@@ -8,12 +8,14 @@ python convert.py out/ckpt.pt checkpoint/mine.pt --from nanogpt --tokenizer data
 python convert.py SmolLM2-135M-Instruct/ checkpoint/smollm2.pt                and from there, with its tokenizer
 
 What a file is shows in its name: X.pt is ours, X.gguf llama.cpp's, X.html a page, a folder Hugging Face's. What a
-format cannot say exactly is refused, with the reason.
+format cannot say exactly is refused, with the reason; modules for multi-token prediction (n_future) are left out.
 """
 
+import dataclasses
 import json
 import math
 import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -94,6 +96,15 @@ FORMATS = {  # by the end of the name; "" is a folder
     ".html": (read_page, write_page),
     "": (huggingface.read_folder, write_huggingface),
 }
+
+
+def without_modules(model: GPT) -> GPT:
+    """The model alone, without its modules for multi-token prediction."""
+    alone = GPT(dataclasses.replace(model.config, n_future=1))
+    alone.load_state_dict({name: w for name, w in model.state_dict().items() if not name.startswith("future.")})
+    return alone
+
+
 DEFAULT_TYPES = {".html": "q8_0"}  # elsewhere float32
 
 
@@ -138,6 +149,10 @@ def main() -> None:
         model, tokenizer = read(args.source, args.lora or args.template)
     if model.vision is not None and target != ".pt":
         raise UserError(f"{args.source}: a model that sees: no other format here has a place for its image encoder")
+    if target != ".pt" and model.config.n_future > 1:
+        what = f"the modules of n_future {model.config.n_future}, which only training and --draft future use"
+        print(f"{args.target}: left out: {what}", file=sys.stderr)
+        model = without_modules(model)
     type_name = args.type or DEFAULT_TYPES.get(target, "float32")
     use = write(args.target, model.eval(), tokenizer, type_name)
     files = [Path(args.target)] if Path(args.target).is_file() else list(Path(args.target).iterdir())

@@ -36,7 +36,7 @@ from evaluation import choices
 from evaluation.copied import describe_copied
 from evaluation.questions import Answer, Turn, ask, check_sight, turns_of
 from evaluation.statistics import compare, mean_interval, verdict
-from evaluation.text import Units, judge_pieces, judge_windows, read_ids
+from evaluation.text import BOUND, Units, check_attention, judge_pieces, judge_windows, read_ids
 from layers.rope import ROPE_SCALING
 from model import GPT
 from plot_loss import join_runs
@@ -107,9 +107,8 @@ def load_contestants(args: Namespace) -> list[Contestant]:
             model = load_model(checkpoint, path, **changes).to(find_device(args.device))
             if args.lora:
                 lora.load_adapter(load_checkpoint(args.lora), model, args.lora)
-            if not model.config.is_causal:
-                raise UserError(f"{path}: with full attention there is no next token to predict")
                 lora.merge(model)
+            check_attention(model.config, path, bool(args.stride or args.scaling or args.factor > 1))
             model, _ = with_weights(model, args.weights)
             label = f", {path}" if len(args.model) > 1 else "" if scaling == "none" else f", {scaling}"
             found.append(Contestant(label, model.eval(), tokenizer))
@@ -146,12 +145,15 @@ def evaluate_text(args: Namespace) -> None:
             of_positions, of_windows = judge_windows(model, tokenizer, tokens, args.windows)
             losses[label] = of_positions.mean(0)  # (block_size,)
             units.append(of_windows)
-        trained = math.floor(sizes[0] / args.factor)
-        print_perplexities(losses, trained)
-        draw(args.output, losses, trained)
-        print(args.output)
+        if not any(model.config.mask_token for _, model, _ in contestants):  # whose windows have no beginning
+            trained = math.floor(sizes[0] / args.factor)
+            print_perplexities(losses, trained)
+            draw(args.output, losses, trained)
+            print(args.output)
         what, n_unread = "window", len(ids[0]) // (len(next(iter(losses.values()))) + 1) - args.windows
     else:
+        for label, model, _ in contestants:
+            check_attention(model.config, label.removeprefix(", ") or args.model[0], has_strides=True)
         strides = [min(args.stride or max(1, size // 2), size) for size in sizes]
         if args.stride is None:
             why = "windows" if is_one_tokenizer else "tokenizers"
@@ -160,8 +162,8 @@ def evaluate_text(args: Namespace) -> None:
         units, what, n_unread = judge_pieces(judged, characters, strides), "piece", 0
     n, size = len(units[0].nats), units[0].characters.mean()
     read = f"{n} {what}{'s' * (n > 1)} of about {size:.0f} characters"
-    for (label, _, _), unit in zip(contestants, units, strict=True):
-        print(f"overall{label}: {unit.describe()} ({read})")
+    for (label, model, _), unit in zip(contestants, units, strict=True):
+        print(f"overall{label}: {unit.describe(BOUND if model.config.mask_token else 'loss')} ({read})")
     if len(args.model) > 1:
         compare_on_text(args.model, units, is_one_tokenizer, n_unread)
 
@@ -315,6 +317,7 @@ def evaluate_choices(args: Namespace) -> None:
     generators = {path: load_text_generator(path, *rest) for path in args.model}
     results, records = [], []
     for path, generator in generators.items():
+        check_attention(generator.model.config, path, has_strides=True)
         texts = (question.ask(by_letter=True) for question in questions)
         if note := unknown_note(generator.tokenizer, "".join(texts)):
             tell(f"in the questions: {note}")

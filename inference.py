@@ -6,6 +6,7 @@ python inference.py -i -m checkpoint/sft.pt -p "你好" -t 0              one an
 python inference.py -i -m checkpoint/vision.pt --image X.png            questions about an image; /image names others
 cat questions.txt | python inference.py -i -m checkpoint/sft.pt         one answer for every line; --encoding gbk
 python inference.py -i -m checkpoint/sft.pt --draft lookup --profile    guesses tokens: the same answers, sooner
+python inference.py -m checkpoint/future.pt --draft future               by the model's own modules (n_future)
 python inference.py -m checkpoint/pretrain.pt --lora A.pt --merge B.pt  one checkpoint of a model and its adapter
 """
 
@@ -265,7 +266,7 @@ def make_parser() -> Parser:
     parser.add_argument("--weights", choices=kinds, default="float32", help="rounded to fewer bytes; auto: the fastest")
     switch = {"metavar": "true|false", "choices": BOOLEANS, "nargs": "?", "const": "true", "default": "false"}
     parser.add_argument("--compile", **switch, help="compile the step of a token in the background [%(default)s]")
-    parser.add_argument("--draft", metavar="lookup|FILE", default="", help="guess tokens: by look-up, a small model")
+    parser.add_argument("--draft", metavar="NAME", default="", help="guess tokens: lookup, future, or a small model")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="also end at this; may be repeated")
     parser.add_argument("--encoding", metavar="NAME", default="utf-8", help="of standard input: gbk, utf-16 [utf-8]")
     parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")

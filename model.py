@@ -21,15 +21,18 @@ from torch.nn.attention.flex_attention import BlockMask
 from base.configuration import Config, UserError, option
 from layers.attention import Attention, FullAttention, RopeAngles
 from layers.cache import KVCache
-from layers.experts import MixtureOfExperts, Routing
+from layers.experts import MixtureOfExperts, Routing, check_experts
 from layers.generation import generate
 from layers.head import Head
 from layers.latent_attention import LatentAttention
 from layers.linear_attention import LinearAttention
 from layers.masks import attention_mask, block_masks, positions_inside
+from layers.mlp import MLP, MLP_HIDDEN
+from layers.multi_token import FutureModule, future_config, future_loss
 from layers.norm import NORMS, make_norm
-from layers.rope import ROPE_SCALING, rope_table
+from layers.rope import ROPE_SCALING, check_rope, rope_table
 from layers.sampling import check_token_ids
+from layers.sparse_attention import SparseAttention
 from vision.encoder import VisionEncoder, check_vision, encoder_shape, put_patches
 
 SDP_KERNELS = {
@@ -42,8 +45,8 @@ ATTENTION: dict[str, type[Attention]] = {
     "full": FullAttention,
     "latent": LatentAttention,
     "linear": LinearAttention,
+    "sparse": SparseAttention,
 }
-MLP_HIDDEN = {"swiglu": 8 / 3, "gelu": 4, "gelu_tanh": 4, "relu2": 4}  # width over n_embd: equal parameter counts
 
 
 @dataclass
@@ -68,6 +71,7 @@ class ModelConfig(Config):
     norm_eps: float = option(1e-5, "epsilon of the normalisation", above=0.0)
     qk_norm: bool = option(True, "RMSNorm on queries and keys, per head")
     is_causal: bool = option(True, "causal attention; false: full attention")
+    mask_token: bool = option(False, "an embedding for masked tokens, the id vocab_size; loss diffusion sets it")
     attention: list[str] = option(
         ["full"], "kind of attention of each layer, repeated over the layers", choices=ATTENTION
     )
@@ -83,6 +87,10 @@ class ModelConfig(Config):
     )
     rope_dim: int | None = option(
         None, "attention latent: rotary part of a head's width; null: half of head_dim", minimum=0, maximum=1 << 20
+    )
+    sparse_block_size: int | None = option(None, "attention sparse: keys of a block; null: 16", minimum=1)
+    sparse_top_k: int | None = option(
+        None, "attention sparse: blocks that a query reads; null: a quarter of the window", minimum=1
     )
     tie_embeddings: bool = option(True, "token embedding and output layer share weights")
 
@@ -103,6 +111,7 @@ class ModelConfig(Config):
     )
     n_expert_per_token: int = option(2, "experts that a token is routed to (top-k)", minimum=1)
     n_shared_expert: int = option(0, "shared experts, which process every token", minimum=0, maximum=64)
+    shortcut_experts: bool = option(False, "experts read what the layer before gave its MLP; needs n_shared_expert")
     expert_balance: str = option(
         "loss",
         "load balancing: auxiliary loss, bias on the router's choice (auxiliary-loss-free), or none",
@@ -111,12 +120,12 @@ class ModelConfig(Config):
     router_loss_weight: float = option(0.01, "weight of the auxiliary loss", minimum=0.0)
     expert_bias_rate: float = option(0.001, "update rate of the biases", above=0.0)
 
+    n_future: int = option(
+        1, "tokens that each position learns to predict", minimum=1, maximum=4, section="Multi-token prediction"
+    )
+    future_loss_weight: float = option(0.3, "weight of the modules' mean loss in training", minimum=0.0)
     image_size: int = option(
-        0,
-        "width and height that images get, in pixels; 0: a model of text alone",
-        minimum=0,
-        maximum=4096,
-        section="Vision",
+        0, "width and height that images get, in pixels; 0: text alone", minimum=0, maximum=4096, section="Vision"
     )
     patch_size: int = option(8, "width and height of a patch of an image, in pixels", minimum=1, maximum=4096)
     n_vision_layer: int = option(
@@ -136,6 +145,8 @@ class ModelConfig(Config):
             self.head_dim = self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})")
+        if self.mask_token and self.is_causal:
+            raise UserError("mask_token: a masked token is told by those on both sides: is_causal must be false")
         if not self.attention:
             raise UserError(f"attention must name a kind or more ({', '.join(ATTENTION)}), got an empty list")
         for kind, attention in ATTENTION.items():
@@ -145,20 +156,15 @@ class ModelConfig(Config):
                 given := [f for f in attention.FIELDS if getattr(self, f) is not None]
             ):
                 raise UserError(f"{given[0]} is for attention {kind}: leave it out (null), or name {kind} in attention")
-        if self.use_rope and self.block_size * self.head_dim > 1 << 28:
-            raise UserError(
-                f"block_size {self.block_size:,} is too long for a RoPE table of head_dim {self.head_dim:,}"
-            )
-        if self.rope_scaling != "none" and not self.use_rope:
-            raise UserError(f"rope_scaling {self.rope_scaling} needs use_rope: learned positions end where they end")
-        if self.rope_scaling == "yarn" and self.rope_theta <= 1:
-            raise UserError(f"rope_scaling yarn needs a rope_theta above 1, got {self.rope_theta:g}")
-        if self.n_expert and self.n_expert_per_token > self.n_expert:
-            raise UserError(
-                f"n_expert_per_token ({self.n_expert_per_token}) must not be above n_expert ({self.n_expert})"
-            )
-        if self.n_expert and (self.mlp != "swiglu" or self.bias):
-            raise UserError("experts are swiglu MLPs without biases: mlp must be swiglu, bias false")
+        kinds = over_layers(self.attention, self.n_layer)
+        for i, (kind, window) in enumerate(zip(kinds, self.windows, strict=True)):
+            if window and not ATTENTION[kind].HAS_WINDOW:
+                where = f"attention_window {window} of layer {i + 1}"
+                raise UserError(f"{where}: attention {kind} has no window; give 0 there")
+        check_rope(self)
+        check_experts(self)
+        if self.n_future > 1 and not self.is_causal:
+            raise UserError(f"n_future {self.n_future} needs is_causal: full attention has seen them all")
         check_vision(self)
 
     @property
@@ -180,33 +186,6 @@ class ModelConfig(Config):
 def over_layers(pattern: list, n_layer: int) -> list:
     """A pattern, repeated over the layers."""
     return [pattern[layer % len(pattern)] for layer in range(n_layer)]
-
-
-class MLP(nn.Module):
-    """Two linear layers around a nonlinearity, for every token by itself.
-
-    swiglu: silu(gate) * up, with a third matrix for the gate (Shazeer 2020, arXiv:2002.05202); gelu (gelu_tanh: GPT-2's
-    approximation of it); or relu2, the square of relu (So et al. 2021, arXiv:2109.08668).
-    """
-
-    def __init__(self, config: ModelConfig, n_hidden: int) -> None:
-        super().__init__()
-        self.kind = config.mlp
-        # swiglu: gate and up projections in one matrix, gate first
-        self.up = nn.Linear(config.n_embd, n_hidden * (2 if self.kind == "swiglu" else 1), bias=config.bias)
-        self.down = nn.Linear(n_hidden, config.n_embd, bias=config.bias)
-        self.residual_dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.up(x)
-        if self.kind == "swiglu":
-            gate, up = x.chunk(2, dim=-1)
-            x = F.silu(gate) * up
-        elif self.kind in ("gelu", "gelu_tanh"):
-            x = F.gelu(x, approximate="none" if self.kind == "gelu" else "tanh")
-        else:
-            x = F.relu(x).square()
-        return self.residual_dropout(self.down(x))
 
 
 class Block(nn.Module):
@@ -250,11 +229,13 @@ class GPT(nn.Module):
             raise UserError("vocab_size is not set: it comes from the tokenizer")
         self.config, self.sdp_kernel = config, sdp_kernel
         layers = zip(config.attention_classes, config.windows, strict=True)
-        self.windows = [None if attention.IS_RECURRENT else window for attention, window in layers]
+        self.windows = [window if attention.HAS_WINDOW else None for attention, window in layers]
         self.restart_positions = True  # in every document
         self.router_loss: torch.Tensor | float = 0.0  # of the last pass with targets, weighted, mean over layers
         self.use_flex = False  # flex attention where there are masks, once compiled
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.mask_token:  # a table of its own: the output layer has no logit for it, so it is never drawn
+            self.mask_embedding = nn.Embedding(1, config.n_embd)
         self.rope_widths = [attention.rope_width(config) * config.use_rope for attention in config.attention_classes]
         for width in set(self.rope_widths) - {0}:
             cos, sin = rope_table(
@@ -273,16 +254,19 @@ class GPT(nn.Module):
             shape = encoder_shape(config)
             self.vision = VisionEncoder(config, [Block(shape, layer) for layer in range(config.n_vision_layer)])
         self.lm_head = Head(config.n_embd, config.vocab_size)
+        modules = future_config(config)
+        self.future = nn.ModuleList(FutureModule(config, Block(modules, i)) for i in range(modules.n_layer))
         if config.tie_embeddings:  # a token's embedding is also the direction that predicts it (arXiv:1608.05859)
             self.lm_head.weight = self.token_embedding.weight
         self._initialise()
         # counted here, because sharding (DeepSpeed's ZeRO-3) empties parameters later
         self._n_weights = sum(p.numel() for p in self.parameters())
-        matrices = {name: p.numel() for name, p in self.blocks.named_parameters() if p.dim() >= 2}
+        layers = [(name, p) for name, p in self.named_parameters() if name.startswith(("blocks.", "future."))]
+        matrices = {name: p.numel() for name, p in layers if p.dim() >= 2}
         for name in matrices if config.n_expert else ():
             if name.endswith(("mlp.up", "mlp.down")):  # a token passes through n_expert_per_token experts only
                 matrices[name] = matrices[name] * config.n_expert_per_token // config.n_expert
-        self._n_matrix_weights = sum(matrices.values()) + self.lm_head.weight.numel()
+        self._n_matrix_weights = sum(matrices.values()) + config.n_future * self.lm_head.weight.numel()
 
     def _initialise(self) -> None:
         """Normal weights of std 0.02; projections onto the residual stream scaled by 1/sqrt(2 n_layer) (GPT-2).
@@ -295,7 +279,7 @@ class GPT(nn.Module):
             elif parameter.dim() >= 2:
                 onto_residual = name.endswith(("attention.out.weight", ".down.weight", "mlp.down"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if onto_residual else 0.02)
-        for block in self.blocks:
+        for block in [*self.blocks, *(module.block for module in self.future)]:
             block.attention.initialise()
         if self.vision is not None:
             self.vision.initialise()
@@ -314,36 +298,46 @@ class GPT(nn.Module):
         them begins at position 0. routing: for a mixture of experts, which tokens are padding; collects losses.
         images (N, 3, image_size, image_size): see embed().
         """
-        T = idx.size(1)
-        positions = cache.begin(T) if cache is not None else slice(T)
+        T, routing = idx.size(1), routing or Routing()
+        positions = cache.begin(T) if cache is not None else self.positions(T, documents)
         end = T + (cache.longest if cache is not None else 0)
         if end > self.config.block_size:
             raise UserError(f"{end} tokens do not fit the context window of {self.config.block_size} (block_size)")
         x = self.embed(idx, images)  # (B, T, n_embd)
-        if documents is not None and self.restart_positions:
-            positions = positions_inside(documents)  # (B, T)
         if not self.config.use_rope:  # once, on the input; RoPE: inside of attention, on queries and keys
             x = x + self.position_embedding.weight[positions]
         x = self.embedding_dropout(x)
         ropes, masks = self.rope(positions), self.masks(T, cache, documents, idx.device)
-        with sdpa_kernel(SDP_KERNELS[self.sdp_kernel]) if self.sdp_kernel != "auto" else contextlib.nullcontext():
+        with self.attention_kernel():
             for block, rope, window in zip(self.blocks, ropes, self.windows, strict=True):
                 x = block(x, rope, masks[window], cache, routing)
         if cache is not None:
             cache.advance()
         return self.norm(x)
 
+    def positions(self, T: int, documents: torch.Tensor | None) -> torch.Tensor | slice:
+        """Positions of T tokens without a cache: (B, T) where each document (B, T) begins at 0; else the same slice."""
+        return slice(T) if documents is None or not self.restart_positions else positions_inside(documents)
+
+    def attention_kernel(self) -> contextlib.AbstractContextManager:
+        """Where attention is computed: allows the kernel of sdp_kernel alone."""
+        return sdpa_kernel(SDP_KERNELS[self.sdp_kernel]) if self.sdp_kernel != "auto" else contextlib.nullcontext()
+
     def embed(self, idx: torch.Tensor, images: torch.Tensor | None = None) -> torch.Tensor:
-        """Embeddings (B, T, n_embd) of token ids (B, T), and of patches where the id is vocab_size, of no token.
+        """Embeddings (B, T, n_embd) of token ids (B, T). The id vocab_size is of no token: of patches, or of the mask.
 
         The patches of images (N, 3, image_size, image_size) take these places in order, through all rows.
         """
-        is_patch = idx == self.config.vocab_size if images is not None else None
+        has_others = images is not None or self.config.mask_token
         if idx.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU an assert would end the process
-            check_token_ids(idx if is_patch is None else idx[~is_patch], self.config.vocab_size)
-        if is_patch is None:
+            check_token_ids(idx, self.config.vocab_size + has_others)
+        if not has_others:
             return self.token_embedding(idx)
-        return put_patches(self.vision, images, self.token_embedding(idx.masked_fill(is_patch, 0)), is_patch)
+        is_other = idx == self.config.vocab_size
+        x = self.token_embedding(idx.masked_fill(is_other, 0))
+        if images is not None:
+            return put_patches(self.vision, images, x, is_other)
+        return torch.where(is_other[..., None], self.mask_embedding(idx.new_zeros(1, 1)), x)
 
     def rope_name(self, part: str, width: int) -> str:
         """The buffer of the cosines or sines for so many numbers of a head: rope_cos, rope_sin where they are all."""
@@ -362,7 +356,7 @@ class GPT(nn.Module):
     ) -> dict[int | None, torch.Tensor | BlockMask | None]:
         """By sliding window: which keys T tokens see, after those of the cache. None: SDPA's own causal mask does.
 
-        Of a recurrent layer, which has no keys, under None: positions in the documents (B, T), if there are any.
+        Of layers that have no window, under None: positions in the documents (B, T), if there are any.
         """
         windows, is_causal = set(self.windows) - {None}, self.config.is_causal
         starts = {None: None if documents is None else positions_inside(documents)}
@@ -387,24 +381,30 @@ class GPT(nn.Module):
 
         loss_mask (B, T): 1 where a target counts, 0 where not; the mean is taken over those that count.
         reduction: "mean" or "sum" (scalars), or "none": (B, T), 0 where the mask is 0. documents: as in hidden().
-        In training, "mean" and "sum" include the experts' load-balancing loss, times the number of targets in a sum.
+        In training, "mean" and "sum" include the modules' loss (n_future), and the experts' load-balancing loss, times
+        the sum of loss_mask in a sum.
         with_logits: false where only the loss is wanted: None instead, and much less memory. images: as in embed().
         """
         routing = Routing()
-        if self.config.n_expert and loss_mask is not None:  # what follows a row's last target is padding
+        if self.config.mask_token:  # any token may be masked, or not: what belongs to no document is padding
+            routing.is_token = None if documents is None else documents > 0
+        elif self.config.n_expert and loss_mask is not None:  # what follows a row's last target is padding
             routing.is_token = loss_mask.flip(1).cummax(1).values.flip(1) > 0
         hidden = self.hidden(idx, None, documents, routing, images)
         if targets is None:
             return self.lm_head(hidden), None
-        router_loss = 0.0
+        router_loss = extra = 0.0
+        if self.future and self.training and reduction != "none":
+            extra = future_loss(self, hidden, targets, loss_mask, documents, routing)
         if routing.losses and self.config.expert_balance == "loss":
             router_loss = self.config.router_loss_weight * sum(routing.losses) / len(routing.losses)
         self.router_loss = router_loss  # for losses that are made of log-probabilities, which do not include it
         count = targets.numel() if loss_mask is None else loss_mask.sum().clamp(min=1)
+        extra = extra + router_loss * count
         if not with_logits and reduction == "none":
             return None, self.lm_head(hidden, targets, loss_mask, "none")
         if not with_logits:
-            total = self.lm_head(hidden, targets, loss_mask) + router_loss * count
+            total = self.lm_head(hidden, targets, loss_mask) + extra
             return None, total if reduction == "sum" else total / count
         logits = self.lm_head(hidden)
         losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
@@ -412,7 +412,7 @@ class GPT(nn.Module):
             losses = losses * loss_mask
         if reduction == "none":
             return logits, losses
-        total = losses.sum() + router_loss * count
+        total = losses.sum() + extra
         return logits, total if reduction == "sum" else total / count
 
     def parameter_count(self) -> int:
@@ -428,7 +428,8 @@ class GPT(nn.Module):
         """
         config, T = self.config, sequence_length or self.config.block_size
         total = 6.0 * self._n_matrix_weights
-        for attention, window in zip(config.attention_classes, config.windows, strict=True):
+        layers = list(zip(config.attention_classes, config.windows, strict=True))
+        for attention, window in layers + layers[-1:] * (config.n_future - 1):
             w = min(window, T) if window else T
             keys = w - w * w / (2 * T) if config.is_causal else min(T, 2 * w - 1 if window else T)  # on average
             total += attention.flops_per_token(config, keys)

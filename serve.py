@@ -22,6 +22,7 @@ from typing import Any
 
 from base.configuration import Parser, UserError, escape_control_characters, run_main
 from plot_loss import svg
+from serving.denoising import DenoisingBatch
 from serving.scheduler import Batch, Scheduler
 from serving.text_generator import TextGenerator, load_text_generator
 from serving.training_logs import TrainingLogs
@@ -90,7 +91,11 @@ def load_models(args: Namespace) -> dict[str, Batch]:
     for path in args.lora:
         add_model(loaded, path, (load_adapted(path, paths, args), Path(path).stem))
     limits = {"n_rows": args.rows, "max_waiting": args.waiting, "seconds": args.seconds}
-    return {name: Batch(name, generator, adapter=adapter, **limits) for name, (generator, adapter) in loaded.items()}
+    makers = {True: DenoisingBatch, False: Batch}
+    return {
+        name: makers[generator.model.config.mask_token](name, generator, adapter=adapter, **limits)
+        for name, (generator, adapter) in loaded.items()
+    }
 
 
 def add_model(loaded: dict[str, Any], path: str, model: tuple[TextGenerator, str | None]) -> None:

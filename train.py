@@ -94,7 +94,7 @@ def train(run: Run, log: RunLog) -> State:
 
             # every now and then: log, evaluate (and save the best), save
             if state.step == 1 and not config.from_checkpoint and config.loss == "next_token":
-                preflight.check_first_loss(loss.item(), run.model.config.vocab_size)
+                preflight.check_first_loss(loss.item(), run.model.config)
             log.bar.update()
             is_logged, is_evaluated = (done or state.step % n == 0 for n in (config.log_interval, config.eval_interval))
             if is_logged or is_evaluated:
@@ -215,7 +215,10 @@ def evaluate_and_save(run: Run, log: RunLog) -> None:
         "best_val_loss": state.best_val_loss,
         "tokens": state.tokens,
     }
-    line = f"step {state.step:,}: val loss {val_loss:.4f} ± {standard_error:.4f}"
+    what = "val loss"
+    if config.loss == "diffusion":  # of the mean loss per token: the likelihood itself cannot be computed
+        record["is_bound"], what = True, "val bound, at most"
+    line = f"step {state.step:,}: {what} {val_loss:.4f} ± {standard_error:.4f}"
     if not math.isfinite(val_loss):
         record["not_finite"] = True  # JSON has no nan: val_loss itself becomes null
         line += " (not finite: not compared with the best)"
@@ -226,7 +229,7 @@ def evaluate_and_save(run: Run, log: RunLog) -> None:
         record["bits_per_character"] = val_loss * run.source.tokens_per_character / math.log(2)
         line += f", {record['bits_per_character']:.3f} bits/character"
     if run.expert_counts is not None:
-        shares = run.expert_counts / run.expert_counts.sum(1, keepdim=True)  # (layers, experts)
+        shares = run.expert_counts / run.expert_counts.sum(1, keepdim=True).clamp(min=1)  # (layers, experts)
         record["expert_load"], run.expert_counts = shares.tolist(), None
         line += f", busiest expert {shares.max() * shares.size(1):.2f}x the mean"
     for metrics in (run.source.metrics, getattr(run.loss, "metrics", dict), getattr(run.batches, "metrics", dict)):
@@ -250,7 +253,8 @@ def sample_text(run: Run, model: GPT) -> str:
     model.eval()
     idx = torch.from_numpy(run.tokenizer.encode(run.config.sample_prompt).astype("int64"))[None].to(run.engine.device)
     with run.engine.autocast():  # the precision of training: some attention kernels know no other
-        steps = model.generate(idx, run.config.sample_tokens, temperature=0.8, seed=run.config.random_seed)
+        settings = {"block": run.config.answer_block, "fills_window": not run.source.has_questions}  # of diffusion
+        steps = model.generate(idx, run.config.sample_tokens, temperature=0.8, seed=run.config.random_seed, **settings)
         text = run.tokenizer.decode([tokens.item() for tokens in steps])
     model.train()
     return text
@@ -307,6 +311,7 @@ def save(run: Run, path: Path, log: RunLog) -> None:
             "tokenizer": run.tokenizer.to_dict(),
             "data": {
                 "sizes": run.source.sizes,
+                "has_questions": run.source.has_questions,
                 "evaluated": run.evaluated,
                 "samples": state.samples,
                 "tokens": state.tokens,

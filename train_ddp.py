@@ -94,7 +94,7 @@ class FSDPEngine(DDPEngine):
         # Blocks are gathered in the precision of their products: half the bytes to send, and nothing left to cast.
         # Gradients are summed in float32; embedding, residual stream and output layer stay in float32, as without FSDP.
         blocks = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
-        for block in model.blocks:
+        for block in [*model.blocks, *model.future]:
             fully_shard(block, mesh=mesh, mp_policy=blocks)
         fully_shard(model, mesh=mesh)
         super().prepare(model)
@@ -102,14 +102,14 @@ class FSDPEngine(DDPEngine):
     def wrap(self, model: GPT) -> torch.nn.Module:
         self.compile()
         if self.use_compile:  # block by block, for the hooks around them, by which fully_shard communicates, cannot be
-            for block in model.blocks:
+            for block in [*model.blocks, *model.future]:
                 block.forward = torch.compile(block.forward)
             model.use_flex = False  # which is for a model that is compiled as a whole
         return model  # no DDP around it
 
     def stop_compiling(self, error: Exception) -> None:
         super().stop_compiling(error)
-        for block in self.model.blocks:
+        for block in [*self.model.blocks, *self.model.future]:
             block.__dict__.pop("forward", None)  # that of the class again
 
     def gradient_sync(self, is_last: bool) -> contextlib.AbstractContextManager:

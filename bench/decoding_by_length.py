@@ -23,10 +23,11 @@ SHAPE = {"vocab_size": 65, "n_layer": 4, "n_head": 4, "n_embd": 256}
 
 
 @torch.inference_mode()
-def decoding(attention: str, length: int, device: torch.device) -> tuple[GPT, KVCache]:
+def decoding(attention: str, length: int, top_k: int | None, device: torch.device) -> tuple[GPT, KVCache]:
     """A model, and a cache that has room for one token more."""
     torch.manual_seed(0)
-    config = ModelConfig(**SHAPE, block_size=length, attention=attention.split(","))
+    top_k = top_k if "sparse" in attention else None
+    config = ModelConfig(**SHAPE, block_size=length, attention=attention.split(","), sparse_top_k=top_k)
     model = GPT(config).to(device).eval()
     cache = KVCache(config, 1, device, torch.float32)
     for tensor in cache.tensors():
@@ -51,13 +52,14 @@ def main() -> None:
     kinds = ["full", "linear", "linear,linear,linear,full"]
     parser.add_argument("--attention", nargs="+", default=kinds, help="patterns over the layers")
     parser.add_argument("--lengths", nargs="+", type=int, default=[4**i for i in range(4, 9)], help="of the text")
+    parser.add_argument("--sparse_top_k", type=int, help="blocks that sparse attention reads (a quarter of the text)")
     parser.add_argument("--times", type=int, default=30, help="tokens that are timed, of which the fastest counts")
     args = parser.parse_args()
     device = find_device("auto")
     rows = [("length", *(f"{kind}: ms, MB" for kind in args.attention))]
     results = {}
     for length in args.lengths:
-        runs = {kind: decoding(kind, length, device) for kind in args.attention}
+        runs = {kind: decoding(kind, length, args.sparse_top_k, device) for kind in args.attention}
         best = dict.fromkeys(runs, float("inf"))
         for _ in range(args.times):
             for kind, (model, cache) in runs.items():

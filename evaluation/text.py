@@ -16,13 +16,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from base.configuration import UserError
 from evaluation.statistics import ratio
 from layers.head import Head
-from model import GPT
+from model import GPT, ModelConfig
 from text.corpus import BadLines, documents
 from text.formats import Source
 from text.tokenizer import CharTokenizer, Tokenizer, codepoints, remove_special_tokens
+from training.diffusion import bound_of_windows
 
+BOUND = "an upper bound on the loss,"  # what masked diffusion has instead
 Judged = tuple[GPT, Tokenizer, np.ndarray]  # a model, and a text as its tokenizer's ids (T,)
 
 
@@ -34,17 +37,28 @@ class Units(NamedTuple):
     characters: np.ndarray
     bytes: np.ndarray
 
-    def describe(self) -> str:
+    def describe(self, what: str = "loss") -> str:
         """Loss, perplexity, bits per character and per byte, with their standard errors over the units."""
         loss, error = ratio(self.nats, self.tokens)
         perplexity = math.exp(min(700.0, loss))  # no overflow
-        parts = [f"loss {loss:.4f}{plus_minus(error, 4)}", f"perplexity {perplexity:.2f}"]
+        parts = [f"{what} {loss:.4f}{plus_minus(error, 4)}", f"perplexity {perplexity:.2f}"]
         parts[-1] += plus_minus(perplexity * error, 2)  # the derivative of exp() is exp()
         for name, counts in (("character", self.characters), ("byte", self.bytes)):
             if counts.sum():
                 bits, error = ratio(self.nats / math.log(2), counts)
                 parts.append(f"{bits:.3f}{plus_minus(error, 3)} bits/{name}")
         return ", ".join(parts)
+
+
+def check_attention(config: ModelConfig, path: str, has_strides: bool) -> None:
+    """Raises UserError where a model has no loss of every token, after those before it; has_strides: it is needed."""
+    if config.mask_token and has_strides:
+        raise UserError(
+            f"{path}: masked diffusion has a bound on the loss of a whole window, not of a token after others: "
+            "so no --stride, --factor or --scaling, and beside it only models of the same window and tokenizer"
+        )
+    if not config.is_causal and not config.mask_token:
+        raise UserError(f"{path}: with full attention there is no next token to predict")
 
 
 def plus_minus(error: float, digits: int) -> str:
@@ -68,13 +82,19 @@ def read_ids(sources: list[Source], tokenizer: Tokenizer) -> tuple[np.ndarray, s
 
 @torch.inference_mode()
 def losses_of(model: GPT, ids: np.ndarray, starts: np.ndarray, length: int, batch_size: int) -> Iterator[np.ndarray]:
-    """Cross-entropies in nats (length,), window by window: of the tokens that follow ids[start : start + length]."""
+    """Cross-entropies in nats (length,), window by window: of the tokens that follow ids[start : start + length].
+
+    Of masked diffusion, parts of a bound on what they add up to.
+    """
     device = next(model.parameters()).device
     batches = range(0, len(starts), batch_size)
     for first in tqdm(batches, desc="reading", delay=1, leave=False, dynamic_ncols=True, disable=None):
         rows = np.stack([ids[start : start + length + 1] for start in starts[first : first + batch_size]])
         windows = torch.from_numpy(rows.astype(np.int64)).to(device)  # (B, length + 1)
         idx, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        if model.config.mask_token:
+            yield from bound_of_windows(model, targets, first).cpu().double().numpy()
+            continue
         is_rounded = not isinstance(model.lm_head, Head)  # to integers: it computes logits alone
         _, losses = model(idx, targets, reduction="none", with_logits=is_rounded)  # (B, length)
         yield from losses.cpu().double().numpy()

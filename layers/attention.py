@@ -30,6 +30,7 @@ class Attention(nn.Module):
     FIELDS: tuple[str, ...] = ()  # fields of ModelConfig that are for this kind alone; null where no layer is of it
     PROJECTIONS: tuple[str, ...]  # linear layers that make queries, keys and values: what LoRA's target `qkv` means
     IS_RECURRENT = False  # whether it keeps a state that all tokens change: it has no mask, and none is taken back
+    HAS_WINDOW = True  # whether a window may hide keys; else its mask are positions in the documents (B, T), or None
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
@@ -48,6 +49,10 @@ class Attention(nn.Module):
         rope: the angles of the positions, for rope_width() numbers; mask: of GPT.masks().
         """
         raise NotImplementedError
+
+    def visible(self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Which keys the queries of project() see: all heads what the mask shows, if the kind itself hides none."""
+        return mask
 
     def initialise(self) -> None:
         """Set the weights that do not begin as GPT sets all: normal those of matrices, zero biases."""

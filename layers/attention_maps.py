@@ -39,6 +39,7 @@ def attention_weights(
     """softmax(q k^T / sqrt(head_dim)) (B, n_head, T, T) of one attention layer on its input (B, T, n_embd)."""
     config = attention.config
     q, k, _ = attention.project(x, rope)
+    mask = attention.visible(q, k, mask)
     k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
     if mask is None and config.is_causal:
         T = x.size(1)

@@ -12,7 +12,7 @@ takes the place of the one at p - window, which nobody sees any more:
 Without a window it is a ring of block_size places, and never comes round.
 
 What a layer keeps is its kind of attention's affair (Attention.cache_shapes): keys and values, or less. Rings are
-filled by extend(); a kind that keeps something else, not a place per token, updates its tensors, layers[i], itself.
+filled by extend(); what a kind keeps beside them, or in place of them, it updates in layers[i] itself.
 """
 
 import numpy as np
@@ -108,12 +108,13 @@ class KVCache:
         return (keys >= 0) & is_visible(self.positions[:, None, :, None], keys, window, is_causal=True)
 
     def extend(self, layer: int, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Add to every ring of a layer, as keys and values, those of the new tokens (B, heads, T, width).
+        """Add to the rings of a layer, as keys and values, those of the new tokens (B, heads, T, width).
 
-        Returns what each ring holds then, of old and new tokens: (B, heads, keys, width).
+        Returns what each ring holds then, of old and new tokens: (B, heads, keys, width). Tensors of the layer that
+        have no new ones are the kind's own.
         """
         seen = []
-        for ring, new in zip(self.layers[layer], tensors, strict=True):
+        for ring, new in zip(self.layers[layer], tensors, strict=False):
             T, n_places = new.size(2), ring.size(2)
             if self.are_joined(T, n_places):
                 seen.append(torch.cat((ring[:, :, : self.longest], new), dim=2))

@@ -6,15 +6,39 @@
 Many parameters at the compute of few: a token passes through k of the n_expert MLPs (Shazeer et al. 2017,
 arXiv:1701.06538). This form is that of Mixtral (arXiv:2401.04088) and Qwen3-MoE. It is dropless: an expert has no
 capacity limit, so no token is dropped.
+
+Where experts lie on many GPUs, tokens are sent to them and back, and everything waits. With shortcut_experts (ScMoE,
+Cai et al. 2024, arXiv:2404.05019) the experts of a layer read what the layer before gave its MLP, after its attention;
+the shared expert, which every token has at hand, reads the layer's own. Both are added to the stream x:
+
+    h = norm(x)                                                 # x after this layer's attention
+    x = x + shared(h) + sum(gate_i * expert_i(h of the layer before))
+
+So tokens can travel while this layer's attention and shared expert compute. On one device, as here, nothing travels and
+nothing is gained: what can be seen is whether it learns as well. The first layer's experts read its own h.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from base.configuration import UserError
 from layers.head import matmul_dtype
+
+
+def check_experts(config: Any) -> None:
+    """Raises UserError for experts that a ModelConfig cannot have."""
+    if config.n_expert and config.n_expert_per_token > config.n_expert:
+        raise UserError(
+            f"n_expert_per_token ({config.n_expert_per_token}) must not be above n_expert ({config.n_expert})"
+        )
+    if config.n_expert and (config.mlp != "swiglu" or config.bias):
+        raise UserError("experts are swiglu MLPs without biases: mlp must be swiglu, bias false")
+    if config.shortcut_experts and not (config.n_expert and config.n_shared_expert and config.n_layer > 1):
+        raise UserError("shortcut_experts needs n_expert, n_shared_expert and two layers")
 
 
 def grouped_mm(x: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -76,12 +100,14 @@ class Routing:
     """What the mixtures of all layers share in a forward pass.
 
     is_token (B, T): False where a token is padding, which the balance of experts leaves out; None: nowhere.
-    losses: every layer's load-balancing loss. A class of its own, as FSDP and ZeRO would hand a layer a copy of a list.
+    losses: every layer's load-balancing loss. before (N, n_embd): with shortcut_experts, what the experts of the next
+    layer read. A class of its own, as FSDP and ZeRO would hand a layer a copy of a list.
     """
 
     def __init__(self, is_token: torch.Tensor | None = None) -> None:
         self.is_token = is_token
         self.losses: list[torch.Tensor] = []
+        self.before: torch.Tensor | None = None
 
 
 class MixtureOfExperts(nn.Module):
@@ -105,7 +131,10 @@ class MixtureOfExperts(nn.Module):
 
         In training, the load-balancing loss is added to routing.losses.
         """
-        tokens, k = x.reshape(-1, x.size(-1)), self.config.n_expert_per_token  # (N, n_embd)
+        own, k = x.reshape(-1, x.size(-1)), self.config.n_expert_per_token
+        tokens = own  # (N, n_embd): what the experts read
+        if self.config.shortcut_experts and routing is not None:
+            tokens, routing.before = own if routing.before is None else routing.before, own
         probabilities, experts, gates = self.route(tokens)
 
         # dispatch: a copy of each token per chosen expert, sorted by expert, so that each works on consecutive rows
@@ -133,7 +162,7 @@ class MixtureOfExperts(nn.Module):
             if routing is not None:
                 routing.losses.append(self.config.n_expert * (fraction * mean_probabilities).sum())
         if self.shared is not None:
-            y = y + self.shared(tokens)
+            y = y + self.shared(own)
         return y.view(x.shape)
 
     def route(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ import torch
 
 from base.configuration import UserError
 from layers.cache import KVCache, keep_newest
+from layers.denoising import BLOCK, check_denoising, denoise, from_the_left
 from layers.sampling import check_sampling, check_token_ids, sample
 from layers.speculative import Drafter, generate_speculatively
 
@@ -26,6 +27,9 @@ def generate(
     use_cache: bool = True,
     step: Callable[[torch.Tensor, KVCache], torch.Tensor] | None = None,
     drafter: Drafter | None = None,
+    denoising_steps: int | None = None,
+    block: int = BLOCK,
+    fills_window: bool = True,
     images: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
     """Continue token ids (B, T >= 1): yields one (B,) tensor of tokens a step.
@@ -35,10 +39,13 @@ def generate(
     position 0, and generation goes on; of a longer prompt the newest block_size tokens are read, with a warning.
     step: computes logits (1, vocab_size) from one token (1, 1) and the cache in another way, such as a CompiledStep.
     drafter: guesses tokens, for one sequence: the same tokens from fewer passes (layers/speculative.py).
+    A model of masked diffusion continues one sequence without a cache; denoising_steps, block, fills_window: as of
+    denoise() in layers/denoising.py.
     images (N, 3, image_size, image_size): those in the prompt, see GPT.embed(); generation then ends with the window,
     as images that have half slid out of it cannot be read again.
     """
-    if not model.config.is_causal:
+    is_diffusion = model.config.mask_token
+    if not model.config.is_causal and not is_diffusion:
         raise UserError("generate() needs causal attention; a model with is_causal: false answers by predict()")
     if idx.dim() != 2 or idx.size(1) == 0:
         raise UserError("generate() needs a prompt of at least one token, shape (B, T)")
@@ -61,11 +68,20 @@ def generate(
     generator.manual_seed(seed) if seed is not None else generator.seed()
     settings = temperature, top_k, top_p, min_p, repetition_penalty
 
-    def draw(logits: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    def draw(logits: torch.Tensor, context: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         if images is not None:  # patches are no tokens that could be repeated
             context = torch.where(context == n_tokens, context[:, -1:], context)
         return sample(logits, context, generator, *settings)
 
+    if is_diffusion:
+        check_denoising(idx, denoising_steps, block)
+        if drafter is not None or step is not None:
+            raise UserError("a model of masked diffusion has no next token to guess or to compile: leave that out")
+        states = denoise(
+            *(model, idx[:, -model.config.block_size :], max_new_tokens, draw, stop_tokens),
+            *(denoising_steps, block, fills_window),
+        )
+        return from_the_left(states, model.config.vocab_size, max_new_tokens)
     if drafter is not None:
         return generate_speculatively(model, idx, max_new_tokens, draw, generator, drafter, stop_tokens)
     return generate_tokens(model, idx, max_new_tokens, draw, stop_tokens, use_cache, step, images)

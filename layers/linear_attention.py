@@ -99,6 +99,7 @@ class LinearAttention(Attention):
 
     PROJECTIONS = ("qkv", "gate", "alpha", "beta")
     IS_RECURRENT = True
+    HAS_WINDOW = False
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__(config, layer)
@@ -178,11 +179,6 @@ class LinearAttention(Attention):
     def check(config: Any) -> None:
         if not config.is_causal:
             raise UserError("attention linear reads from left to right: is_causal must be true")
-        for layer, (attention, window) in enumerate(zip(config.attention_classes, config.windows, strict=True)):
-            if window and attention is LinearAttention:
-                raise UserError(
-                    f"attention_window {window} of layer {layer + 1}: attention linear has no window; give 0 there"
-                )
         if set(config.attention) == {"linear"} and config.n_kv_head != config.n_head:
             raise UserError(f"n_kv_head ({config.n_kv_head}) is for full attention: attention linear has n_head of all")
 

@@ -7,10 +7,25 @@ ones tell neighbours apart, the slow ones tell near from far.
 """
 
 import math
+from typing import Any
 
 import torch
 
+from base.configuration import UserError
+
 ROPE_SCALING = ("none", "linear", "ntk", "yarn", "llama3")
+
+
+def check_rope(config: Any) -> None:
+    """Raises UserError for what a ModelConfig says of positions and RoPE cannot do."""
+    if config.use_rope and config.block_size * config.head_dim > 1 << 28:
+        raise UserError(
+            f"block_size {config.block_size:,} is too long for a RoPE table of head_dim {config.head_dim:,}"
+        )
+    if config.rope_scaling != "none" and not config.use_rope:
+        raise UserError(f"rope_scaling {config.rope_scaling} needs use_rope: learned positions end where they end")
+    if config.rope_scaling == "yarn" and config.rope_theta <= 1:
+        raise UserError(f"rope_scaling yarn needs a rope_theta above 1, got {config.rope_theta:g}")
 
 
 def rope_table(

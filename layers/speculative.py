@@ -11,10 +11,11 @@ after each of them (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, a
 What comes after a wrong guess followed another text, and is thrown away; its keys and values are forgotten by the
 lengths of the cache. A pass gives at least the one token that it gives without guesses.
 
-Two drafters guess. Prompt look-up (Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding) finds where the newest
+Three drafters guess. Prompt look-up (Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding) finds where the newest
 tokens occurred before, and guesses what followed there: answers repeat words of their questions. A draft model, smaller
 than the model, of the same vocabulary, generates its guesses: that works for any text, but costs a pass of its own for
-every guess.
+every guess. Modules trained with the model for multi-token prediction (layers/multi_token.py) guess from its hidden
+states, a block for each guess.
 
 Why it is exact. Every token is drawn from the model's own logits, by the function that draws without guesses, with the
 random numbers that it would get without them; a guess only decides which logits are there already. So a seed gives the
@@ -38,6 +39,7 @@ import torch
 
 from base.configuration import UserError
 from layers.cache import KVCache, keep_newest
+from layers.multi_token import future_config
 
 Draw = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits (1, vocab_size), context (1, T) -> token (1,)
 
@@ -51,6 +53,9 @@ class Drafter:
     def propose(self, context: torch.Tensor, n: int, draw: Draw) -> torch.Tensor:
         """At most n tokens (1, up to n) that may follow the context (1, T)."""
         raise NotImplementedError
+
+    def observe(self, hidden: torch.Tensor, start: int) -> None:
+        """The model's hidden states (1, n, n_embd) at positions from start on: of tokens, then of guesses."""
 
 
 class PromptLookup(Drafter):
@@ -107,6 +112,45 @@ class DraftModel(Drafter):
         return context[:, context.size(1) - n :]
 
 
+class FutureDrafter(Drafter):
+    """The model's own modules for multi-token prediction, a guess each.
+
+    The newest of T tokens has not been read yet. Module 1 guesses what follows it, from the hidden state at position
+    T - 2 and that token; module 2 what comes then, from module 1's hidden state and its guess; and so on. Of the newest
+    positions all but the first module read guesses: those they read again, with the tokens that came in their place.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        """model: a GPT in eval mode; raises UserError if it has no modules."""
+        if not model.future:
+            raise UserError("the model has no modules to draft with: train one with --n_future 2, 3 or 4")
+        self.model, self.n_tokens, weight = model, len(model.future), model.token_embedding.weight
+        shape = future_config(model.config)
+        self.cache = KVCache(shape, 1, weight.device, weight.dtype, spare=self.n_tokens)
+        self.hidden, self.start = weight.new_empty(1, 0, shape.n_embd), 0  # the model's, of positions from start on
+
+    def observe(self, hidden: torch.Tensor, start: int) -> None:
+        if start == 0:  # another text, or what is kept of this one
+            self.start, self.cache.lengths[:] = 0, 0
+        self.hidden = torch.cat((self.hidden[:, : start - self.start], hidden), dim=1)
+
+    def propose(self, context: torch.Tensor, n: int, draw: Draw) -> torch.Tensor:
+        if not n:
+            return context[:, :0]
+        model, T, start = self.model, context.size(1), self.start
+        hidden = self.hidden[:, : T - 1 - start]
+        rope = model.rope(self.cache.begin(T - 1 - start))[-1]
+        mask = model.masks(T - 1 - start, self.cache, None, context.device)[model.windows[-1]]
+        with model.attention_kernel():
+            for k, module in enumerate(model.future[:n], 1):
+                hidden = module(hidden, model.token_embedding(context[:, start + k :]), rope, mask, self.cache)
+                token = draw(model.lm_head(hidden[:, -1]), context)
+                context = torch.cat((context, token[:, None]), dim=1)
+        self.start = max(0, T - self.n_tokens)  # from here on, a module has read a guess
+        self.hidden, self.cache.lengths[:] = self.hidden[:, self.start - start :], self.start
+        return context[:, T:]
+
+
 @torch.inference_mode()
 def generate_speculatively(
     model: torch.nn.Module,
@@ -130,7 +174,10 @@ def generate_speculatively(
         guesses = drafter.propose(context, n, draw)  # (1, up to n)
         generator.set_state(random_state)  # the model draws with the random numbers that the draft had
         unread = torch.cat((context[:, cache.lengths[0] :], guesses), dim=1)
-        logits = model.lm_head(model.hidden(unread, cache)[:, -1 - guesses.size(1) :])  # (1, guesses + 1, vocab_size)
+        start = int(cache.lengths[0])
+        hidden = model.hidden(unread, cache)
+        drafter.observe(hidden, start)
+        logits = model.lm_head(hidden[:, -1 - guesses.size(1) :])  # (1, guesses + 1, vocab_size)
         drafter.n_passes += 1
         drafter.n_guesses += guesses.size(1)
         for i, guess in enumerate([*guesses[0].tolist(), None]):  # after the last guess the model draws one more

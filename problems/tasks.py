@@ -212,7 +212,9 @@ def recall(rng: np.random.Generator, n: int, length: int, config: Any) -> Instan
     queries = np.take_along_axis(pairs, order[:, :, None], axis=1)  # the same pairs in another order
     if not config.supervise:
         queries = queries[:, -1:]
-    context, queries = join(pairs.reshape(n, -1), "?"), queries.reshape(n, -1)  # a3b7c1? and b7a3c1
+    noise = spell(rng.integers(0, 10, (n, length, config.noise)))
+    context = join(np.concatenate([pairs, noise], axis=2).reshape(n, -1), "?")  # a3b7c1?
+    queries = queries.reshape(n, -1)  # b7a3c1
     targets = np.zeros_like(queries)
     targets[:, ::2] = queries[:, 1::2]  # the target at a key is its value
     aux_targets = np.concatenate([np.zeros_like(context), targets], axis=1)
@@ -388,7 +390,7 @@ PROBLEMS: dict[str, Problem] = {
         length="8",
         unit="pairs",
         longest=26,
-        options=("supervise",),
+        options=("supervise", "noise"),
         training={"max_steps": 500},
     ),
 }

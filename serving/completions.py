@@ -76,6 +76,8 @@ async def completions(request: Request) -> Response:
             raise BadRequest("max_tokens must be at least 1, or echo true", "max_tokens")
         prompts = requests.read_prompts(batch.generator, body)
         found = requests.generations(prompts, fields, body, batch.generator, "prompt", pieces.deliver)
+        if fields.echo and fields.logprobs is not None and batch.model.config.mask_token:
+            raise BadRequest("echo with logprobs: masked diffusion predicts no token from those before it", "echo")
         for generation in found:
             generation.n_logprobs = fields.logprobs
             generation.with_prompt = fields.echo and fields.logprobs is not None

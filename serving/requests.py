@@ -45,6 +45,7 @@ class AnswerFields(Config):
     repetition_penalty: float = option(1.0, "above 1: tokens of the context become less likely", above=0, maximum=100)
     max_tokens: int | None = option(None, "of the answer", minimum=0)
     seed: int | None = option(None, "of the random numbers", minimum=-(1 << 63), maximum=(1 << 63) - 1)
+    steps: int | None = option(None, "masked diffusion: passes for a block of tokens", minimum=1)
     n: int = option(1, "answers to each prompt", minimum=1, maximum=MAX_ANSWERS)
     stream: bool = option(False, "server-sent events")
 
@@ -141,6 +142,7 @@ def read_sampling(fields: SimpleNamespace, body: dict[str, Any], vocab_size: int
         repetition_penalty=fields.repetition_penalty,
         logit_bias=added,
         seed=None if fields.seed is None else fields.seed % (1 << 63),
+        steps=fields.steps,
     )
 
 
@@ -296,6 +298,8 @@ def generations(
     if len(prompts) * fields.n > MAX_ANSWERS:
         raise BadRequest(f"n: a request may ask for {MAX_ANSWERS} answers, over all its prompts", "n")
     config = generator.model.config
+    if fields.steps and not config.mask_token:
+        raise BadRequest("steps is for models of masked diffusion: this one generates token by token", "steps")
     sampling, stop = read_sampling(fields, body, config.vocab_size), read_stop(body)
     found = []
     for ids in prompts:

@@ -45,7 +45,7 @@ class Refused(UserError):
 
 @dataclass
 class Sampling:
-    """How the tokens of an answer are drawn; the fields of layers.sampling.sample(), and two more."""
+    """How the tokens of an answer are drawn; the fields of layers.sampling.sample(), and three more."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -54,6 +54,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = field(default_factory=dict)  # token id -> what is added to its logit
     seed: int | None = None
+    steps: int | None = None  # masked diffusion: passes for a block of tokens
 
 
 @dataclass
@@ -110,9 +111,19 @@ class Generation:
         self.bias = torch.tensor(list(self.sampling.logit_bias.values()), device=device)
         self.biased = torch.tensor(list(self.sampling.logit_bias), device=device, dtype=torch.long)
 
+    def draw(self, logits: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        """Tokens (k,) from logits (k, vocab_size); context (k, T): what a repetition penalty counts."""
+        sampling, adjusted = self.sampling, logits.float()
+        if len(self.biased):
+            adjusted = adjusted.index_add(1, self.biased, self.bias.expand(len(logits), -1))
+        filters = sampling.top_k, sampling.top_p, sampling.min_p
+        return sample(adjusted, context, self.random, sampling.temperature, *filters, sampling.repetition_penalty)
+
 
 class Batch:
     """The answers that one model generates together, each in a row of its cache."""
+
+    make_rows = Rows
 
     def __init__(
         self,
@@ -127,7 +138,7 @@ class Batch:
         self.adapter = adapter
         self.name, self.generator, self.max_waiting, self.seconds = name, generator, max_waiting, seconds
         self.model = generator.model
-        self.rows = Rows(self.model, n_rows)
+        self.rows = self.make_rows(self.model, n_rows)
         self.arrived: deque[Generation] = deque()  # from other threads; the rest belongs to the scheduler's
         self.waiting: deque[Generation] = deque()
         self.reading: Generation | None = None  # whose prompt is being read
@@ -225,20 +236,22 @@ class Batch:
 
     def draw(self, generation: Generation, logits: torch.Tensor) -> None:
         """Draw the next token of an answer from logits (1, vocab_size), and deliver what it adds to the text."""
-        sampling, tokenizer = generation.sampling, self.generator.tokenizer
         if not torch.isfinite(logits).all():
-            error = Refused("the model's logits are not finite: its training has diverged?", 500)
-            self.end(generation, Piece(finish_reason="error", error=error))
+            self.end(generation, Piece(finish_reason="error", error=not_finite()))
             return
-        adjusted = logits.float()
-        if len(generation.biased):
-            adjusted = adjusted.index_add(1, generation.biased, generation.bias[None])
-        penalty = sampling.repetition_penalty
         context = None
-        if penalty != 1.0:
+        if generation.sampling.repetition_penalty != 1.0:
             context = torch.tensor([[*generation.ids, *generation.drawn]], device=logits.device)
-        filters = sampling.top_k, sampling.top_p, sampling.min_p
-        token = sample(adjusted, context, generation.random, sampling.temperature, *filters, penalty).item()
+        token = generation.draw(logits, context).item()
+        if generation.n_logprobs is None:
+            info = TokenInfo(token)
+        else:
+            (info,) = token_infos(logits, [token], generation.n_logprobs)
+        self.add(generation, info)
+
+    def add(self, generation: Generation, info: TokenInfo) -> None:
+        """Add a token to an answer, and deliver what it adds to the text."""
+        token, tokenizer = info.id, self.generator.tokenizer
         if generation.first_token_after is None:
             generation.first_token_after = time.monotonic() - generation.submitted_at
             self.n_first, self.sum_first = self.n_first + 1, self.sum_first + generation.first_token_after
@@ -248,10 +261,6 @@ class Batch:
         if not generation.drawn:
             piece.prompt = generation.prompt_infos
         generation.drawn.append(token)
-        if generation.n_logprobs is None:
-            info = TokenInfo(token)
-        else:
-            (info,) = token_infos(logits, [token], generation.n_logprobs)
         if token in tokenizer.stop_tokens:
             piece.finish_reason, piece.stop_token = "stop", info
             piece.text = generation.until.push(generation.stream.rest())
@@ -291,6 +300,10 @@ class Batch:
         """End everything with an error."""
         for generation in self.everything():
             self.end(generation, Piece(finish_reason="error", error=error))
+
+
+def not_finite() -> Refused:
+    return Refused("the model's logits are not finite: its training has diverged?", 500)
 
 
 def token_infos(logits: torch.Tensor, ids: list[int], n_top: int) -> list[TokenInfo]:

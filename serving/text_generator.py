@@ -21,7 +21,8 @@ from base.configuration import Config, UserError, option
 from base.devices import find_device
 from layers.cache import KVCache
 from layers.compiled_step import CompiledStep
-from layers.speculative import Drafter, DraftModel, PromptLookup
+from layers.denoising import BLOCK
+from layers.speculative import Drafter, DraftModel, FutureDrafter, PromptLookup
 from model import GPT
 from text.tokenizer import SPECIAL_TOKENS, UNKNOWN, Messages, Tokenizer, normalise
 from vision.images import read_image
@@ -48,6 +49,12 @@ class GenerationConfig(Config):
     )
     repetition_penalty: float = option(1.0, "above 1: tokens already in the context become less likely", above=0.0)
     seed: int | None = option(None, "random seed", minimum=0)
+    steps: int | None = option(
+        None, "masked diffusion: passes of the model for a block of tokens; none: one for every token", minimum=1
+    )
+    block: int | None = option(
+        None, "masked diffusion: tokens of a block; none: as the model was trained", minimum=1, maximum=1 << 20
+    )
 
 
 @dataclass
@@ -63,6 +70,7 @@ class TextGenerator:
     weights: str = "float32"  # what the model's matrices are: a key of quantise.KINDS
     step: CompiledStep | None = None  # a compiled step of one token
     drafter: Drafter | None = None  # guesses tokens: the same answers from fewer passes
+    block: int = BLOCK  # tokens that a model of masked diffusion fills in together
 
     def open_image(self, path: str | Path) -> np.ndarray:
         """The pixels (3, S, S) of an image file in the size that the model reads; raises UserError if it reads none."""
@@ -146,6 +154,8 @@ class TextGenerator:
         drawn: a list to add every token to that is drawn, the one that ends the answer included. image: as of
         open_image(); questions in the history may have some, too.
         """
+        if not self.model.config.mask_token and (config.steps or config.block):
+            raise UserError("steps and block are for models of masked diffusion (train.py --loss diffusion)")
         ids = self.prompt_ids(prompt, history, config.max_length, image)
         images = [message["image"] for message in history if message.get("image") is not None]
         images += [] if image is None else [image]
@@ -163,6 +173,9 @@ class TextGenerator:
             seed=config.seed,
             step=self.step,
             drafter=self.drafter,
+            denoising_steps=config.steps,
+            block=config.block or self.answer_block,
+            fills_window=not self.instruct,
             images=torch.from_numpy(np.stack(images)).to(self.device) if images else None,
         )
 
@@ -174,6 +187,11 @@ class TextGenerator:
 
         tokens = itertools.takewhile(lambda token: token not in self.tokenizer.stop_tokens, map(drawn_token, steps))
         yield from until_stop(self.tokenizer.stream(tokens), self.stop)
+
+    @property
+    def answer_block(self) -> int:
+        """Tokens that a model of masked diffusion fills in together: as it, or its adapter, was trained."""
+        return self.adapter[0]["train_config"].get("answer_block", self.block) if self.adapter else self.block
 
     def use_adapter(self, path: str) -> None:
         """Answer with the LoRA adapter of a checkpoint instead of the one there is; empty: with none.
@@ -277,12 +295,15 @@ def load_text_generator(
     tokenizer = load_checkpoint_tokenizer(checkpoint, path)
     place = find_device(device)
     model = load_model(checkpoint, path).to(place).eval()
-    if not model.config.is_causal:
+    if model.config.mask_token:
+        check_options_of_diffusion(path, {"--weights auto": weights == "auto", "--compile": compile, "--draft": draft})
+    elif not model.config.is_causal:
         raise UserError(f"{path}: a model with full attention answers in one pass; python problem.py talks to it")
+    trained = checkpoint["train_config"]
     if instruct is None:
-        was_taught = checkpoint["train_config"].get("stage") != "pretrain" and tokenizer.template.name != "plain"
-        instruct = was_taught or bool(adapter)
-    generator = TextGenerator(model, tokenizer, place, instruct, list(stop))
+        knows_questions = checkpoint["data"].get("has_questions", trained.get("stage") != "pretrain")
+        instruct = (knows_questions and tokenizer.template.name != "plain") or bool(adapter)
+    generator = TextGenerator(model, tokenizer, place, instruct, list(stop), block=trained.get("answer_block", BLOCK))
     if adapter:
         generator.use_adapter(adapter)
     if weights != "float32":
@@ -300,11 +321,26 @@ def load_text_generator(
     return generator
 
 
+def check_options_of_diffusion(path: str, asked: dict[str, Any]) -> None:
+    """Raises UserError for options that speed up the next token: masked diffusion has none."""
+    for name, is_asked in asked.items():
+        if is_asked:
+            raise UserError(
+                f"{path}: {name} is for models that generate token by token; this one fills in masked tokens (loss "
+                "diffusion): --steps N, fewer than a block has tokens, makes it faster"
+            )
+
+
 def load_drafter(name: str, generator: TextGenerator) -> Drafter:
-    """What guesses tokens for a generator's model: "lookup", or the checkpoint of a draft model; raises UserError."""
+    """What guesses tokens for a generator's model: "lookup", "future", or the checkpoint of a draft model.
+
+    Raises UserError.
+    """
     KVCache(generator.model.config, 0, generator.device, torch.float32, spare=1)  # raises UserError if it can take none
     if name == "lookup":
         return PromptLookup()
+    if name == "future":
+        return FutureDrafter(generator.model)
     checkpoint = load_full_checkpoint(name)
     if load_checkpoint_tokenizer(checkpoint, name).fingerprint() != generator.tokenizer.fingerprint():
         raise UserError(f"{name}: made with another tokenizer than the model, whose tokens it cannot guess")

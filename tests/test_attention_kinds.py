@@ -33,7 +33,9 @@ def make(attention, **options) -> GPT:
     """In float64, with weights so large that a mistake shows; windows where the kind may have one."""
     torch.manual_seed(0)
     windows = enumerate(options.pop("attention_window", []))
-    options["attention_window"] = [w * (attention[i % len(attention)] not in RECURRENT) for i, w in windows]
+    options["attention_window"] = [w * ATTENTION[attention[i % len(attention)]].HAS_WINDOW for i, w in windows]
+    if "sparse" in attention:  # blocks that end within the texts, and fewer than there are
+        options = {"sparse_block_size": 3, "sparse_top_k": 2, **options}
     shape = {"vocab_size": 50, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32, **options}
     model = GPT(ModelConfig(attention=attention, **shape)).double()
     for parameter in model.parameters():

@@ -17,6 +17,7 @@ from training.sources import pad_to
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32}
 EXPERTS = {"n_expert": 4, "n_hidden": 24}
+IDS = ["text", "samples", "packed", "documents", "windows", "experts", "biased", "packed experts", "shortcut"]
 OTHER_ATTENTION = [kind for kind in ATTENTION if kind != "full"]
 
 
@@ -42,9 +43,12 @@ def files(work, call):
         ("pretrain", EXPERTS, {}),
         ("pretrain", {**EXPERTS, "expert_balance": "bias"}, {}),
         ("sft", EXPERTS, {"pack_samples": True}),
+        ("pretrain", {**EXPERTS, "n_shared_expert": 1, "shortcut_experts": True}, {}),
+        ("pretrain", {"n_future": 3}, {}),
+        ("sft", {"n_future": 3}, {"pack_samples": True}),
         *(("sft", {"attention": [kind, "full"]}, {"pack_samples": True}) for kind in OTHER_ATTENTION),
     ],
-    ids=["text", "samples", "packed", "documents", "windows", "experts", "biased", "packed experts", *OTHER_ATTENTION],
+    ids=[*IDS, "multi-token", "packed multi-token", *OTHER_ATTENTION],
 )
 def test_a_compiled_model_is_one_graph_with_the_same_gradients(files, stage, shape, options):
     """No graph break, and nothing new to compile after the second step; graphs run by autograd, not by inductor."""

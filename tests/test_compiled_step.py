@@ -20,8 +20,7 @@ SHAPES = {
     "learned positions, layernorm": {"use_rope": False, "norm": "layernorm", "mlp": "gelu"},
     "windows": {"attention_window": [8, 0, 5], "n_layer": 3},
     **{
-        kind: {"attention": [kind, "full"], "attention_window": [0 if attention.IS_RECURRENT else 8, 0, 0, 5]}
-        | {"n_layer": 4}
+        kind: {"attention": [kind, "full"], "attention_window": [8 * attention.HAS_WINDOW, 0, 0, 5]} | {"n_layer": 4}
         for kind, attention in ATTENTION.items()
         if kind != "full"
     },
@@ -43,7 +42,7 @@ def traced(monkeypatch):
 
 @pytest.mark.parametrize(
     ("shape", "kind"),
-    [*((shape, "float32") for shape in SHAPES), ("default", "int8"), ("latent", "int8")],
+    [*((shape, "float32") for shape in SHAPES), ("default", "int8"), ("latent", "int8"), ("default", "int4")],
 )
 def test_the_same_logits_as_in_one_pass_beyond_the_context_window(traced, shape, kind):
     model, _ = with_weights(make_model(50, block_size=24, **SHAPES[shape]), kind)

@@ -601,6 +601,9 @@ def test_a_model_reads_beyond_its_window(prepared, call):
     plain = call("evaluate.py", "new.txt")
     assert adapted.status == 0 and adapted.out.splitlines()[0] == plain.out.splitlines()[0]
     assert adapted.out.splitlines()[-1] != plain.out.splitlines()[-1]
+    rounded = call("evaluate.py", "new.txt", "--lora", "checkpoint/sft_lora_last.pt", "--weights", "int8")
+    losses = [float(re.search(r"loss ([\d.]+)", result.out)[1]) for result in (plain, adapted, rounded)]
+    assert abs(losses[2] - losses[1]) < 0.2 * abs(losses[1] - losses[0])  # the adapter is merged before it is rounded
     refusals = {
         ("new.txt", "--factor", "1000"): "do not fill a window",
         ("none.txt",): "no such file",

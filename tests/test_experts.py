@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import DATA, FAST, TINY, read_log
-from processes import newest_log
+from processes import assert_close, curves, newest_log, train_on
 
 from base.configuration import UserError
 from layers import experts
@@ -14,6 +15,9 @@ from training.config import TrainConfig
 from training.grpo import PolicyLoss
 from training.losses import DistillationLoss, PreferenceLoss
 from weights.checkpointing import load_checkpoint, load_model
+from weights.gguf import check_exact
+from weights.huggingface import model_type
+from weights.webpage import network_of
 
 SHAPE = {"vocab_size": 40, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_hidden": 16, "n_expert": 4}
 
@@ -39,6 +43,84 @@ def test_one_expert_of_an_earlier_version_is_refused(prepared, call):
     del checkpoint["model_config"]["rope_trained_length"]
     with pytest.raises(UserError, match="of an earlier version"):
         load_model(checkpoint, "pretrain.pt")
+
+
+def naive_shortcut(model, idx):
+    """Logits of ids (T,), token by token, as ScMoE is drawn: each expert a function of one vector, in float64."""
+    config, rope = model.config, model.rope(slice(len(idx)))
+    swiglu = lambda x, up, down: down @ (F.silu((up @ x)[: config.n_hidden]) * (up @ x)[config.n_hidden :])  # noqa: E731
+    x, before = model.token_embedding(idx), None
+    for block, angles in zip(model.blocks, rope, strict=True):
+        x = x + block.attention(block.attention_norm(x)[None], angles)[0]
+        h = block.mlp_norm(x)
+        rows = []
+        for own, read in zip(h, h if before is None else before, strict=True):
+            probabilities = (block.mlp.router.weight @ read).softmax(0)
+            best = sorted(range(config.n_expert), key=lambda i: -probabilities[i])[: config.n_expert_per_token]
+            share = 1.0 if config.n_expert_per_token == 1 else sum(probabilities[i] for i in best)
+            y = sum(probabilities[i] / share * swiglu(read, block.mlp.up[i], block.mlp.down[i]) for i in best)
+            rows.append(y + swiglu(own, block.mlp.shared.up.weight, block.mlp.shared.down.weight))
+        x, before = x + torch.stack(rows), h
+    return model.lm_head(model.norm(x))
+
+
+@pytest.mark.parametrize("n_expert_per_token", [1, 2])
+def test_shortcut_experts_read_what_the_layer_before_gave_its_mlp(n_expert_per_token, monkeypatch):
+    """Logits and gradients of a naive module; and, as all models, the same token by token."""
+    options = {"n_shared_expert": 1, "shortcut_experts": True, "n_layer": 3, "n_expert_per_token": n_expert_per_token}
+    monkeypatch.setattr(experts, "grouped_mm", experts.loop_over_groups)  # in float64, which the kernel does not take
+    model = make(**options).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.3)
+    idx, gradients = torch.randint(0, 40, (2, 9)), []
+    for forward in (lambda: model(idx)[0], lambda: torch.stack([naive_shortcut(model, row) for row in idx])):
+        model.zero_grad()
+        logits = forward()
+        logits.sin().sum().backward()
+        gradients.append([logits, *(p.grad for p in model.parameters())])
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)  # the router computes in float32
+    model.eval()
+    options = {"max_new_tokens": 20, "seed": 1}  # past the window of 16
+    cached = torch.stack(list(model.generate(idx, **options)))
+    assert torch.equal(cached, torch.stack(list(model.generate(idx, **options, use_cache=False))))
+
+
+def test_shortcut_experts_cost_no_weight_and_no_operation():
+    plain, shortcut = (make(n_shared_expert=1, shortcut_experts=on) for on in (False, True))
+    assert plain.parameter_count() == shortcut.parameter_count()
+    assert plain.flops_per_token() == shortcut.flops_per_token()
+
+
+@pytest.mark.parametrize("options", [{"n_shared_expert": 0}, {"n_expert": 0}])
+def test_shortcut_experts_need_a_shared_one(options):
+    with pytest.raises(UserError, match="shortcut_experts needs n_expert"):
+        make(**{"n_shared_expert": 1, "shortcut_experts": True, **options})
+
+
+def test_formats_that_know_no_shortcut_refuse_it():
+    config = make(n_shared_expert=1, shortcut_experts=True).config
+    for refused in (model_type, network_of, lambda config: check_exact(config, model_type(config))):
+        with pytest.raises(UserError, match=r"n_shared_expert|shortcut_experts"):
+            refused(config)
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "alone"),
+    [("train_ddp.py", ["--fsdp", "true", "--compile", "false"], ["--fsdp", "false"]), ("train_deepspeed.py", [], [])],
+    ids=["fsdp", "zero3"],
+)
+def test_shortcut_experts_on_two_processes_train_as_on_one(prepared, call, script, options, alone):
+    """What passes from layer to layer beside the stream must not be lost where layers are sharded."""
+    arguments = ["-t", "sft", "--from_checkpoint", "", *TINY, *FAST, "--eval_iters", "2", "--max_steps", "4"]
+    arguments += ["--n_expert", "4", "--n_shared_expert", "1", "--shortcut_experts", "true", "--n_hidden", "32"]
+    arguments += ["--gradient_accumulation_steps", "2", "--eval_interval", "2", "--expert_balance", "none", *options]
+    assert call("train.py", *arguments, *alone).status == 0
+    one = curves(newest_log(prepared))
+    if script == "train_deepspeed.py":
+        pytest.importorskip("deepspeed")
+        arguments = ["--deepspeed", "--deepspeed_config", "deepspeed_zero3", *arguments]
+    assert_close(one, train_on(2, prepared, *arguments, script=script))
 
 
 def test_padding_is_no_part_of_the_balance():

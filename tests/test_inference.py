@@ -100,7 +100,8 @@ def test_every_sampling_setting_reaches_the_model(chat, monkeypatch):
     monkeypatch.setattr(GPT, "generate", lambda *_, **settings: asked.update(settings) or iter(()))
     settings = {"temperature": 0.3, "top_k": 4, "top_p": 0.7, "min_p": 0.2, "repetition_penalty": 1.5, "seed": 0}
     assert list(chat.answer("a", GenerationConfig(**settings))) == []
-    assert asked == {**settings, "stop_tokens": (3,), "step": None, "drafter": None, "images": None}
+    of_diffusion = {"denoising_steps": None, "block": 32, "fills_window": False}
+    assert asked == {**settings, "stop_tokens": (3,), "step": None, "drafter": None, **of_diffusion, "images": None}
 
 
 def test_answers_are_without_dropout(checkpoint, work):

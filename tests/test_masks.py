@@ -149,6 +149,9 @@ def test_flash_attention_with_a_mask_is_refused(monkeypatch):
     model = GPT(ModelConfig(**SHAPE))
     with pytest.raises(UserError, match="sdp_kernel flash supports no masks"):
         choose_attention(TrainConfig(sdp_kernel="flash", mask_documents=True), model, on_gpu)
+    with pytest.raises(UserError, match="attention sparse"):  # which hides what it did not choose
+        sparse = GPT(ModelConfig(**SHAPE, attention=["full", "sparse"]))
+        choose_attention(TrainConfig(sdp_kernel="flash"), sparse, on_gpu)
     choose_attention(TrainConfig(sdp_kernel="flash"), model, on_gpu)
 
 

@@ -57,11 +57,16 @@ OPTIONS = {
     "windows, documents": ["--attention_window", "16,0", "--mask_documents", "true"],
     "dropout": ["--dropout", "0.1"],
     "experts": ["--n_expert", "4", "--n_hidden", "96", "--n_shared_expert", "1"],
+    "diffusion": ["--loss", "diffusion", "--is_causal", "false"],
     "bfloat16": ["--dtype", "bfloat16"],
     **{kind: ["--attention", kind] for kind in ATTENTION if kind != "full"},
     "linear, full": ["--attention", "linear,full", "--n_embd", "128"],
     "linear, bfloat16": ["--attention", "linear", "--dtype", "bfloat16", "--block_size", "128"],
+    "sparse, documents": ["--attention", "sparse,full", "--sparse_block_size", "8", "--mask_documents", "true"],
+    "sparse, bfloat16": ["--attention", "sparse", "--n_kv_head", "2", "--dtype", "bfloat16", "--block_size", "128"],
     "latent, queries too": ["--attention", "latent,full", "--q_rank", "48", "--kv_rank", "96", "--n_embd", "128"],
+    "multi-token prediction": ["--n_future", "3"],
+    "multi-token prediction, a large vocabulary": ["--n_future", "4", "--batch_size", "4"],
     "a large vocabulary": ["--batch_size", "4"],
 }
 
@@ -115,12 +120,14 @@ def test_what_the_blocks_free_is_what_dies_in_the_forward_pass(texts, name):
     run = build_run(asked, Engine(asked.training))
     (batch, *_) = run.batches.at(0)
     with run.engine.autocast():
-        x = run.model.token_embedding(batch.idx)
+        x = embedding = run.model.token_embedding(batch.idx)
         ropes = run.model.rope(slice(batch.idx.size(1)))
         masks = run.model.masks(batch.idx.size(1), None, batch.documents, batch.idx.device)
         with LiveTensors() as tensors:
             for block, rope, window in zip(run.model.blocks, ropes, run.model.windows, strict=True):
                 x = block(x, rope, masks[window])
+            for module in run.model.future:
+                x = module(x, embedding, rope, masks[window])
     freed = memory.freed_activations(run, *batch.idx.shape)
     assert freed == pytest.approx(tensors.made - tensors.now, rel=0.1)
 

@@ -116,6 +116,7 @@ def test_answers_are_what_an_obvious_program_says(name):
         ("modular", {"operation": "-"}, lambda t: f"{(int(t[:2]) - int(t[3:])) % 97:02d}"),
         ("modular", {"operation": "*"}, lambda t: f"{int(t[:2]) * int(t[3:]) % 97:02d}"),
         ("modular", {"operation": "/"}, lambda t: f"{int(t[:2]) * pow(int(t[3:]), -1, 97) % 97:02d}"),
+        ("recall", {"noise": 3}, lambda t: dict(re.findall(r"([a-z])(\d)\d{3}", t[: t.index("?")]))[t[-1]]),
         ("modular", {"modulus": 113}, lambda t: f"{sum(map(int, t.split('+'))) % 113:03d}"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The quickstart's model, trained as `make quickstart` trains it: about 6 minutes, so only with --real."""
+"""The quickstart's model, trained as `make quickstart` trains it: about 5 minutes, so only with --real."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from test_world import UNKNOWN, everyday_questions, fact_of, is_fact, plain, tol
 
 from serving.text_generator import GenerationConfig, load_text_generator
 
-pytestmark = pytest.mark.real("trains for about 6 minutes")
+pytestmark = pytest.mark.real("trains for about 5 minutes")
 
 SMALL_TALK = [  # wordings, and what the answer begins with
     (["hello", "Hi!", "hey there!", "Good morning!", "HELLO"], "Hello!"),

@@ -34,6 +34,10 @@ class Batch(NamedTuple):
     reference: torch.Tensor | None = None  # reference model: pairs' margins (B / 2,), rollouts' log p (B, T)
     old: torch.Tensor | None = None  # (B, T) rollouts: log p of the policy that sampled them
     advantage: torch.Tensor | None = None  # (B,) rollouts
+    noise: torch.Tensor | None = (
+        None  # (B, T) in [0, 1): a token is masked where it is below the rate; NEVER: not at all
+    )
+    rate: torch.Tensor | None = None  # (B, T) masking rates in (0, 1]
     images: torch.Tensor | None = None  # (N, 3, S, S) uint8, for the places in idx with the id vocab_size, in order
 
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
@@ -194,8 +198,10 @@ def make_dataset(file: TokenFile, block_size: int, overlong: str, windows: Calla
 Sample = tuple[np.ndarray, np.ndarray | None] | tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def pack(samples: list[Sample], block_size: int) -> list[list[Sample]]:
+def pack(samples: list[Sample], block_size: int, n_unread: int = 1) -> list[list[Sample]]:
     """Sequence packing: samples distributed over few rows of at most block_size tokens, so that little is padding.
+
+    n_unread: tokens of each that take no place: the last one, which is a target only.
 
     Bin packing by first-fit decreasing: the longest sample first, each into the first row with room for it. Attention
     must not cross samples of a row: collate() gives each its own document id, for a block-diagonal mask (Krell et al.
@@ -204,7 +210,7 @@ def pack(samples: list[Sample], block_size: int) -> list[list[Sample]]:
     rows: list[list[Sample]] = []
     free: list[int] = []  # tokens left in each row
     for sample in sorted(samples, key=lambda sample: -len(sample[0])):
-        length = len(sample[0]) - 1  # the last token is a target only
+        length = len(sample[0]) - n_unread
         i = next((i for i, n_free in enumerate(free) if n_free >= length), len(rows))
         if i == len(rows):
             rows.append([])
@@ -389,16 +395,20 @@ class ValidationBatches(Batches):
             chosen = np.random.default_rng(0).permutation(len(self.samples))[:n_samples]
             self.samples = [self.samples[i] for i in sorted(chosen)]
 
+    def sample(self, n: int) -> Any:
+        """The n-th of those that are evaluated."""
+        dataset, i = self.samples[n]
+        return dataset.get(i, 0)
+
     def __iter__(self) -> Iterator[Batch]:
         n_batches = math.ceil(len(self.samples) / self.batch_size)
         for i in range(math.ceil(n_batches / self.world_size)):
             start = (i * self.world_size + self.rank) * self.batch_size
-            rows = [dataset.get(i, 0) for dataset, i in self.samples[start : start + self.batch_size]]
+            rows = [self.sample(n) for n in range(start, min(start + self.batch_size, len(self.samples)))]
             if rows:
                 yield self.collate(rows)
             else:  # every process runs as many forward passes, as sharded ones are collective: a dummy, not in the loss
-                dataset, i = self.samples[0]
-                dummy = self.collate([dataset.get(i, 0)])
+                dummy = self.collate([self.sample(0)])
                 yield dummy._replace(loss_mask=torch.zeros(dummy.targets.shape), count=0)
 
 

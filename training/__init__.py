@@ -9,6 +9,7 @@ grpo                rollouts, rewards and advantages for GRPO
 optimizer           AdamW, Muon, SGD; learning-rate schedules
 zero_muon           Muon on DeepSpeed's ZeRO
 engine              one training step on one device
+diffusion           masked diffusion: noise, loss and bound
 distributed         what engines for several processes share
 deepspeed_settings  merging DeepSpeed's JSON config with the training config
 deepspeed_launcher  hostfiles and DeepSpeed's launcher

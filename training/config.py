@@ -139,6 +139,14 @@ class TrainConfig(Config):
         [*TARGETS], "layers that get an adapter; up and down: of the MLP, or of every expert", choices=TARGETS
     )
 
+    answer_block: int = option(
+        32,
+        "answers are learnt, and later generated, in blocks of so many tokens",
+        minimum=1,
+        maximum=1 << 20,
+        section="Masked diffusion (loss diffusion)",
+    )
+
     teacher: str = option("", "checkpoint of the teacher", section="Distillation (loss distill)")
     distill_temperature: float = option(2.0, "softmax temperature of teacher and student", above=0.0)
     distill_weight: float = option(

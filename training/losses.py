@@ -1,4 +1,4 @@
-"""Training objectives: next-token prediction, distillation, preference losses (DPO, IPO, SimPO, ORPO) and GRPO.
+"""Training objectives: next token, masked diffusion, distillation, preferences (DPO, IPO, SimPO, ORPO) and GRPO.
 
     loss = make_loss(config, engine, tokenizer, datasets)       # config.loss names one of LOSSES
     loss(model, batch, "sum")       # for training: a scalar, which the caller divides by the count of the whole step
@@ -17,6 +17,7 @@ from base.configuration import UserError, command_line
 from model import GPT
 from text.batches import Batch, Pairs, collate_pairs
 from text.tokenizer import Tokenizer
+from training.diffusion import DiffusionLoss
 from training.engine import Engine, Loss
 from training.grpo import PolicyLoss, balancing_loss, log_probabilities
 from weights import lora
@@ -226,6 +227,10 @@ def make_next_token(config: Any, engine: Engine, tokenizer: Tokenizer, data: lis
     return next_token
 
 
+def make_diffusion(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[Any]) -> DiffusionLoss:
+    return DiffusionLoss(mask_token=tokenizer.vocab_size)
+
+
 def make_policy(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[Any]) -> PolicyLoss:
     if data:
         trains = command_line("problem.py", "sort", "--loss", "grpo", "--from_checkpoint", "checkpoint/problem_sort.pt")
@@ -235,12 +240,14 @@ def make_policy(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[An
 
 LOSSES = {
     "next_token": make_next_token,
+    "diffusion": make_diffusion,
     "distill": make_distillation,
     **dict.fromkeys(PREFERENCES, make_preference),
     "grpo": make_policy,
 }
 
 FIELDS_OF_LOSSES = {  # fields that mean something to some losses only
+    "answer_block": ("diffusion",),
     "teacher": ("distill",),
     "distill_temperature": ("distill",),
     "distill_weight": ("distill",),
@@ -251,7 +258,8 @@ FIELDS_OF_LOSSES = {  # fields that mean something to some losses only
     **dict.fromkeys(("grpo_group", "grpo_updates", "grpo_clip", "grpo_beta"), ("grpo",)),
 }
 
-PER_TOKEN_LOSSES = ("next_token", "distill")  # validation measures the cross-entropy per token, hence perplexity
+# validation measures the cross-entropy per token, hence perplexity; of diffusion, a bound on it
+PER_TOKEN_LOSSES = ("next_token", "distill", "diffusion")
 
 
 def make_loss(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[Any]) -> Loss:

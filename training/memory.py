@@ -11,15 +11,18 @@ Weights and optimizer states are there all the time. The rest comes and goes, an
 Checked against measurements by bench/memory.py and tests/test_memory.py.
 """
 
+import itertools
 import math
 from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from layers.attention import FullAttention
+from layers.attention import Attention, FullAttention
 from layers.head import logits_per_chunk
+from layers.sparse_attention import SparseAttention
 from model import GPT, ModelConfig
+from text.batches import Samples
 from training.optimizer import muon_matrices, rows_of_fused_matrices, trainable_parameters
 from vision.encoder import encoder_shape
 
@@ -74,13 +77,19 @@ def batch_shape(run: Any, batch_size: int) -> tuple[int, int]:
     datasets, block_size = run.batches.datasets, run.model.config.block_size
     if not datasets:  # a toy problem
         return batch_size, block_size
-    longest = max(dataset.lengths.max() for dataset in datasets)
+    longest = max(dataset.lengths.max() for dataset in datasets) + filling(run)
     pad_to = run.batches.pad_to
     length = min(block_size, math.ceil(longest / pad_to) * pad_to)
     if run.batches.pack_samples:  # several samples a row
-        mean = max(dataset.lengths.mean() for dataset in datasets)
+        mean = min(block_size, max(dataset.lengths.mean() for dataset in datasets) + filling(run))
         return math.ceil(batch_size * mean / block_size), block_size
     return batch_size * max(dataset.rows_per_sample for dataset in datasets), length
+
+
+def filling(run: Any) -> int:
+    """Tokens at most by which loss diffusion fills up an answer (training/diffusion.py)."""
+    is_filled = run.config.loss == "diffusion" and any(isinstance(dataset, Samples) for dataset in run.batches.datasets)
+    return (run.config.answer_block - 1) * is_filled
 
 
 def activation_bytes(engine: Any) -> int:
@@ -97,17 +106,30 @@ def activations(run: Any, rows: int, length: int) -> float:
     Counted as in Korthikanti et al. 2022 (arXiv:2205.05198): a product keeps its input, a nonlinearity its argument.
     """
     config, size = run.model.config, activation_bytes(run.engine)
-    per_token = sum(attention.activations(config, size) for attention in config.attention_classes)
-    total = rows * length * (per_token + config.n_layer * mlp_activations(config, size))
+    kinds = kinds_of_attention(config)
+    per_token = sum(attention.activations(config, size) for attention in kinds)
+    total = rows * length * (per_token + len(kinds) * mlp_activations(config, size))
+    total += rows * length * (config.n_future - 1) * module_activations(config, size)
     if config.dropout:  # what is dropped: of the embedding, and of both outputs of every block
         mask_size = 4 if run.engine.device.type == "cpu" else 1
-        total += rows * length * config.n_embd * (2 * config.n_layer + 1) * mask_size
+        total += rows * length * config.n_embd * (2 * len(kinds) + 1) * mask_size
     total += attention_weights(run, rows, length)
     if config.n_kv_head < config.n_head and not (run.engine.device.type == "cpu" or run.engine.dtype == torch.bfloat16):
-        total += rows * length * config.n_layer * size * 2 * config.n_head * config.head_dim  # masks.takes_groups
+        total += rows * length * len(kinds) * size * 2 * config.n_head * config.head_dim  # masks.takes_groups
     if size < 4:  # autocast keeps copies of the weights of the products
-        total += size * sum(p.numel() for p in run.model.blocks.parameters() if p.dim() >= 2)
+        layers = itertools.chain(run.model.blocks.parameters(), run.model.future.parameters())
+        total += size * sum(p.numel() for p in layers if p.dim() >= 2)
     return total
+
+
+def kinds_of_attention(config: ModelConfig) -> list[type[Attention]]:
+    """Of every block that training goes through: those of the modules (n_future) are like the last."""
+    return config.attention_classes + config.attention_classes[-1:] * (config.n_future - 1)
+
+
+def module_activations(config: ModelConfig, size: int) -> int:
+    """Bytes per token that a module (n_future) keeps beside its block."""
+    return config.n_embd * (4 + 2 * size + 2 * 4)  # the embedding; what is joined; the last norm's input and output
 
 
 def vision_activations(run: Any, n_images: int) -> float:
@@ -147,8 +169,16 @@ def freed_activations(run: Any, rows: int, length: int) -> float:
         freed += size * config.n_hidden  # the argument of relu
     if run.adapter:  # what an adapted layer returns without its adapter; into larger ones than these, what follows fits
         freed += size * C * len({"out", "down"} & {*run.adapter["settings"]["targets"]})
-    in_attention = sum(attention.freed_activations(config, size) for attention in config.attention_classes)
-    return rows * length * (config.n_layer * freed + in_attention)
+    kinds = kinds_of_attention(config)
+    in_attention = sum(attention.freed_activations(config, size) for attention in kinds)
+    for _ in range(kinds.count(SparseAttention)):
+        has_documents = run.config.mask_documents or run.config.pack_samples
+        n = length if has_documents else length / config.sparse_block_size  # blocks that a row may have
+        numbers = config.head_dim * (2 + n / length) + 4 * n  # copies of q and k; the means; the scores
+        in_attention += config.n_kv_head * (size * numbers + 2 * n + 2 * length)  # and which blocks and keys are chosen
+        in_attention += config.n_head * length + 14 * length * has_documents
+    in_modules = (config.n_future - 1) * config.n_embd * 2 * 4  # both norms' outputs, before they are joined
+    return rows * length * (len(kinds) * freed + in_attention + in_modules)
 
 
 def mlp_gradients(config: ModelConfig, size: int) -> int:
@@ -161,7 +191,9 @@ def attention_weights(run: Any, rows: int, length: int) -> float:
     """Bytes of tensors (length, length) that attention keeps: masks, and where no kernel avoids it the weights."""
     config, engine = run.model.config, run.engine
     size = activation_bytes(engine)
-    total, n_layer = 0.0, sum(not attention.IS_RECURRENT for attention in config.attention_classes)
+    n_sparse = kinds_of_attention(config).count(SparseAttention)
+    n_layer = sum(not attention.IS_RECURRENT for attention in kinds_of_attention(config))
+    total = n_sparse * rows * config.n_head * length**2 * size  # masks, as numbers that are added to the scores
     drops_weights = config.dropout > 0 and engine.device.type == "cpu"  # no kernel there drops any
     if drops_weights or run.config.sdp_kernel == "math":
         per_head = 3 if drops_weights else 1  # the weights; which are dropped; those that are left
@@ -169,8 +201,9 @@ def attention_weights(run: Any, rows: int, length: int) -> float:
         total += n_layer * rows * length * size * config.n_embd  # the values, copied for the product with them
     if run.model.use_flex:
         return total
-    if run.config.mask_documents or run.config.pack_samples:  # a mask per row, which every layer turns into numbers
-        total += rows * length**2 * (1 + n_layer * size)
+    if run.config.mask_documents or run.config.pack_samples or filling(run):
+        # a mask per row, which every layer turns into numbers
+        total += rows * length**2 * (1 + (n_layer - n_sparse) * size)
         total += rows * length * 2 * sum(set(run.model.rope_widths)) * 4  # RoPE's angles of positions that restart
     return total
 
@@ -187,20 +220,35 @@ def output_layer(run: Any, tokens: int) -> tuple[float, float]:
     d_weight = 4 * config.vocab_size * config.n_embd * run.model.lm_head.weight.requires_grad
     if name == "distill":  # two networks' logits; then float32: log-probabilities, softened ones, their divergence
         return 2 * hidden + logits * (2 * size + 6 * 4), 2 * hidden + logits * 6 * 4 + d_weight
-    if name == "next_token" and engine.dtype == torch.float16:  # (which takes the logits at once)
+    if name in ("next_token", "diffusion") and engine.dtype == torch.float16:  # (which takes the logits at once)
+        hidden, logits = config.n_future * hidden, config.n_future * logits
         return 2 * hidden + logits * (size + 4 + 4), 2 * hidden + logits * (4 + 4 + size) + d_weight
     chunk = min(logits, logits_per_chunk(engine.device))
     half = chunk * size if size < 4 else 0  # the product in half precision, before the softmax's float32
-    if name == "next_token":  # in chunks, with the gradients of hidden and weight computed in the forward pass
-        is_one_pass = engine.device.type == "cuda" and engine.use_compile  # the gradient takes the place of the logits
-        in_turn = chunk * size + d_weight * size / 4  # logits; a chunk's share of d_weight
-        if not is_one_pass:  # log-probabilities; in half precision the gradient, too
-            in_turn += chunk * 4 + half
-        if half:  # copies of hidden and weight
-            in_turn += size * (tokens + config.vocab_size) * config.n_embd
-        return 3 * hidden + d_weight + in_turn, 4 * hidden + 2 * d_weight
+    if name in ("next_token", "diffusion"):
+        # in chunks, with the gradients of hidden and weight computed in the forward pass
+        n = config.n_future - 1  # the modules' losses, all in one, come before; of them the gradients are kept
+        before = n * hidden + d_weight * (n > 0)
+        here, there = chunk_bytes(run, tokens), chunk_bytes(run, n * tokens)
+        forward = max(before + 3 * hidden + here, 3 * n * hidden + there) + d_weight
+        return forward, before + 4 * hidden + 2 * d_weight
     kept = 4 * logits  # the log-probabilities of all targets: their gradient is not known yet
     return 2 * hidden + kept + half + 4 * chunk, 3 * hidden + kept + half + 2 * 4 * chunk + 2 * d_weight
+
+
+def chunk_bytes(run: Any, tokens: int) -> float:
+    """Bytes of what the loss of so many tokens needs for one chunk of them at a time."""
+    config, size = run.model.config, activation_bytes(run.engine)
+    chunk = min(tokens * config.vocab_size, logits_per_chunk(run.engine.device))
+    weight = config.vocab_size * config.n_embd
+    is_one_pass = run.engine.device.type == "cuda" and run.engine.use_compile  # the gradient takes the logits' place
+    total = chunk * size  # logits
+    total += weight * size * run.model.lm_head.weight.requires_grad  # a chunk's share of the weight's gradient
+    if not is_one_pass:  # log-probabilities; in half precision the gradient, too
+        total += chunk * (4 + size * (size < 4))
+    if size < 4:  # copies of hidden and weight
+        total += size * (tokens * config.n_embd + weight)
+    return total
 
 
 # ------------------------------------------------------------------------------------------------------ optimizer

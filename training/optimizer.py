@@ -253,14 +253,15 @@ def make_muon(model: GPT, config: Any, device: torch.device) -> torch.optim.Opti
 def muon_matrices(model: GPT) -> dict[str, torch.Tensor]:
     """The trainable parameters that Muon takes, by name."""
     named = trainable_parameters(model).items()
-    maps = {name: p for name, p in named if p.dim() >= 2 and "blocks." in name and "router" not in name}
+    in_layers = {name: p for name, p in named if name.startswith(("blocks.", "future."))}
+    maps = {name: p for name, p in in_layers.items() if p.dim() >= 2 and "router" not in name}
     return {name: p for name, p in maps.items() if not name.endswith("convolution")}
 
 
 def rows_of_fused_matrices(config: ModelConfig, name: str, n_rows: int) -> list[int]:
     """Number of rows of each matrix fused in the weight of this name (n_rows in all), as queries, keys and values."""
-    if found := re.search(r"blocks\.(\d+)\.attention\.(\w+)\.weight$", name):
-        layer, part = int(found[1]), found[2]
+    if found := re.search(r"(?:blocks\.(\d+)|\.block)\.attention\.(\w+)\.weight$", name):
+        layer, part = int(found[1] or -1), found[2]  # a block of `future` is one like the last
         config = encoder_shape(config) if name.startswith("vision.") else config
         return config.attention_classes[layer].fused_rows(config).get(part, [n_rows])
     is_gated = config.mlp == "swiglu" and name.endswith((".up", ".up.weight"))

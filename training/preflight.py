@@ -23,6 +23,7 @@ from base.devices import device_name, dtype_name, memory_available, memory_total
 from base.files import nearest_place
 from layers.attention import Attention
 from layers.masks import attention_mask, block_masks
+from layers.sparse_attention import SparseAttention
 from model import GPT, SDP_KERNELS, ModelConfig
 from text.batches import Samples, Windows
 from text.token_files import TokenFile
@@ -75,14 +76,17 @@ def choose_attention(config: Any, model: GPT, engine: Engine) -> None:
     """
     has_windows = any(0 < window < model.config.block_size for window in model.config.windows)
     has_masks = config.mask_documents or config.pack_samples or has_windows
-    if config.sdp_kernel == "flash" and has_masks and engine.device.type == "cuda":
-        raise UserError("sdp_kernel flash supports no masks (attention_window, mask_documents, pack_samples): use auto")
+    has_masks |= config.loss == "diffusion"  # full attention would see padding
+    is_masked = has_masks or SparseAttention in model.config.attention_classes
+    if config.sdp_kernel == "flash" and is_masked and engine.device.type == "cuda":
+        what = "attention_window, mask_documents, pack_samples, loss diffusion, attention sparse"
+        raise UserError(f"sdp_kernel flash supports no masks ({what}): use auto")
     if config.sdp_kernel not in ("auto", "math"):
         check_kernel(config.sdp_kernel, model.config, engine)
     if engine.device.type != "cuda" or not has_masks:
         return
     if config.sdp_kernel == "auto" and engine.use_compile:
-        kinds = dict.fromkeys(kind for kind in model.config.attention_classes if not kind.IS_RECURRENT)
+        kinds = dict.fromkeys(kind for kind in model.config.attention_classes if kind.HAS_WINDOW)
         reason = next(filter(None, (flex_attention_problem(kind, model.config, engine) for kind in kinds)), "")
         model.use_flex = not reason
         if reason and engine.is_main:
@@ -337,12 +341,14 @@ def unknown_tokens(run: Any) -> list[str]:
     ]
 
 
-def check_first_loss(loss: float, vocab_size: int) -> None:
+def check_first_loss(loss: float, config: ModelConfig) -> None:
     """Warn if a new model does not start near ln(vocab_size), the cross-entropy of the uniform distribution."""
-    expected = math.log(vocab_size)
-    if abs(loss - expected) > 1.0:
+    expected = math.log(config.vocab_size)
+    n_losses = 1 + config.future_loss_weight * (config.n_future > 1)  # the modules' mean, weighted, is added
+    if abs(loss - n_losses * expected) > n_losses:
         print(
-            f"warning: the first loss is {loss:.2f}, far from ln(vocab_size) = {expected:.2f}: "
+            f"warning: the first loss is {loss:.2f}, far from ln(vocab_size) = {expected:.2f}"
+            f"{f' times {n_losses:g}, with that of n_future' if n_losses > 1 else ''}: "
             "check the data and the initialisation",
             file=sys.stderr,
         )

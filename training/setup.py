@@ -228,6 +228,8 @@ def make_model(config: TrainConfig, shape: dict[str, Any], tokenizer: Tokenizer)
         raise UserError(
             f"vocab_size is {shape['vocab_size']}, the tokenizer has {tokenizer.vocab_size} tokens; leave it out"
         )
+    if config.loss == "diffusion" and shape.get("is_causal") is False:
+        changes["mask_token"] = True
     model_config = ModelConfig(**{**shape, "vocab_size": tokenizer.vocab_size, **changes})
     preflight.check_size(model_config)
     return GPT(model_config, config.sdp_kernel)
@@ -260,6 +262,20 @@ def context_changes(config: TrainConfig, explicit: dict[str, Any], checkpoint: d
     return changes
 
 
+def modules_left_out(config: TrainConfig, explicit: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, int]:
+    """A smaller n_future for a trained model, if it was asked for: its modules beyond that are left out."""
+    asked, is_new_run = explicit.get("n_future"), checkpoint["train_config"].get("stage") != config.stage
+    is_less = asked is not None and asked < checkpoint["model_config"].get("n_future", 1)
+    return {"n_future": asked} if is_less and is_new_run and not config.use_lora else {}
+
+
+def check_modules(config: TrainConfig, model: GPT) -> None:
+    """Raises UserError where modules (n_future) would get no gradient; with LoRA they are frozen, so need none."""
+    if model.config.n_future > 1 and config.loss != "next_token" and not config.use_lora:
+        modules = f"the modules of n_future {model.config.n_future}"
+        raise UserError(f"loss {config.loss} does not train {modules}: leave them out with --n_future 1")
+
+
 def restore_model(
     config: TrainConfig, explicit: dict[str, Any], checkpoint: dict[str, Any]
 ) -> tuple[GPT, dict[str, Any] | None]:
@@ -268,7 +284,7 @@ def restore_model(
     Raises UserError where a model field was asked to be another than it was trained with.
     """
     where = config.from_checkpoint
-    changes = context_changes(config, explicit, checkpoint)
+    changes = context_changes(config, explicit, checkpoint) | modules_left_out(config, explicit, checkpoint)
     vision = {name: value for name, value in explicit.items() if name in VISION_FIELDS and value is not None}
     learns_to_see = bool(vision.get("image_size")) and not checkpoint["model_config"].get("image_size")
     if learns_to_see and config.use_lora:
@@ -325,6 +341,7 @@ def build_run(asked: RunConfig, engine: Engine) -> Run:
         model, adapter = restore_model(config, asked.model, checkpoint)
     else:
         model, adapter = make_model(config, shape, source.tokenizer), None
+    check_modules(config, model)
     choose_reference(config, checkpoint)
     batches, validation = source.make_batches(model, engine)
     datasets = [*batches.datasets, *getattr(validation, "datasets", ())]
@@ -339,7 +356,7 @@ def build_run(asked: RunConfig, engine: Engine) -> Run:
     elif checkpoint:
         now, before = model.config.to_dict(), checkpoint["model_config"]
         known = fields_of(ModelConfig)
-        context = {name: before.get(name, known[name].default) for name in (*CONTEXT_FIELDS, "dropout")}
+        context = {name: before.get(name, known[name].default) for name in (*CONTEXT_FIELDS, "dropout", "n_future")}
         run.changes = changed_fields(now, context)
     return run
 

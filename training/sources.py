@@ -24,6 +24,7 @@ from text.tokenizer import CharTokenizer, Tokenizer
 from text.tokenizer_files import load_tokenizer
 from training.advice import preparing, preparing_again
 from training.config import TrainConfig
+from training.diffusion import NoisyTrainBatches, NoisyValidationBatches
 from training.engine import Engine
 from training.grpo import Rollouts
 from training.losses import PER_TOKEN_LOSSES, load_frozen_model
@@ -52,10 +53,7 @@ class TokenFiles:
     def make_batches(self, model: GPT, engine: Engine) -> tuple[TrainBatches, ValidationBatches]:
         """Training and validation batches for a model's window and vocabulary; raises UserError where they do not."""
         config, shape = self.config, model.config
-        if not shape.is_causal:
-            raise UserError(
-                "is_causal is false: with full attention a model sees the very token it is to predict; set it to true"
-            )
+        self.check_attention(shape)
         model.restart_positions = config.restart_positions
         # every host's first process reads the files once for their checksums; a damaged one ends all processes
         is_verified = engine.local_rank == 0
@@ -81,14 +79,19 @@ class TokenFiles:
             "image_size": shape.image_size,
         }
         steps, pack_samples = config.gradient_accumulation_steps, config.pack_samples
-        batches = TrainBatches(train_files, accumulation_steps=steps, pack_samples=pack_samples, **shared)
-        validation = ValidationBatches(val_files, n_samples=config.eval_samples, **shared)
+        makers = TrainBatches, ValidationBatches
+        if config.loss == "diffusion":
+            makers = NoisyTrainBatches, NoisyValidationBatches
+            shared |= {"answer_block": config.answer_block, "ends": self.tokenizer.stop_tokens}
+        batches = makers[0](train_files, accumulation_steps=steps, pack_samples=pack_samples, **shared)
+        validation = makers[1](val_files, n_samples=config.eval_samples, **shared)
 
         self.sizes = [file.header["n_tokens"] for file in train_files]  # a resumed run must find the same
         self.evaluated = {
             "validation_tokens": [file.header["n_tokens"] for file in val_files],
             "samples": len(validation.samples),
             **{name: getattr(config, name) for name in ("overlong", "mask_documents", "restart_positions")},
+            **({"answer_block": config.answer_block} if config.loss == "diffusion" else {}),
         }
         n_characters = sum(file.header["n_characters"] for file in val_files)
         n_targets = sum(file.header["n_loss_tokens"] for file in val_files)
@@ -96,6 +99,23 @@ class TokenFiles:
         self.baselines = mean_baselines([file.header for file in val_files])
         self.has_questions = train_files[-1].starts is not None
         return batches, validation
+
+    def check_attention(self, shape: ModelConfig) -> None:
+        """Raises UserError where the attention of a model is not what the loss needs."""
+        is_diffusion, start = self.config.loss == "diffusion", self.config.from_checkpoint
+        if is_diffusion and shape.is_causal:
+            advice = f"{start} has causal attention" if start else "add --is_causal false"
+            raise UserError(f"loss diffusion fills in tokens from both sides, so it needs full attention: {advice}")
+        if not is_diffusion and shape.mask_token:
+            what = f"{start} is a model of masked diffusion" if start else "mask_token is for masked diffusion"
+            raise UserError(f"{what}, which loss {self.config.loss} cannot train: --loss diffusion does")
+        if not is_diffusion and not shape.is_causal:
+            raise UserError(
+                "is_causal is false: with full attention a model sees the very token it is to predict; set it to true "
+                "(--loss diffusion trains with full attention)"
+            )
+        if is_diffusion and not shape.mask_token:
+            raise UserError(f"{start}: has no mask token, as it was not trained by loss diffusion: start anew")
 
     def metrics(self) -> dict[str, float]:
         """What evaluations measure beside the loss."""
@@ -186,6 +206,7 @@ class ToyProblem:
     """Instances of a toy problem, generated as training goes on: the field `problem`."""
 
     sizes = None  # training without end
+    has_questions = True
     tokens_per_character = None
     baselines = None
 
@@ -220,6 +241,11 @@ class ToyProblem:
 
     def make_batches(self, model: GPT, engine: Engine) -> tuple[TrainInstances | Rollouts, HeldOut]:
         config = self.config
+        if model.config.n_future > 1:
+            raise UserError(
+                f"n_future {model.config.n_future} is for texts: the targets of a toy problem are not the tokens that "
+                "follow; give --n_future 1"
+            )
         check_window(self.sampler, model.config, config.from_checkpoint)
         shared = {
             "batch_size": config.batch_size,

@@ -28,13 +28,16 @@ def check_vision(config: Any) -> None:
             f"an image has {config.n_patches:,} patches, the window (block_size) {config.block_size:,} tokens: "
             "raise block_size or patch_size"
         )
+    if config.image_size and config.n_future > 1:
+        raise UserError(f"n_future {config.n_future} is for models of text alone: a patch is no token to predict")
     if config.image_size and not config.is_causal:
         raise UserError("image_size is for models that answer about images: set is_causal to true")
 
 
 def encoder_shape(config: Any) -> Any:
     """The ModelConfig of the encoder's blocks: the text model's, but with full attention and dense MLPs."""
-    plain = {"attention": ["full"], "kv_rank": None, "q_rank": None, "rope_dim": None, "n_expert": 0}
+    plain = {"attention": ["full"], "n_expert": 0, "shortcut_experts": False}
+    plain |= dict.fromkeys(("kv_rank", "q_rank", "rope_dim", "sparse_block_size", "sparse_top_k"))
     positions = {"use_rope": False, "rope_scaling": "none", "attention_window": [], "is_causal": False}
     return dataclasses.replace(config, **plain, **positions, n_layer=max(1, config.n_vision_layer), image_size=0)
 

@@ -380,6 +380,8 @@ def load_model(checkpoint: dict[str, Any], where: str | Path, sdp_kernel: str = 
         raise UserError(f"{where}: damaged checkpoint: model must be a dict of tensors by name")
     if not all(weight.is_contiguous() for weight in weights.values()):  # an expanded scalar could claim terabytes
         raise UserError(f"{where}: damaged checkpoint: its weights are not stored in full")
+    left_out = tuple(f"future.{i}." for i in range(config.n_future - 1, as_trained.n_future - 1))  # none, if not asked
+    weights = {name: weight for name, weight in weights.items() if not name.startswith(left_out)}
     layers = {match[1] for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))}
     if len(layers) != config.n_layer:  # before anything is allocated by a number from an untrusted file
         raise UserError(f"{where}: its config says {config.n_layer} layers, its weights have {len(layers)}")

@@ -83,9 +83,11 @@ def pack_weights(model: GPT, type_name: str) -> tuple[list[dict[str, Any]], byte
 def network_of(config: ModelConfig) -> dict[str, Any]:
     """What model.js needs to know of a config; raises UserError for what it does not compute."""
     if not config.is_causal:
-        raise UserError("a web page: is_causal false: full attention predicts no next token, so it has no answers")
+        raise UserError("a web page answers token by token, from left to right: is_causal false has no place in it")
     if set(config.attention) != {"full"}:
         raise UserError(f"a web page: attention {','.join(config.attention)}: it computes full attention alone")
+    if config.shortcut_experts:
+        raise UserError("a web page: shortcut_experts true: its experts read a layer's own tokens")
     names = "block_size vocab_size n_head n_kv_head n_embd n_hidden head_dim windows mlp norm norm_eps qk_norm"
     names += " tie_embeddings n_expert n_expert_per_token n_shared_expert"
     rope = None
