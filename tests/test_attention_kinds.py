@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import FAST, TINY
+from processes import assert_close, curves, newest_log, train_on
 from torch.utils.flop_counter import FlopCounterMode
 
 from base.configuration import UserError
@@ -219,3 +221,48 @@ def test_a_kind_that_no_layer_has_is_not_asked(kind):
     """A pattern may be longer than the layers: one layer of `full,latent` is full attention with all its options."""
     config = ModelConfig(attention=["full", *kind], vocab_size=50, n_layer=1, n_head=2, n_kv_head=1, n_embd=32)
     assert config.attention_classes == [ATTENTION["full"]] and config.kv_rank is None
+
+
+# kinds that are trained here, and what each is given; latent attention has tests of its own form
+LEARNT = {"linear": [], "sparse": ["--sparse_block_size", "4", "--sparse_top_k", "2"]}
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "alone"),
+    [
+        ("train_ddp.py", ["--optimizer", "muon"], []),
+        ("train_ddp.py", ["--fsdp", "true", "--compile", "false"], ["--fsdp", "false"]),
+        ("train_deepspeed.py", [], []),
+    ],
+    ids=["ddp", "fsdp", "zero3"],
+)
+@pytest.mark.parametrize("kind", LEARNT)
+def test_on_two_processes_it_is_the_training_of_one(prepared, call, kind, script, options, alone):
+    """Packed samples, micro-batches."""
+    arguments = ["-t", "sft", "--from_checkpoint", "", *TINY, *FAST, "--pack_samples", "true", "--eval_iters", "2"]
+    arguments += ["--attention", f"{kind},full", *LEARNT[kind], "--max_steps", "4"]
+    arguments += ["--gradient_accumulation_steps", "4", "--eval_interval", "2", *options]
+    assert call("train.py", *arguments, *alone).status == 0
+    one = curves(newest_log(prepared))
+    assert len(one["loss"]) == 4 and len(one["val_loss"]) == 2
+    if script == "train_deepspeed.py":
+        pytest.importorskip("deepspeed")
+        arguments = ["--deepspeed", "--deepspeed_config", "deepspeed_zero3", *arguments]
+    assert_close(one, train_on(2, prepared, *arguments, script=script))
+
+
+@pytest.mark.parametrize("kind", LEARNT)
+def test_a_run_resumes_and_talks(prepared, call, kind):
+    arguments = ["-t", "pretrain", *TINY, *FAST, "--eval_interval", "10", "--lr_decay_iters", "8"]
+    arguments += ["--attention", kind, *LEARNT[kind], "--optimizer", "muon"]
+    assert call("train.py", *arguments, "--max_steps", "8", "--stage", "whole").status == 0
+    whole = curves(newest_log(prepared))["loss"]
+    assert call("train.py", *arguments, "--max_steps", "5", "--stage", "parts").status == 0
+    resumed = ["--from_checkpoint", "checkpoint/parts_last.pt", "--max_steps", "8"]
+    assert call("train.py", *arguments, "--stage", "parts", *resumed).status == 0
+    assert curves(newest_log(prepared))["loss"] == whole[5:]
+    ask = ["inference.py", "-m", "checkpoint/parts_last.pt", "-p", "the", "-t", "0", "-l", "90", "--weights"]
+    answers = [call(*ask, kind) for kind in ("float32", "bfloat16", "int8")]
+    assert all(answer.status == 0 and answer.out for answer in answers), answers
+    refused = call("convert.py", "checkpoint/parts_last.pt", "elsewhere")
+    assert refused.status == 1 and f"attention {kind}: theirs is full" in refused.err

@@ -5,8 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FAST, TINY
-from processes import assert_close, curves, newest_log, train_on
 from test_attention_kinds import make, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -235,42 +233,3 @@ def test_beside_full_layers_both_have_what_is_theirs():
     assert model.rope_widths == [0, 8, 0, 8] and model.windows == [None, 8, None, 8]
     generate = lambda cached: torch.stack(list(model.generate(tokens(2, 5), 40, seed=1, use_cache=cached)))  # noqa: E731
     assert torch.equal(generate(True), generate(False))
-
-
-@pytest.mark.parametrize(
-    ("script", "options", "alone"),
-    [
-        ("train_ddp.py", ["--optimizer", "muon"], []),
-        ("train_ddp.py", ["--fsdp", "true", "--compile", "false"], ["--fsdp", "false"]),
-        ("train_deepspeed.py", [], []),
-    ],
-    ids=["ddp", "fsdp", "zero3"],
-)
-def test_on_two_processes_it_is_the_training_of_one(prepared, call, script, options, alone):
-    """Packed samples, micro-batches."""
-    arguments = ["-t", "sft", "--from_checkpoint", "", *TINY, *FAST, "--pack_samples", "true", "--eval_iters", "2"]
-    arguments += ["--attention", "linear,full", "--max_steps", "4"]
-    arguments += ["--gradient_accumulation_steps", "4", "--eval_interval", "2", *options]
-    assert call("train.py", *arguments, *alone).status == 0
-    one = curves(newest_log(prepared))
-    assert len(one["loss"]) == 4 and len(one["val_loss"]) == 2
-    if script == "train_deepspeed.py":
-        pytest.importorskip("deepspeed")
-        arguments = ["--deepspeed", "--deepspeed_config", "deepspeed_zero3", *arguments]
-    assert_close(one, train_on(2, prepared, *arguments, script=script))
-
-
-def test_a_run_resumes_and_talks(prepared, call):
-    arguments = ["-t", "pretrain", *TINY, *FAST, "--eval_interval", "10", "--optimizer", "muon"]
-    arguments += ["--attention", "linear", "--lr_decay_iters", "8"]
-    assert call("train.py", *arguments, "--max_steps", "8", "--stage", "whole").status == 0
-    whole = curves(newest_log(prepared))["loss"]
-    assert call("train.py", *arguments, "--max_steps", "5", "--stage", "parts").status == 0
-    resumed = ["--from_checkpoint", "checkpoint/parts_last.pt", "--max_steps", "8"]
-    assert call("train.py", *arguments, "--stage", "parts", *resumed).status == 0
-    assert curves(newest_log(prepared))["loss"] == whole[5:]
-    ask = ["inference.py", "-m", "checkpoint/parts_last.pt", "-p", "the", "-t", "0", "-l", "90", "--weights"]
-    answers = [call(*ask, kind) for kind in ("float32", "bfloat16", "int8")]
-    assert all(answer.status == 0 and answer.out for answer in answers), answers
-    refused = call("convert.py", "checkpoint/parts_last.pt", "elsewhere")
-    assert refused.status == 1 and "attention linear: theirs is full" in refused.err

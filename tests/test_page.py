@@ -211,7 +211,7 @@ def test_answers_stream_stop_and_are_kept(open_page):
     text = page.answers()[0]
     assert page.below()[0] == "Stopped." and 20 <= len(text) < 1900
     page.start("and?")
-    page.tab.wait_for_selector(".turn:nth-child(2) .token")
+    page.tab.wait_for_selector(".turn:nth-child(2) .token", state="attached")  # a line end has no width
     page.tab.reload()  # while an answer is given
     page.tab.wait_for_selector("#models:not([hidden])")
     page.tab.click("#history-button")

@@ -126,12 +126,17 @@ def test_a_resumed_run_rolls_back_as_if_it_had_not_been_stopped(corpus, call, po
     assert rates == {0.015 if "0.5" in options else 0.03}
     newest_log(corpus).rename("whole.txt")
     assert call("train.py", *arguments, "--stage", "parts", "--max_steps", str(stop)).status == 0
+    first = read_log(newest_log(corpus), "val")  # where it stops it evaluates, too
+    newest_log(corpus).rename("first.txt")
     parts = load_checkpoint("checkpoint/parts_last.pt")
     assert (parts["data"]["spikes"]["rollbacks"] > 0) == (stop == 75)
     resume = ["--from_checkpoint", "checkpoint/parts_last.pt"]
     assert call("train.py", *arguments, "--stage", "parts", *resume).status == 0
     whole, parts = load_checkpoint("checkpoint/whole_last.pt"), load_checkpoint("checkpoint/parts_last.pt")
     assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+    losses = [record["val_loss"] for record in (*first, *read_log(newest_log(corpus), "val"))]
+    assert parts["data"].pop("evals_without_gain") == (losses[-1] >= losses[0]) and len(losses) == 2
+    assert whole["data"].pop("evals_without_gain") == 0  # its only one
     del whole["data"]["seconds"], parts["data"]["seconds"]
     assert whole["data"] == parts["data"] and whole["step"] == parts["step"] == 80
 

@@ -418,6 +418,7 @@ def test_the_check_tells_whether_the_set_up_can_learn(call, prepared):
         (["--lr_decay_iters", "1000"], "lr_decay_iters"),
         (["--n_embd", "256"], "weights per token"),
         (["--block_size", "700"], "shorter than one window"),
+        (["--block_size", "700", "--rope_theta", "100"], "rope_theta 100: after "),
     ],
 )
 def test_settings_that_cannot_make_sense_are_warned_of(call, prepared, overrides, warning):

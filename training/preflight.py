@@ -289,6 +289,13 @@ def warnings(run: Any, needed: float, available: float | None) -> list[str]:
             found.append(
                 f"{dataset.file.path}: {n_overlong} samples longer than block_size + 1 are {action} (overlong)"
             )
+    shape, width = model.config, max(model.rope_widths)
+    turn = 2 * math.pi * shape.rope_theta ** (1 - 2 / width) if width else math.inf  # of the slowest pair, in tokens
+    if shape.block_size > turn and shape.rope_theta < 10_000:
+        found.append(
+            f"rope_theta {shape.rope_theta:g}: after {turn:.0f} tokens all of RoPE's angles have come round, and "
+            f"block_size is {shape.block_size:,}: --rope_theta 10000"
+        )
     n_tokens = sum(len(getattr(dataset, "tokens", ())) for dataset in getattr(batches, "datasets", []))
     if n_tokens and model.parameter_count() > 10 * n_tokens:
         found.append(
