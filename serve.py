@@ -31,6 +31,7 @@ from weights.quantise import KINDS
 
 KEEP_ALIVE_SECONDS = 30  # that a connection may stay open between two requests
 LARGE_CACHE = 1 << 30  # bytes that are worth a line
+TEXT_BODY, IMAGE_BODY = 1 << 20, 12 << 20  # bytes of a request; the second has room for a photo of 9 MB, in base64
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -59,7 +60,7 @@ def make_parser() -> Parser:
     limits.add_argument("--rows", metavar="N", type=int, default=16, help="answers generated together, per model [16]")
     limits.add_argument("--waiting", metavar="N", type=int, default=64, help="answers that may wait, per model [64]")
     limits.add_argument("--seconds", metavar="N", type=int, default=300, help="that an answer may take [300]")
-    limits.add_argument("--max_body", metavar="BYTES", type=int, default=1 << 20, help="of a request [1048576]")
+    limits.add_argument("--max_body", metavar="BYTES", type=int, help="of a request [1 MiB; where a model sees, 12]")
     return parser
 
 
@@ -73,7 +74,7 @@ def check_arguments(args: Namespace) -> None:
         "rows": (args.rows, 1 <= args.rows <= 1024, "1 to 1024"),
         "waiting": (args.waiting, args.waiting >= 0, "at least 0"),
         "seconds": (args.seconds, args.seconds >= 1, "at least 1"),
-        "max_body": (args.max_body, args.max_body >= 1024, "at least 1024"),
+        "max_body": (args.max_body, args.max_body is None or args.max_body >= 1024, "at least 1024"),
         "cors": (origin, origin is None, "as browsers send it: http://name.example:8080, no path, no capitals"),
         "api_key": (args.api_key, args.api_key is None or is_key, "letters, digits and signs of ASCII without spaces"),
     }
@@ -178,7 +179,9 @@ def main() -> None:
         batches = load_models(args)
         key = args.api_key or ("" if args.host in LOCAL else secrets.token_urlsafe(24))
         scheduler, logs = Scheduler(list(batches.values())), TrainingLogs(Path(), svg)
-        server = http.Server(batches, scheduler, logs, args.max_body, int(time.time()))
+        sees = any(batch.model.vision is not None for batch in batches.values())
+        max_body = args.max_body or (IMAGE_BODY if sees else TEXT_BODY)
+        server = http.Server(batches, scheduler, logs, max_body, int(time.time()))
         app = guard.protect(api.make_app(server), [args.host, *args.allow_host], args.cors, key, api.is_page)
         tell(f"models: {', '.join(batches)}")
         size = sum(batch.rows.memory() for batch in batches.values())

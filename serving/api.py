@@ -4,6 +4,7 @@ app = make_app(Server(batches, Scheduler(batches), logs))     # an ASGI applicat
 """
 
 import asyncio
+import base64
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +20,12 @@ from starlette.routing import Route
 from base.configuration import UserError
 from serving import requests
 from serving.completions import chat_completions, completions
-from serving.http import ERRORS, Server, answer, read_body
+from serving.http import ERRORS, Server, answer, read_body, read_conversation
 from serving.inspection import inspect_token
 from serving.metrics import metrics_text
 from serving.requests import BadRequest
 from serving.scheduler import Batch
+from vision.images import to_png
 
 PAGE = Path(__file__).parent.parent / "page"
 MEDIA_TYPES = {
@@ -36,7 +38,7 @@ MEDIA_TYPES = {
 }
 
 
-def describe(batch: Batch, created: int) -> dict[str, Any]:
+def describe(batch: Batch, server: Server) -> dict[str, Any]:
     """A model, in OpenAI's form and, under "nano", what it is."""
     generator = batch.generator
     config = generator.model.config
@@ -50,13 +52,15 @@ def describe(batch: Batch, created: int) -> dict[str, Any]:
         "adapter": batch.adapter,
         "weights": generator.weights,
         "stop_tokens": list(generator.tokenizer.stop_tokens),
+        "image_size": config.image_size,  # 0: a model of text alone
+        "max_image_bytes": server.max_image_bytes if config.image_size else 0,
     }
-    return {"id": batch.name, "object": "model", "created": created, "owned_by": "nano", "nano": nano}
+    return {"id": batch.name, "object": "model", "created": server.started, "owned_by": "nano", "nano": nano}
 
 
 async def models(request: Request) -> Response:
     server = request.app.state.server
-    listed = [describe(batch, server.started) for batch in server.batches.values()]
+    listed = [describe(batch, server) for batch in server.batches.values()]
     if name := request.path_params.get("name"):
         server.batch(name)
         return answer(next(model for model in listed if model["id"] == name))
@@ -64,13 +68,14 @@ async def models(request: Request) -> Response:
 
 
 async def tokenize(request: Request) -> Response:
-    body = await read_body(request)
-    generator = request.app.state.server.batch(body.get("model")).generator
+    server, body = request.app.state.server, await read_body(request)
+    batch = server.batch(body.get("model"))
+    generator = batch.generator
+    messages = [] if body.get("messages") is None else await read_conversation(server, batch, body)
 
     def prepare() -> dict[str, Any]:
         fields = requests.read_fields(requests.TOKENIZE_FIELDS, body)
-        if body.get("messages") is not None:
-            messages = requests.read_messages(body)
+        if messages:
             ids = requests.conversation_ids(generator, messages, fields.add_generation_prompt)
         elif fields.is_chat:
             question = {"role": "user", "content": requests.read_text(body.get("prompt"), "prompt")}
@@ -79,7 +84,10 @@ async def tokenize(request: Request) -> Response:
             ids = requests.text_ids(generator, requests.read_text(body.get("prompt"), "prompt"))
         pieces = requests.token_pieces(generator.tokenizer, ids)
         window = generator.model.config.block_size
-        return {"tokens": ids, "pieces": pieces, "count": len(ids), "max_model_len": window}
+        read = {"tokens": ids, "pieces": pieces, "count": len(ids), "max_model_len": window}
+        if (image := requests.image_among(messages, ids, generator)) is not None:
+            read["image"] = f"data:image/png;base64,{base64.b64encode(to_png(image)).decode()}"
+        return read
 
     return answer(await run_in_threadpool(prepare))
 
@@ -87,7 +95,10 @@ async def tokenize(request: Request) -> Response:
 async def inspect(request: Request) -> Response:
     server, body = request.app.state.server, await read_body(request)
     batch = server.batch(body.get("model"))
-    ids = requests.read_ids(batch.generator, body.get("tokens"), "tokens")
+    tokens, config = body.get("tokens"), batch.model.config
+    if config.image_size and isinstance(tokens, list) and config.vocab_size in tokens:
+        raise BadRequest("tokens: those of an image cannot be looked into, as the request has no image", "tokens")
+    ids = requests.read_ids(batch.generator, tokens, "tokens")
     position = body.get("position", len(ids) - 1)
     if type(position) is not int or not 0 <= position < len(ids):
         raise BadRequest(f"position must be an integer in 0..{len(ids) - 1}", "position")

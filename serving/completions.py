@@ -13,7 +13,7 @@ from starlette.responses import Response, StreamingResponse
 from serving import requests
 from serving.answers import Chat, Completion, to_json, usage
 from serving.guard import error_body
-from serving.http import answer, read_body
+from serving.http import answer, read_body, read_conversation
 from serving.requests import BadRequest
 from serving.scheduler import Batch, Generation, Piece, Scheduler
 
@@ -41,6 +41,8 @@ async def chat_completions(request: Request) -> Response:
     server, body = request.app.state.server, await read_body(request)
     batch = server.batch(body.get("model"))
     tokenizer, pieces = batch.generator.tokenizer, Pieces()
+    messages = await read_conversation(server, batch, body)
+    del body["messages"]  # with an image it is large, and an answer takes long
 
     def prepare() -> tuple[list[Generation], SimpleNamespace]:
         fields = requests.read_fields(requests.CHAT_FIELDS, body)
@@ -50,13 +52,13 @@ async def chat_completions(request: Request) -> Response:
             fields.max_tokens = fields.max_completion_tokens
         if fields.max_tokens == 0:
             raise BadRequest("max_tokens must be at least 1", "max_tokens")
-        messages = requests.read_messages(body)
         begun = requests.read_begun(batch.generator, body)
         ids = requests.chat_prompt(batch.generator, messages, fields.continue_final_message, begun)
         found = requests.generations([ids], fields, body, batch.generator, "messages", pieces.deliver)
         for generation in found:
             generation.n_logprobs = fields.top_logprobs if fields.logprobs else None
             generation.begun = begun
+            generation.image = requests.image_among(messages, ids, batch.generator)
         return found, fields
 
     generations, fields = await run_in_threadpool(prepare)  # as a long text takes long to tokenise

@@ -5,15 +5,17 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from serving.answers import to_json
 from serving.guard import error_body
-from serving.requests import BadRequest, parse_json
+from serving.requests import BadRequest, parse_json, read_messages, read_pixels
 from serving.scheduler import Batch, Refused, Scheduler
 from serving.training_logs import TrainingLogs
+from text.tokenizer import Messages
 
 BODY_SECONDS = 30  # that a request's body may take to arrive
 
@@ -29,6 +31,12 @@ class Server:
     started: int = 0  # Unix time
     requests: Counter = field(default_factory=Counter)  # by path and status
     drawing: asyncio.Lock = field(default_factory=asyncio.Lock)  # figures are drawn one at a time
+    decoding: asyncio.Lock = field(default_factory=asyncio.Lock)  # and images decoded: each may take 500 MB for it
+
+    @property
+    def max_image_bytes(self) -> int:
+        """Of a file that fits into a request: base64 makes four characters of three bytes, around it are a few more."""
+        return max(0, self.max_body - 1024) // 4 * 3
 
     def batch(self, name: Any) -> Batch:
         """The model of a request; raises BadRequest."""
@@ -55,6 +63,17 @@ async def read_body(request: Request) -> dict[str, Any]:
     except TimeoutError:
         raise BadRequest(f"the body has not come within {BODY_SECONDS} seconds", status=408) from None
     return parse_json(bytes(body))
+
+
+async def read_conversation(server: Server, batch: Batch, body: dict[str, Any]) -> Messages:
+    """The messages of a request, with the pixels (3, S, S) of its image if there is one; raises BadRequest."""
+    messages = await run_in_threadpool(read_messages, body)
+    for i, message in enumerate(messages):
+        if "image" in message:
+            file, name = message["image"], f"messages[{i}].content"
+            async with server.decoding:
+                message["image"] = await run_in_threadpool(read_pixels, batch.generator, batch.name, file, name)
+    return messages
 
 
 async def refuse(request: Request, error: Refused) -> Response:

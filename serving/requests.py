@@ -7,22 +7,28 @@ that is not in the table is ignored, as OpenAI's clients send more of them every
 BadRequest, which names the field.
 """
 
+import base64
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from base.configuration import Config, Field, UserError, fields_of, option
 from serving.scheduler import Generation, Piece, Refused, Sampling
 from serving.text_generator import TextGenerator
 from text.tokenizer import Messages, TextStream, Tokenizer, normalise
+from vision.images import read_image
 
 MAX_ANSWERS = 64  # of one request, over its prompts and n
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+DATA_URL = re.compile("data:image/(png|jpe?g);base64,", re.IGNORECASE)
 
 
 class BadRequest(Refused):
@@ -168,7 +174,10 @@ def read_usage_option(body: dict[str, Any]) -> bool:
 
 
 def read_messages(body: dict[str, Any]) -> Messages:
-    """The conversation of a request, as chat templates take it; raises BadRequest."""
+    """The conversation of a request, as chat templates take it; raises BadRequest.
+
+    The first question may have an "image": the contents of a file (bytes), which read_pixels() reads.
+    """
     given = body.get("messages")
     if not isinstance(given, list) or not given:
         raise BadRequest("messages must be a list of at least one message", "messages")
@@ -177,16 +186,60 @@ def read_messages(body: dict[str, Any]) -> Messages:
         name = f"messages[{i}]"
         if not isinstance(message, dict):
             raise BadRequest(f"{name} must be an object with role and content", name)
-        role, content = message.get("role"), message.get("content")
+        role, content, images = message.get("role"), message.get("content"), []
         if not isinstance(role, str) or role not in ROLES:
             raise BadRequest(f"{name}.role must be one of {', '.join(ROLES)}", f"{name}.role")
-        if isinstance(content, list):  # text parts
-            is_text = lambda part: isinstance(part, dict) and part.get("type") == "text"  # noqa: E731
-            if not all(is_text(part) and isinstance(part.get("text"), str) for part in content):
-                raise BadRequest(f"{name}.content: only parts of type text are read", f"{name}.content")
-            content = "".join(part["text"] for part in content)
-        messages.append({"role": ROLES[role], "content": read_text(content, f"{name}.content")})
+        if isinstance(content, list):
+            content, images = read_parts(content, f"{name}.content")
+        is_first = role == "user" and not any(earlier["role"] == "user" for earlier in messages)
+        if len(images) > is_first:
+            rule = "a conversation has one image at most, in its first question"
+            raise BadRequest(f"{name}.content: {rule}", f"{name}.content")
+        image = {"image": images[0]} if images else {}
+        messages.append({"role": ROLES[role], "content": read_text(content, f"{name}.content"), **image})
     return messages
+
+
+def read_parts(parts: list[Any], name: str) -> tuple[str, list[bytes]]:
+    """The text of a message's parts, joined, and the files of its images; raises BadRequest."""
+    texts, images = [], []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind == "image_url":
+            images.append(read_data_url(part.get("image_url"), name))
+        else:
+            raise BadRequest(f"{name}: only parts of type text and image_url are read", name)
+    return "".join(texts), images
+
+
+def read_data_url(value: Any, name: str) -> bytes:
+    """The file in {"url": "data:image/png;base64,..."}; raises BadRequest.
+
+    An address on the web is not followed: whoever asks could look around by it in networks that only the server
+    reaches (server-side request forgery).
+    """
+    url = value.get("url") if isinstance(value, dict) else None
+    head = DATA_URL.match(url) if isinstance(url, str) else None
+    if not head:
+        rule = 'image_url must be {"url": "data:image/png;base64,..."}, or jpeg: the image itself, nothing is fetched'
+        raise BadRequest(f"{name}: {rule}", name)
+    try:
+        return base64.b64decode(url[head.end() :], validate=True)
+    except ValueError:
+        raise BadRequest(f"{name}: the image's base64 is damaged", name) from None
+
+
+def read_pixels(generator: TextGenerator, model: str, contents: bytes, name: str) -> np.ndarray:
+    """The pixels (3, S, S) that a model reads of an image file; raises BadRequest. model, name: to be named by it."""
+    if generator.model.vision is None:
+        rule = "reads text alone; one that sees is trained with train.py -t vision"
+        raise BadRequest(f"{name}: an image, but the model {model} {rule}", name)
+    try:
+        return read_image(contents, generator.model.config.image_size)
+    except UserError as error:
+        raise BadRequest(f"{name}: the image: {error}", name) from None
 
 
 def read_begun(generator: TextGenerator, body: dict[str, Any]) -> list[int]:
@@ -224,13 +277,21 @@ def conversation_ids(generator: TextGenerator, messages: Messages, for_answer: b
     """Token ids (T,) of a conversation as it stands; for_answer: ready for the answer. Raises BadRequest."""
     if for_answer:
         return chat_prompt(generator, messages)
-    return generator.tokenizer.encode_chat(messages)[0].tolist()
+    return generator.tokenizer.encode_chat(messages, generator.model.config.n_patches)[0].tolist()
+
+
+def image_among(messages: Messages, ids: list[int], generator: TextGenerator) -> np.ndarray | None:
+    """The image (3, S, S) of a conversation whose places are among its token ids: not if its question was left out."""
+    if generator.model.config.vocab_size not in ids:
+        return None
+    return next((message["image"] for message in messages if "image" in message), None)
 
 
 def token_pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     """What each token adds to the text; a character that is spread over several tokens comes with the last of them."""
     stream, pieces = TextStream(tokenizer), []
     whole: dict[int, str] = {}  # of tokens that are whole characters: a text of a million has few different ones
+    whole[tokenizer.vocab_size] = ""  # a patch of an image
     for token in ids:
         begins = not stream.pending
         if not begins or token not in whole:

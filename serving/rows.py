@@ -6,6 +6,7 @@ and a step has fixed sizes: all rows, idle ones too, and room for all keys. Wher
 fewer, which is tried when the model is loaded, a step takes only as many as it needs.
 """
 
+import numpy as np
 import torch
 
 from layers.cache import KVCache, StaticCache
@@ -29,9 +30,13 @@ class Rows:
         if not config.n_expert:
             self.add_sizes()
 
-    def read(self, row: int, ids: list[int]) -> torch.Tensor:
-        """Read tokens into a row, after those that it has; final hidden states (T, n_embd)."""
-        return self.model.hidden(torch.tensor([ids], device=self.device), self.cache[row : row + 1])[0]
+    def read(self, row: int, ids: list[int], image: np.ndarray | None = None) -> torch.Tensor:
+        """Read tokens into a row, after those that it has; final hidden states (T, n_embd).
+
+        image (3, S, S): what stands in the places among ids that are no tokens'.
+        """
+        images = None if image is None else torch.from_numpy(image)[None].to(self.device)
+        return self.model.hidden(torch.tensor([ids], device=self.device), self.cache[row : row + 1], images=images)[0]
 
     def step(self, tokens: dict[int, int]) -> torch.Tensor:
         """Read the next token of each of some rows; logits (len(tokens), vocab_size)."""

@@ -11,6 +11,7 @@ What an answer is does not depend on what else runs. It has its own row of the c
 prompt is cut into pieces at the same places whatever is going on: a piece that another prompt shares is copied.
 """
 
+import hashlib
 import itertools
 import math
 import sys
@@ -23,6 +24,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from base.configuration import UserError
@@ -90,6 +92,7 @@ class Generation:
     n_logprobs: int | None = None  # how many of the likeliest tokens to report; None: no log-probabilities
     begun: list[int] = field(default_factory=list)  # the end of ids that belongs to the answer
     with_prompt: bool = False  # log-probabilities of the prompt's tokens, too
+    image: np.ndarray | None = None  # (3, S, S) uint8, in the places among ids that are no tokens'
 
     row: int | None = None
     n_read: int = 0  # tokens of the prompt
@@ -108,6 +111,9 @@ class Generation:
         self.stream, self.until = TextStream(generator.tokenizer), UntilStop(self.stop)
         for token in self.begun:  # the last one may have begun a character
             self.stream.push(token)
+        # what this prompt and another begin with alike: the places of all images have one id, whatever they show
+        shown = None if self.image is None else hashlib.sha256(self.image.tobytes()).digest()
+        self.read_as = [token if token < generator.model.config.vocab_size else shown for token in self.ids]
         self.bias = torch.tensor(list(self.sampling.logit_bias.values()), device=device)
         self.biased = torch.tensor(list(self.sampling.logit_bias), device=device, dtype=torch.long)
 
@@ -144,7 +150,8 @@ class Batch:
         self.reading: Generation | None = None  # whose prompt is being read
         self.running: dict[int, Generation] = {}  # by row
         self.free = list(range(n_rows))  # the longest unused first
-        self.read_in_pieces: list[list[int]] = [[] for _ in range(n_rows)]  # whole pieces of a prompt that a row holds
+        # whole pieces of a prompt that a row holds: token ids, and for a patch what tells its image from others
+        self.read_in_pieces: list[list[int | bytes]] = [[] for _ in range(n_rows)]
         self.counts = dict.fromkeys(("prompt_tokens", "reused_tokens", "generated_tokens", "ended", "cancelled"), 0)
         self.n_first, self.sum_first = 0, 0.0  # answers that have begun, and their seconds to the first token
 
@@ -200,25 +207,35 @@ class Batch:
         self.free.remove(row)
         generation.row = row
         self.rows.copy(source, row, n_shared)
-        self.read_in_pieces[row] = generation.ids[:n_shared]
+        self.read_in_pieces[row] = generation.read_as[:n_shared]
         generation.n_read = generation.n_reused = n_shared
         self.counts["reused_tokens"] += n_shared
 
     def n_shared(self, row: int, generation: Generation) -> int:
         """Tokens of a prompt that a row has read already: whole pieces, without the prompt's last token."""
-        pairs = zip(self.read_in_pieces[row], generation.ids[:-1], strict=False)
+        pairs = zip(self.read_in_pieces[row], generation.read_as[:-1], strict=False)
         n = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)) // PIECE * PIECE
+        while self.cuts_image(generation.ids, n):
+            n -= PIECE
         return n if self.rows.has(row, n) and not generation.with_prompt else 0
+
+    def cuts_image(self, ids: list[int], end: int) -> bool:
+        """Whether a piece that ends there would have only a part of an image, whose patches are read together."""
+        return 0 < end < len(ids) and min(ids[end - 1 : end + 1]) == self.model.config.vocab_size
 
     def read_piece(self, generation: Generation) -> int:
         """Read the next piece of a prompt, after the last one draw the first token; returns its number of tokens."""
         ids, start = generation.ids, generation.n_read
-        piece = ids[start : start + PIECE]
-        hidden = self.rows.read(generation.row, piece)
+        end = start + PIECE
+        while self.cuts_image(ids, end):
+            end += PIECE
+        piece = ids[start:end]
+        image = generation.image if self.model.config.vocab_size in piece else None
+        hidden = self.rows.read(generation.row, piece, image)
         generation.n_read += len(piece)
         self.counts["prompt_tokens"] += len(piece)
-        if len(piece) == PIECE:
-            self.read_in_pieces[generation.row] = ids[: generation.n_read]
+        if len(piece) % PIECE == 0:
+            self.read_in_pieces[generation.row] = generation.read_as[: generation.n_read]
         if generation.with_prompt:
             following = ids[start + 1 : generation.n_read + 1]
             if start == 0:
@@ -241,7 +258,8 @@ class Batch:
             return
         context = None
         if generation.sampling.repetition_penalty != 1.0:
-            context = torch.tensor([[*generation.ids, *generation.drawn]], device=logits.device)
+            read = [token for token in generation.ids if token < logits.size(1)]  # patches cannot be repeated
+            context = torch.tensor([[*read, *generation.drawn]], device=logits.device)
         token = generation.draw(logits, context).item()
         if generation.n_logprobs is None:
             info = TokenInfo(token)

@@ -2,6 +2,7 @@
 
     pixels = read_image(Path("cat.png"), size=32)       # (3, 32, 32) uint8: red, green, blue
     pixels = read_image(contents, size=32)              # likewise, of a file's bytes
+    contents = to_png(pixels)                           # the other way round
 
 A picture may come from a stranger: its size is looked at before anything is decoded, as a few kilobytes can claim to
 be terabytes of pixels, and nothing but these two formats is even tried.
@@ -79,3 +80,12 @@ def fit(image: Any, size: int) -> np.ndarray:
     square = Image.new("RGB", (size, size), BACKGROUND)
     square.paste(image, ((size - width) // 2, (size - height) // 2))
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def to_png(pixels: np.ndarray) -> bytes:
+    """A png file of pixels (3, size, size) uint8, of which read_image() with the same size makes the same again."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(file, "PNG")
+    return file.getvalue()
