@@ -24,10 +24,13 @@ let page = null; // what is different about the page that this is part of, see s
 /* given: backends()                   the models that answer: none yet, one, or two beside each other
           backendOf(answer)            the model that gave an answer
           changed(conversation)        something was said; to be kept
+          images()                     those that the first question is about, as images.js has them; null: none
+          setImages(images)            they are in the question that is written
+          addImage(element, images)    shows one
           addActions(element, answer)  more buttons below an answer
           showToken(answer, place)     more about a token */
 export function startChat(given) {
-  page = { changed: () => {}, addActions: () => {}, showToken: () => {}, ...given };
+  page = { changed: () => {}, images: () => null, setImages: () => {}, addImage: () => {}, addActions: () => {}, showToken: () => {}, ...given };
   listenToChat();
 }
 
@@ -45,6 +48,7 @@ function showTurns() {
 
 function showQuestion(question) {
   const turn = make("li", conversation.is_chat ? "turn" : "turn continued", $("turns"));
+  if (question.images) page.addImage(turn, question.images);
   const row = make("div", "asked", turn), asked = make("div", "question", row);
   asked.dir = "auto";
   asked.textContent = question.content;
@@ -145,11 +149,11 @@ function changed() {
 // --------------------------------------------------------------------------------------------------- what is answered
 
 /* A question that follows a node; by two backends beside each other if there are two. */
-function ask(parent, content) {
+function ask(parent, content, images) {
   const backends = page.backends();
   if (isBusy() || !backends.length || !content.trim()) return false;
   if (parent === conversation.root) Object.assign(conversation, { is_chat: isChat(), system: $("system").value });
-  const question = addChild(parent, { role: "user", content });
+  const question = addChild(parent, { role: "user", content, ...(images && parent === conversation.root ? { images } : {}) });
   giveAnswers(question, backends, []);
   return true;
 }
@@ -222,6 +226,7 @@ function takeBack(answer, question, { key = "failed", values, message }) {
   if (!question.children.length) {
     removeChild(parentOf(conversation, question), question);
     if (!$("question").value) writeQuestion(question.content);
+    if (!conversation.root.children.length) page.setImages(question.images ?? null);
   }
   showTurns();
   say($("notice"), key, values ?? { message });
@@ -243,7 +248,7 @@ function branch(element, place, [name, probability, id, text]) {
 /* The question as a field, in its place; sent, it becomes another question beside the first. */
 function edit(question, turn) {
   if (isBusy()) return;
-  const send = (text) => ask(parentOf(conversation, question), text);
+  const send = (text) => ask(parentOf(conversation, question), text, question.images);
   turn.querySelector(".asked").replaceWith(makeEditor(question.content, send, showTurns));
   turn.querySelector(".edit textarea").focus();
 }
@@ -267,6 +272,7 @@ export function openConversation(other = newConversation()) {
   else $("system").value = other.system;
   conversation = other;
   useMode(other.is_chat);
+  page.setImages(null);
   speak(language); // the field's hint
   showTurns();
   say($("notice"), "");
@@ -278,7 +284,9 @@ export function openConversation(other = newConversation()) {
 
 function listenToChat() {
   const send = () => {
-    if (ask(shownPath(conversation).at(-1) ?? conversation.root, $("question").value)) writeQuestion("");
+    if (!ask(shownPath(conversation).at(-1) ?? conversation.root, $("question").value, page.images())) return;
+    writeQuestion("");
+    page.setImages(null);
   };
   listenToComposer({ send, stop, canSend: () => !isBusy() && page.backends().length > 0 });
   $("new").addEventListener("click", () => openConversation());

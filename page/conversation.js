@@ -5,7 +5,8 @@
            └── question                       (the first one, edited)
 
    A node is {role, content, children, at}; `at` is the child that is shown. What is shown from the root on is the path.
-   Two answers stand beside each other where a question has `beside`, the place of the second. */
+   Two answers stand beside each other where a question has `beside`, the place of the second. The first question may
+   have `images`, see images.js. */
 
 export function newConversation() {
   const id = `${Date.now()}-${Math.random().toString(36).slice(2, 8)}`; // tells when it began, too
@@ -56,8 +57,10 @@ export function shownAnswers({ children, at, beside }) {
 export function messagesOf(conversation, path) {
   const system = conversation.is_chat && conversation.system ? [{ role: "system", content: conversation.system }] : [];
   const nodes = conversation.is_chat ? path : path.slice(-1); // a text to continue stands alone
-  return [...system, ...nodes.map(({ role, content }) => ({ role, content }))];
+  return [...system, ...nodes.map(({ role, content, images }) => ({ role, content, ...(images && { images }) }))];
 }
+
+export const isAboutImage = ({ root }) => root.children.some(({ images }) => images);
 
 /* Without the n oldest turns: a turn is a question and what answers it; system messages stay. */
 export function withoutOldestTurns(messages, n) {

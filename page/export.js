@@ -1,8 +1,10 @@
-/* Conversations as files for data.py, a JSON object a line: so what people think of answers becomes training data. */
+/* Conversations as files for data.py, a JSON object a line: so what people think of answers becomes training data.
+   Those about images are left out: there an image is a file of its own. */
 
-import { messagesOf, pathTo, shownPath } from "./conversation.js";
+import { isAboutImage, messagesOf, pathTo, shownPath } from "./conversation.js";
 
 const GOOD = 1, BAD = -1; // an answer's rating
+const isText = (conversation) => conversation.is_chat && !isAboutImage(conversation);
 
 /* Conversations as they are shown, for fine-tuning (sft); the loss is not taken on answers with weight 0, the bad ones. */
 export function shownLines(conversations) {
@@ -22,7 +24,7 @@ function pathsToGood(node) {
 
 function sftLines(conversations, pathsOf, isLearned) {
   const lines = [];
-  for (const conversation of conversations.filter((one) => one.is_chat)) {
+  for (const conversation of conversations.filter(isText)) {
     for (let path of pathsOf(conversation)) {
       path = path.slice(0, path.findLastIndex((node) => node.role === "assistant" && isLearned(node)) + 1);
       if (!path.length) continue;
@@ -37,7 +39,7 @@ function sftLines(conversations, pathsOf, isLearned) {
 /* Pairs of a good and a bad answer to the same question, for preference tuning (dpo). */
 export function pairLines(conversations) {
   const lines = [];
-  for (const conversation of conversations.filter((one) => one.is_chat)) {
+  for (const conversation of conversations.filter(isText)) {
     const visit = (node) => {
       const rated = (rating) => node.children.filter((child) => child.rating === rating).map((child) => child.content);
       for (const chosen of rated(GOOD)) {

@@ -5,6 +5,7 @@ import { updateSend } from "./composer.js";
 import { messagesOf, pathTo } from "./conversation.js";
 import { $, listenToTheme } from "./elements.js";
 import { addRating, keepConversation, listenToHistory } from "./history.js";
+import { addImage, isReadingImage, listenToImages, nextImages, setImages, showImageBar } from "./images.js";
 import { listenToInside, lookInside } from "./inside.js";
 import { callJson, serverModel } from "./server.js";
 import { WORDS_SERVED } from "./served_words.js";
@@ -44,7 +45,12 @@ function useModel() {
   $("max-length").placeholder = nano.block_size;
   if (!currentConversation().root.children.length) useMode(nano.instruct);
   speak(language);
+  useSecondModel();
+}
+
+function useSecondModel() {
   updateSend();
+  showImageBar();
 }
 
 // ------------------------------------------------------------------------------------------------------- look inside
@@ -54,7 +60,8 @@ let looked = null; // the answer and the place of the token whose card is shown
 function showToken(answer, place) {
   looked = [answer, place];
   const is_known = models.some(({ id }) => id === answer.model);
-  $("look-inside").hidden = !is_known || answer.tokens.slice(0, place).some(({ id }) => id === null);
+  const is_seen = pathTo(answer, currentConversation().root)[0].images; // /inspect reads tokens alone
+  $("look-inside").hidden = !is_known || is_seen || answer.tokens.slice(0, place).some(({ id }) => id === null);
 }
 
 async function look() {
@@ -86,16 +93,20 @@ listenToLanguage();
 listenToSettings();
 listenToHistory();
 listenToInside();
+listenToImages({ models: () => models, chosen });
 $("model").addEventListener("change", useModel);
-$("second").addEventListener("change", updateSend);
+$("second").addEventListener("change", useSecondModel);
 $("look-inside").addEventListener("click", look);
 $("new").addEventListener("click", () => (location.hash = ""));
 addEventListener("hashchange", showView);
 addEventListener("pagehide", endAnswers); // which keeps them
 startChat({
-  backends: () => chosen().map(serverModel),
+  backends: () => (isReadingImage() ? [] : chosen().map(serverModel)),
   backendOf: ({ model }) => serverModel(models.find(({ id }) => id === model) ?? { id: model, nano: { stop_tokens: [] } }),
   changed: keepConversation,
+  images: nextImages,
+  setImages,
+  addImage,
   addActions: addRating,
   showToken,
 });

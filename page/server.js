@@ -76,13 +76,22 @@ export function serverModel({ id: model, nano }) {
     answer: async (request, listener) => {
       controller = new AbortController();
       try {
-        await giveAnswer(model, nano.stop_tokens, request, listener, controller.signal);
+        const messages = request.messages.map((message) => withImagePart(message, nano));
+        await giveAnswer(model, nano.stop_tokens, { ...request, messages }, listener, controller.signal);
       } catch ({ message }) {
         listener({ type: "failed", message });
       }
     },
     stop: () => controller?.abort(),
   };
+}
+
+/* A message as OpenAI's API has it, its image as this model reads it. */
+function withImagePart({ images, ...message }, { image_size }) {
+  if (!images) return message;
+  const url = images[image_size];
+  if (!url) throw new Error(word(image_size ? "other_image_size" : "no_eyes"));
+  return { ...message, content: [{ type: "text", text: message.content }, { type: "image_url", image_url: { url } }] };
 }
 
 async function giveAnswer(model, stop_tokens, { is_chat, messages, settings, begun }, listener, signal) {
@@ -134,7 +143,8 @@ async function fit(model, is_chat, messages, max_length, n_begun, listener) {
     const { count: n, pieces, max_model_len: window } = await tokenize(model, is_chat, read);
     const limit = Math.min(max_length ?? window, window), room = limit - n - n_begun;
     if (is_chat && n + n_begun > Math.floor((limit * 3) / 4) && n_forgotten < n_turns - 1) continue;
-    if (n_forgotten) listener({ type: "note", key: "forgotten", values: { n: n_forgotten } });
+    const is_blind = n_forgotten && messages.some(({ content }) => Array.isArray(content)); // an image is in the first turn
+    if (n_forgotten) listener({ type: "note", key: is_blind ? "forgotten_image" : "forgotten", values: { n: n_forgotten } });
     if (pieces.includes("<|unknown|>")) listener({ type: "note", key: "some_unknown" });
     if (room > 0) return { messages: read, room };
     const key = n < window && max_length ? "max_length_reached" : "too_long";

@@ -234,12 +234,12 @@ def read_data_url(value: Any, name: str) -> bytes:
 def read_pixels(generator: TextGenerator, model: str, contents: bytes, name: str) -> np.ndarray:
     """The pixels (3, S, S) that a model reads of an image file; raises BadRequest. model, name: to be named by it."""
     if generator.model.vision is None:
-        rule = "reads text alone; one that sees is trained with train.py -t vision"
-        raise BadRequest(f"{name}: an image, but the model {model} {rule}", name)
+        rule = "has an image; a model that sees is trained with train.py -t vision"
+        raise BadRequest(f"the model {model} reads text alone, and {name} {rule}", name)
     try:
         return read_image(contents, generator.model.config.image_size)
     except UserError as error:
-        raise BadRequest(f"{name}: the image: {error}", name) from None
+        raise BadRequest(f"the image: {error}", name) from None
 
 
 def read_begun(generator: TextGenerator, body: dict[str, Any]) -> list[int]:
