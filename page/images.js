@@ -93,7 +93,7 @@ export function listenToImages({ models, chosen }) {
     $("question").focus();
   });
   $("image-file").addEventListener("change", ({ target }) => {
-    attach(target.files[0]);
+    if (target.files.length) attach(target.files[0]);
     target.value = ""; // the same one can be chosen again
   });
   const drag = (type, listener) => {

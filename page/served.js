@@ -39,7 +39,7 @@ async function loadModels() {
 /* What the model chosen is; one that was only pretrained continues texts. */
 function useModel() {
   const [{ nano }] = chosen();
-  const shape = { n_layer: nano.n_layer, n_head: nano.n_head, n_expert: nano.n_expert };
+  const shape = { n_layer: nano.n_layer, n_head: nano.n_head, n_expert: nano.n_expert, image_size: nano.image_size };
   const figures = [nano.parameters, nano.vocab_size, nano.block_size].map(number);
   say($("figures"), "figures", { ...shape, weights: figures[0], vocabulary: figures[1], window: figures[2] });
   $("max-length").placeholder = nano.block_size;

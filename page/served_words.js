@@ -3,9 +3,10 @@
 export const WORDS_SERVED = {
   en: {
     welcome: "A language model of your own. Ask it something, and look at how it answers.",
-    figures: ({ weights, n_layer, n_head, n_expert, vocabulary, window }) =>
+    figures: ({ weights, n_layer, n_head, n_expert, vocabulary, window, image_size }) =>
       `${weights} weights in ${n_layer} layers of ${n_head} heads${n_expert ? ` and ${n_expert} experts` : ""}, ` +
-      `a vocabulary of ${vocabulary} tokens, a window of ${window} tokens.`,
+      `a vocabulary of ${vocabulary} tokens, a window of ${window} tokens` +
+      (image_size ? `; it sees images of ${image_size} × ${image_size} pixels.` : "."),
     loading: "Asking the server for its models…",
     failed: ({ message }) => `No answer: ${message}`,
     unreachable: "the server cannot be reached",
@@ -18,7 +19,7 @@ export const WORDS_SERVED = {
     alone: "compare with…",
     figures_of_answer: ({ n, speed, model }) => `${model}, ${n} tokens${speed ? `, ${speed} tokens/s` : ""}`,
     some_unknown: "Characters that are not in the vocabulary were read as <|unknown|>.",
-    attach: "Add an image",
+    attach: "Ask about an image",
     detach: "Take it away",
     image: "Image, as the model sees it",
     reading_image: "Reading the image…",
@@ -82,9 +83,9 @@ export const WORDS_SERVED = {
   },
   zh: {
     welcome: "一个你自己的语言模型。问它点什么，再看看它是怎样回答的。",
-    figures: ({ weights, n_layer, n_head, n_expert, vocabulary, window }) =>
+    figures: ({ weights, n_layer, n_head, n_expert, vocabulary, window, image_size }) =>
       `${weights} 个权重，${n_layer} 层，每层 ${n_head} 个头${n_expert ? `、${n_expert} 个专家` : ""}，` +
-      `词表 ${vocabulary} 个 token，窗口 ${window} 个 token。`,
+      `词表 ${vocabulary} 个 token，窗口 ${window} 个 token${image_size ? `；能看 ${image_size} × ${image_size} 像素的图片` : ""}。`,
     loading: "正在向服务器询问有哪些模型……",
     failed: ({ message }) => `没有回答：${message}`,
     unreachable: "无法连接服务器",
@@ -97,7 +98,7 @@ export const WORDS_SERVED = {
     alone: "比较……",
     figures_of_answer: ({ n, speed, model }) => `${model}，${n} 个 token${speed ? `，每秒 ${speed} 个` : ""}`,
     some_unknown: "不在词表中的字符被读作 <|unknown|>。",
-    attach: "加一张图片",
+    attach: "问一张图片",
     detach: "去掉",
     image: "模型看到的图片",
     reading_image: "正在读取图片……",

@@ -31,7 +31,7 @@ class Server:
     started: int = 0  # Unix time
     requests: Counter = field(default_factory=Counter)  # by path and status
     drawing: asyncio.Lock = field(default_factory=asyncio.Lock)  # figures are drawn one at a time
-    decoding: asyncio.Lock = field(default_factory=asyncio.Lock)  # and images decoded: each may take 500 MB for it
+    decoding: asyncio.Lock = field(default_factory=asyncio.Lock)  # and images read: a large one takes 400 MB
 
     @property
     def max_image_bytes(self) -> int:

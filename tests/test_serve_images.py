@@ -68,7 +68,8 @@ def seeing_prompt(batch, i: int) -> tuple[list[int], np.ndarray | None]:
 def test_answers_alone_among_others_and_of_generate_are_the_same(shape):
     """To the last bit; model.generate() knows no rows, no pieces and no other answers."""
     shape = {**SEES, **SHAPES[shape]}
-    settings = [{"sampling": {"temperature": i % 2 * 1.0, "seed": i}, "n_logprobs": 2} for i in range(12)]
+    sampling = [{"temperature": i % 2, "seed": i, "repetition_penalty": (1.0, 1.4)[i % 4 > 1]} for i in range(12)]
+    settings = [{"sampling": values, "n_logprobs": 2} for values in sampling]
     together, alone = make_batch(**shape), make_batch(**shape)
     prompts = [seeing_prompt(together, i) for i in range(12)]
     asked = [
