@@ -161,7 +161,7 @@ def test_the_button_is_there_for_models_that_see_alone(open_page, folder):
     page.transfer("drop", folder / "picture.png", "image/png", "#welcome")
     assert page.notice == "text: reads text alone, and cannot see an image."
     page.tab.select_option("#model", "vision")
-    assert button.is_visible()
+    assert button.is_visible() and "sees images of 8 × 8 pixels" in page.tab.locator("#figures").text_content()
     page.tab.select_option("#second", "text")
     assert button.is_hidden()
     page.tab.select_option("#second", "")
