@@ -98,7 +98,7 @@ export const WORDS_SERVED = {
     alone: "比较……",
     figures_of_answer: ({ n, speed, model }) => `${model}，${n} 个 token${speed ? `，每秒 ${speed} 个` : ""}`,
     some_unknown: "不在词表中的字符被读作 <|unknown|>。",
-    attach: "问一张图片",
+    attach: "就图片提问",
     detach: "去掉",
     image: "模型看到的图片",
     reading_image: "正在读取图片……",

@@ -38,6 +38,13 @@ def header_of(width: int, height: int) -> bytes:
     )
 
 
+def with_scans(n: int, form: str = "JPEG", **options) -> bytes:
+    """A progressive jpeg whose last scan is repeated, until it has n of them."""
+    whole = contents(Image.fromarray(gradient(40, 40)), form, progressive=True, **options)
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    return whole[:-2] + scan * (n - whole.count(b"\xff\xda")) + whole[-2:]
+
+
 # ------------------------------------------------------------------------------------------------------ files
 
 
@@ -100,6 +107,25 @@ def test_the_largest_image_is_still_read(monkeypatch):
     read_image(contents(Image.new("RGB", (8, 8))), 4)
     with pytest.raises(UserError, match="9 x 8 pixels; at most 64"):
         read_image(contents(Image.new("RGB", (9, 8))), 4)
+
+
+def test_a_jpeg_of_endless_scans_is_refused_before_it_is_decoded(monkeypatch):
+    """Of 33 megapixels, each takes a tenth of a second and 50 bytes: a megabyte of them half an hour."""
+    assert read_image(with_scans(64), 40).shape == (3, 40, 40)
+    several = {"form": "MPO", "save_all": True, "append_images": [Image.new("RGB", (9, 9))]}  # as telephones write
+    assert read_image(with_scans(20, **several), 40).shape == (3, 40, 40)
+    monkeypatch.setattr(images, "to_rgb", None)
+    with pytest.raises(UserError, match="more than 64 scans"):
+        read_image(with_scans(65), 8)
+    with pytest.raises(UserError, match="more than 64 scans"):
+        read_image(with_scans(65, **several), 8)
+
+
+def test_a_file_of_many_bytes_is_not_even_read(tmp_path):
+    with open(tmp_path / "a.png", "wb") as file:
+        file.truncate((1 << 28) + 1)  # sparse: it takes no room
+    with pytest.raises(UserError, match="268,435,457 bytes; at most"):
+        read_image(tmp_path / "a.png", 8)
 
 
 @pytest.mark.parametrize("form", ["GIF", "TIFF", "BMP", "PPM", "WEBP", "ICO"])

@@ -226,7 +226,7 @@ def test_a_conversation_about_an_image_is_kept_and_no_training_data(open_page, f
 
 def test_a_phone_in_chinese(open_page, folder):
     page = open_page(locale="zh-CN", viewport={"width": 390, "height": 800}, has_touch=True)
-    assert page.tab.locator("#attach").text_content() == "问一张图片"
+    assert page.tab.locator("#attach").text_content() == "就图片提问"
     page.choose(folder / "picture.png")
     page.tab.wait_for_selector("#attached img")
     assert page.tab.locator("#attached img").get_attribute("aria-label") == "模型看到的图片"

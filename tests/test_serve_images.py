@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from servers import TOKENIZER, make_checkpoint, serving
-from test_images import contents, gradient, header_of
+from test_images import contents, gradient, header_of, with_scans
 from test_scheduler import Asked, make_batch, question, run
 
 from model import ATTENTION
@@ -287,6 +287,7 @@ REFUSED = {
     "an animation": (about(contents(FRAMES[0], save_all=True, append_images=FRAMES[1:])), "animated, 2 pictures"),
     "a bomb": (about(header_of(60_000, 60_000)), "pixels; at most"),
     "a larger bomb": (about(header_of(2**31 - 1, 2**31 - 1)), "pixels"),
+    "a jpeg of endless scans": (about(with_scans(10_000), kind="jpeg"), "more than 64 scans"),
     "half of a png": (about(contents(Image.fromarray(gradient(40, 40)))[:200]), "damaged"),
     "half of a jpeg": (about(contents(Image.fromarray(gradient(40, 40)), "JPEG")[:400], kind="jpeg"), "damaged"),
     "nothing": (about(b""), "not a png or jpeg"),

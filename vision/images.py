@@ -19,6 +19,8 @@ from base.configuration import UserError
 
 FORMATS = ("PNG", "JPEG")
 MAX_PIXELS = 1 << 25  # 33 megapixels, those of most cameras
+MAX_BYTES = 1 << 28  # of a file: as many pixels of 16 bits, not compressed at all
+MAX_SCANS = 64  # of a progressive jpeg: 10 are usual, and 50 bytes make one more, which takes 0.1 s to decode
 BACKGROUND = (255, 255, 255)  # beside a picture that is not square, and behind transparent parts
 
 
@@ -31,15 +33,16 @@ def read_image(source: Path | bytes, size: int) -> np.ndarray:
     from PIL import Image
 
     try:
-        if isinstance(source, Path) and not source.is_file():  # no device, nor a pipe that never ends
-            raise UserError("not a file" if source.exists() else "no such file")
-        file = source if isinstance(source, Path) else io.BytesIO(source)
+        contents = source if isinstance(source, bytes) else read_file(source)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own about sizes, which have a limit here
-            with Image.open(file, formats=FORMATS) as image:
+            with Image.open(io.BytesIO(contents), formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise UserError(f"{width:,} x {height:,} pixels; at most {MAX_PIXELS:,} are read: make it smaller")
+                # a scan begins with these two bytes, which are never together inside of one
+                if image.format != "PNG" and contents.count(b"\xff\xda") > MAX_SCANS:
+                    raise UserError(f"more than {MAX_SCANS} scans, which take long to decode: save it anew")
                 if image.format == "PNG" and getattr(image, "is_animated", False):
                     raise UserError(f"animated, {image.n_frames} pictures: save one of them")
                 return fit(to_rgb(image), size)
@@ -53,6 +56,15 @@ def read_image(source: Path | bytes, size: int) -> np.ndarray:
         if isinstance(error, OSError) and error.strerror:  # it cannot even be opened
             raise UserError(f"cannot be read ({error.strerror})") from None
         raise UserError(f"a damaged image ({str(error)[:80] or type(error).__name__})") from None
+
+
+def read_file(path: Path) -> bytes:
+    """The contents of an image file; raises UserError."""
+    if not path.is_file():  # no device, nor a pipe that never ends
+        raise UserError("not a file" if path.exists() else "no such file")
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path.stat().st_size:,} bytes; at most {MAX_BYTES:,} are read: make it smaller")
+    return path.read_bytes()
 
 
 def to_rgb(image: Any) -> Any:
