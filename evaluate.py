@@ -222,8 +222,7 @@ def evaluate_questions(args: Namespace) -> None:
         raise UserError(f"{args.questions}: no questions in it")
     training = find_sources([args.copied], args.encoding, parse_fields(args.fields))[0] if args.copied else []
     rest = args.device, True, [], args.lora, args.weights
-    generators = {path: load_text_generator(path, *rest) for path in args.model}
-    check_sight(generators, turns)
+    check_sight(generators := {path: load_text_generator(path, *rest) for path in args.model}, turns)
     answers: dict[str, list[Answer]] = {path: [] for path in args.model}
     try:
         for path, generator in generators.items():

@@ -3,10 +3,11 @@
     python dataset/pictures.py
 
 Writes into its own folder pictures/*.png, vision.jsonl (what to train on) and vision_held_out.jsonl (what to ask
-afterwards), the same every time. There are four kinds of pictures: coloured shapes in their places, shapes to count,
-numbers and bar charts. Of each kind some combinations (an orange ring, four crosses, the number 42, bars of heights 4,
-1 and 3) are in no picture for training, and in every one that is held out: who has learned what the parts look like
-can answer, who remembers pictures cannot.
+afterwards), the same every time. There are four kinds of pictures: coloured shapes in their places, things to count,
+numbers and bar charts. Of each kind some combinations (an orange ring, four red arrows, the number 42, bars of heights
+4, 1 and 3) are in no picture for training, and in every one that is held out: who has learned what the parts look like
+can answer, who remembers pictures cannot. That parts can be put together anew must itself be learned, from many other
+combinations of each: of ten colours with ten shapes it can, of three with three it cannot.
 """
 
 import io
@@ -16,31 +17,38 @@ import math
 import os
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 SEED = 23
 SIZE, CELL = 36, 12  # pixels: of a picture, of one of its nine places
-N_PICTURES = {"scene": 5000, "count": 2500, "number": 2500, "chart": 2500}
-N_HELD_OUT = {"scene": 160, "count": 60, "number": 60, "chart": 40}
-COLOURS = {  # English, Chinese, RGB
+N_PICTURES = {"scene": 7000, "count": 5000, "number": 5000, "chart": 3000}
+N_HELD_OUT = {"scene": 160, "count": 100, "number": 60, "chart": 40}
+COLOURS = {  # English: Chinese, RGB; each begins with another letter, so that one look tells which word to begin
     "red": ("红色", (220, 40, 40)),
     "green": ("绿色", (40, 160, 60)),
     "blue": ("蓝色", (40, 80, 220)),
     "yellow": ("黄色", (240, 205, 30)),
-    "purple": ("紫色", (140, 50, 170)),
     "orange": ("橙色", (245, 130, 30)),
-    "black": ("黑色", (30, 30, 30)),
     "pink": ("粉色", (250, 150, 200)),
+    "violet": ("紫色", (140, 50, 170)),
+    "cyan": ("青色", (60, 200, 220)),
+    "silver": ("银色", (160, 160, 165)),
+    "maroon": ("栗色", (105, 25, 35)),
 }
-SHAPES = {
-    "circle": "圆形",
-    "square": "正方形",
-    "triangle": "三角形",
-    "cross": "十字",
-    "ring": "圆环",
-    "diamond": "菱形",
+SHAPES = {  # English: Chinese, corners, with x to the right and y downwards from -1 to 1; None: not of corners alone
+    "circle": ("圆形", None),
+    "ring": ("环形", None),
+    "frame": ("方框", None),
+    "square": ("正方形", [(-1, -1), (1, -1), (1, 1), (-1, 1)]),
+    "diamond": ("菱形", [(0, -1), (1, 0), (0, 1), (-1, 0)]),
+    "triangle": ("三角形", [(-1, 1), (1, 1), (0, -1)]),
+    "hourglass": ("沙漏", [(-1, -1), (1, -1), (-1, 1), (1, 1)]),
+    "line": ("横线", [(-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)]),
+    "plus": ("加号", None),
+    "arrow": ("箭头", [(-1, -0.3), (0, -0.3), (0, -1), (1, 0), (0, 1), (0, 0.3), (-1, 0.3)]),
 }
 PLACES = [  # row by row
     ("top left", "左上"),
@@ -65,22 +73,22 @@ FONT = {  # 3 x 5 pixels, row by row
     "8": "111101111101111",
     "9": "111101111001111",
 }
-N_BARS, TALLEST = 3, 4
-MAX_TURNS = 3  # questions about one picture
-MAX_CHARACTERS = 119  # of them all: block_size of config/model.json without the patches of a picture
+MOST, N_BARS, TALLEST = 5, 3, 4  # things of a kind; bars, and their heights
+MAX_QUESTIONS = 3  # about one picture
 # kind of question -> (English, Chinese) wordings
 QUESTIONS = {
-    "what": (["What is at the {place}?", "What do you see at the {place}?"], ["{place}是什么？", "{place}有什么？"]),
+    "what": (["What is at the {place}?"], ["{place}是什么？", "{place}有什么？"]),
     "where": (["Where is the {colour} {shape}?"], ["{colour}{shape}在哪里？", "{colour}的{shape}在哪里？"]),
-    "colour": (["What colour is the {shape}?", "Which colour does the {shape} have?"], ["{shape}是什么颜色？"]),
-    "count": (
-        ["How many {shapes} are there?", "How many {shapes} do you see?"],
-        ["有几个{shapes}？", "图中有多少个{shapes}？"],
-    ),
-    "number": (["What number is it?", "Which number do you see?"], ["这是什么数字？", "图中的数字是多少？"]),
+    "colour": (["What colour is the {shape}?"], ["{shape}是什么颜色？"]),
+    "shape": (["What shape is {colour}?"], ["{colour}的是什么形状？"]),
+    "count": (["How many {colour} {shapes}?"], ["有几个{colour}{shape}？", "图中有多少个{colour}{shape}？"]),
+    "count shapes": (["How many {shapes}?"], ["有几个{shape}？", "图中有多少个{shape}？"]),
+    "count colours": (["How many things are {colour}?"], ["有几个{colour}的？", "图中有多少个{colour}的？"]),
+    "number": (["What number is it?"], ["这是什么数字？", "图中的数字是多少？"]),
     "height": (["How high is the {colour} bar?"], ["{colour}的柱子有多高？"]),
-    "highest": (["Which bar is the highest?", "What colour is the highest bar?"], ["哪个柱子最高？"]),
+    "highest": (["Which bar is highest?"], ["哪个柱子最高？"]),
 }
+Thing = tuple[str, str]  # its colour and shape
 Fact = tuple[str, dict, tuple[str, str]]  # kind of question, its fields in both languages, both answers
 Facts = list[list[Fact]]  # about every thing in a picture, one or several
 Combinations = dict[str, list[tuple]]  # by kind of picture
@@ -91,21 +99,14 @@ def both(**pairs: tuple[str, str]) -> dict:
     return {language: {name: pair[language] for name, pair in pairs.items()} for language in (0, 1)}
 
 
-def colour(name: str) -> tuple[str, str]:
-    return name, COLOURS[name][0]
-
-
-def shape(name: str) -> tuple[str, str]:
-    return name, SHAPES[name]
-
-
-def shapes(name: str) -> tuple[str, str]:
-    return name + ("es" if name.endswith("s") else "s"), SHAPES[name]
+def names(colour: str, shape: str) -> dict:
+    plural = shape + ("es" if shape.endswith("s") else "s")
+    return {"colour": (colour, COLOURS[colour][0]), "shape": (shape, SHAPES[shape][0]), "shapes": (plural, "")}
 
 
 def paint(rng: random.Random, name: str) -> tuple[int, int, int]:
     """A shade of a colour."""
-    return tuple(min(255, max(0, value + rng.randint(-15, 15))) for value in COLOURS[name][1])
+    return tuple(min(255, max(0, value + rng.randint(-12, 12))) for value in COLOURS[name][1])
 
 
 def blank(rng: random.Random) -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -114,25 +115,23 @@ def blank(rng: random.Random) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     return picture, ImageDraw.Draw(picture)
 
 
-def draw_shape(draw: ImageDraw.ImageDraw, rng: random.Random, place: int, name: str, colour_name: str) -> None:
+def draw_thing(draw: ImageDraw.ImageDraw, rng: random.Random, place: int, thing: Thing) -> None:
     """A shape of 7 or 9 pixels in one of nine places, a pixel off its middle at most."""
     row, column = divmod(place, 3)
     x, y = (CELL * i + CELL // 2 - rng.randint(0, 1) for i in (column, row))  # of the middle
-    radius, fill = rng.randint(3, 4), paint(rng, colour_name)
-    left, top, right, bottom = x - radius, y - radius, x + radius, y + radius
-    if name == "circle":
-        draw.ellipse((left, top, right, bottom), fill=fill)
-    elif name == "square":
-        draw.rectangle((left, top, right, bottom), fill=fill)
-    elif name == "triangle":
-        draw.polygon([(left, bottom), (right, bottom), (x, top)], fill=fill)
-    elif name == "cross":
-        draw.rectangle((x - 1, top, x + 1, bottom), fill=fill)
-        draw.rectangle((left, y - 1, right, y + 1), fill=fill)
-    elif name == "ring":
-        draw.ellipse((left, top, right, bottom), outline=fill, width=2)
+    colour, shape = thing
+    r, fill = rng.randint(3, 4), paint(rng, colour)
+    if shape == "circle":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+    elif shape == "ring":
+        draw.ellipse((x - r, y - r, x + r, y + r), outline=fill, width=2)
+    elif shape == "frame":
+        draw.rectangle((x - r, y - r, x + r, y + r), outline=fill, width=2)
+    elif shape == "plus":
+        draw.rectangle((x - 1, y - r, x + 1, y + r), fill=fill)
+        draw.rectangle((x - r, y - 1, x + r, y + 1), fill=fill)
     else:
-        draw.polygon([(x, top), (right, y), (x, bottom), (left, y)], fill=fill)
+        draw.polygon([(round(x + r * i), round(y + r * j)) for i, j in SHAPES[shape][1]], fill=fill)
 
 
 # ------------------------------------------------------------------------------------------------------ the kinds
@@ -140,37 +139,46 @@ def draw_shape(draw: ImageDraw.ImageDraw, rng: random.Random, place: int, name: 
 # of these. It returns the picture, and what can be asked about it: of a combination held out, about that alone.
 
 
-def scene(rng: random.Random, combination: tuple[str, str], free: Combinations) -> tuple[Image.Image, Facts]:
+def scene(rng: random.Random, combination: Thing, free: Combinations) -> tuple[Image.Image, Facts]:
     """Three things in different places; combination: colour and shape of the first."""
     picture, draw = blank(rng)
     things = [combination, *rng.sample([thing for thing in free["scene"] if thing != combination], 2)]
     places = rng.sample(range(9), len(things))
-    for place, (colour_name, shape_name) in zip(places, things, strict=True):
-        draw_shape(draw, rng, place, shape_name, colour_name)
-    facts = []
-    n_asked = 3 if combination in free["scene"] else 1
-    for i, (colour_name, shape_name) in list(zip(places, things, strict=True))[:n_asked]:
-        fields = both(place=PLACES[i], colour=colour(colour_name), shape=shape(shape_name))
-        article = "an" if colour_name[0] in "aeiou" else "a"
-        what = f"{article} {colour_name} {shape_name}", COLOURS[colour_name][0] + SHAPES[shape_name]
+    facts: Facts = []
+    for i, thing in zip(places, things, strict=True):
+        draw_thing(draw, rng, i, thing)
+        if thing != combination and combination not in free["scene"]:
+            continue
+        named = names(*thing)
+        fields, (colour, shape) = both(place=PLACES[i], **named), (named["colour"], named["shape"])
+        what = f"{colour[0]} {shape[0]}", colour[1] + shape[1]
         facts.append([("what", fields, what), ("where", fields, PLACES[i])])
-        if [thing[1] for thing in things].count(shape_name) == 1:
-            facts[-1].append(("colour", fields, colour(colour_name)))
+        if [other[1] for other in things].count(thing[1]) == 1:
+            facts[-1].append(("colour", fields, colour))
+        if [other[0] for other in things].count(thing[0]) == 1:
+            facts[-1].append(("shape", fields, shape))
     return picture, facts
 
 
-def count(rng: random.Random, combination: tuple[int, str], free: Combinations) -> tuple[Image.Image, Facts]:
-    """So many of a shape, and some of another one, all in different places."""
+def count(rng: random.Random, combination: tuple[int, str, str], free: Combinations) -> tuple[Image.Image, Facts]:
+    """So many of a colour and shape, and others, some of the same colour or shape, all in different places."""
     picture, draw = blank(rng)
-    n, shape_name = combination
-    n_others, other = rng.choice([pair for pair in free["count"] if pair[1] != shape_name and pair[0] + n <= 9])
-    for i, place in enumerate(rng.sample(range(9), n + n_others)):
-        name = shape_name if i < n else other
-        draw_shape(draw, rng, place, name, rng.choice([thing[0] for thing in free["scene"] if thing[1] == name]))
-    facts = [[("count", both(shapes=shapes(shape_name)), (str(n), str(n)))]]
+    n, *parts = combination
+    known = [thing for thing in free["scene"] if thing != tuple(parts)]
+    alike = [[thing for thing in known if thing[i] == parts[i]] for i in (0, 1)]
+    counts = Counter([tuple(parts)] * n)
+    for _ in range(rng.randint(0, 2)):
+        m, thing = rng.randint(1, 3), rng.choice(rng.choice([*alike, known]))
+        if thing not in counts and (m == 1 or (m, *thing) in free["count"]) and counts.total() + m <= 9:
+            counts[thing] = m
+    for place, thing in zip(rng.sample(range(9), counts.total()), counts.elements(), strict=False):
+        draw_thing(draw, rng, place, thing)
+    asked: list[tuple[str, Thing, int]] = [("count", tuple(parts), n)]
     if combination in free["count"]:
-        facts.append([("count", both(shapes=shapes(other)), (str(n_others), str(n_others)))])
-    return picture, facts
+        asked = [("count", thing, m) for thing, m in counts.items()]
+        for i, kind in enumerate(("count colours", "count shapes")):
+            asked += [(kind, thing, sum(m for t, m in counts.items() if t[i] == thing[i])) for thing in counts]
+    return picture, [[(kind, both(**names(*thing)), (str(m), str(m)))] for kind, thing, m in asked]
 
 
 def number(rng: random.Random, combination: tuple[str, str], free: Combinations) -> tuple[Image.Image, Facts]:
@@ -190,23 +198,25 @@ def number(rng: random.Random, combination: tuple[str, str], free: Combinations)
 def chart(rng: random.Random, combination: tuple[int, ...], free: Combinations) -> tuple[Image.Image, Facts]:
     """Bars of different colours, with lines behind them that show the heights."""
     picture, draw = blank(rng)
-    names, unit = rng.sample(list(COLOURS), N_BARS), 8
+    colours, unit = rng.sample(list(COLOURS), N_BARS), 8
     for line in range(TALLEST + 1):
         draw.line((0, SIZE - 2 - unit * line, SIZE, SIZE - 2 - unit * line), fill=(200, 200, 200))
-    for i, (height, name) in enumerate(zip(combination, names, strict=True)):
+    facts: Facts = []
+    for i, (height, name) in enumerate(zip(combination, colours, strict=True)):
         left = CELL * i + rng.randint(2, 3)
         draw.rectangle((left, SIZE - 2 - unit * height, left + 6, SIZE - 2), fill=paint(rng, name))
-    heights = zip(map(str, combination), names, strict=True)
-    facts = [[("height", both(colour=colour(name)), (height, height))] for height, name in heights]
+        facts.append([("height", both(colour=(name, COLOURS[name][0])), (str(height), str(height)))])
     if combination.count(max(combination)) == 1:
-        facts.append([("highest", both(), colour(names[combination.index(max(combination))]))])
+        name = colours[combination.index(max(combination))]
+        facts.append([("highest", both(), (name, COLOURS[name][0]))])
     return picture, facts
 
 
 KINDS = {"scene": scene, "count": count, "number": number, "chart": chart}
+THINGS = list(itertools.product(COLOURS, SHAPES))
 COMBINATIONS = {  # all that there are, and how many of them are held out
-    "scene": (list(itertools.product(COLOURS, SHAPES)), 6),
-    "count": (list(itertools.product(range(1, 6), SHAPES)), 4),
+    "scene": (THINGS, 8),
+    "count": ([(n, *thing) for thing in THINGS for n in range(2, MOST + 1)], 40),
     "number": (list(itertools.product("0123456789", repeat=2)), 15),
     "chart": (list(itertools.product(range(1, TALLEST + 1), repeat=N_BARS)), 10),
 }
@@ -223,11 +233,22 @@ def hold_out(rng: random.Random, combinations: list, n: int) -> list:
     return held_out
 
 
+def split(rng: random.Random) -> tuple[Combinations, Combinations]:
+    """(in pictures for training, held out): combinations of each kind; no picture counts what no scene shows."""
+    free: Combinations = {}
+    held: Combinations = {}
+    for kind, (combinations, n) in COMBINATIONS.items():
+        if kind == "count":
+            combinations = [combination for combination in combinations if combination[1:] in free["scene"]]
+        held[kind] = hold_out(rng, combinations, n)
+        free[kind] = [combination for combination in combinations if combination not in held[kind]]
+    return free, held
+
+
 def make_pictures() -> tuple[list[tuple[Image.Image, list[dict]]], list[tuple[Image.Image, list[dict]]]]:
     """(pictures for training, held-out pictures), each with its questions and answers; the same on every call."""
     rng = random.Random(SEED)
-    held = {kind: hold_out(rng, *combinations) for kind, combinations in COMBINATIONS.items()}
-    free = {kind: [c for c in combinations if c not in held[kind]] for kind, (combinations, _) in COMBINATIONS.items()}
+    free, held = split(rng)
     training, held_out = [], []
     for kind, make in KINDS.items():
         for pool, n_pictures, where in (
@@ -236,30 +257,19 @@ def make_pictures() -> tuple[list[tuple[Image.Image, list[dict]]], list[tuple[Im
         ):
             for i in range(n_pictures):
                 picture, facts = make(rng, pool[i % len(pool)], free)
-                turns = as_turns(rng, facts)
-                where.append((picture, [as_conversation(turns)] if pool is free[kind] else turns[:2]))
+                where.append((picture, ask(rng, facts, MAX_QUESTIONS if pool is free[kind] else 2)))
     rng.shuffle(training)
     return training, held_out
 
 
-def as_turns(rng: random.Random, facts: Facts) -> list[dict]:
-    """Questions about up to three of the things in a picture, in one of both languages, and their answers."""
-    language, turns = rng.randrange(2), []
-    for about_one in rng.sample(facts, min(len(facts), MAX_TURNS)):
+def ask(rng: random.Random, facts: Facts, n: int) -> list[dict]:
+    """Up to n questions about different things in a picture, in one of both languages, and their answers."""
+    language, samples = rng.randrange(2), []
+    for about_one in rng.sample(facts, min(len(facts), n)):
         kind, fields, answers = rng.choice(about_one)
         question = rng.choice(QUESTIONS[kind][language]).format(**fields[language])
-        turns.append({"question": question, "answer": answers[language]})
-    while sum(len(turn["question"]) + len(turn["answer"]) + 3 for turn in turns) > MAX_CHARACTERS:
-        turns.pop()
-    return turns
-
-
-def as_conversation(turns: list[dict]) -> dict:
-    """A question and its answer, or a conversation: the picture is read once for all of its questions."""
-    if len(turns) == 1:
-        return turns[0]
-    roles = {"question": "user", "answer": "assistant"}
-    return {"messages": [{"role": roles[name], "content": text} for turn in turns for name, text in turn.items()]}
+        samples.append({"question": question, "answer": answers[language]})
+    return samples
 
 
 def write(path: Path, contents: bytes) -> None:

@@ -8,10 +8,12 @@ from base.configuration import UserError
 
 
 @torch.no_grad()
-def attention_maps(model: torch.nn.Module, idx: torch.Tensor, last_only: bool = False) -> torch.Tensor:
+def attention_maps(
+    model: torch.nn.Module, idx: torch.Tensor, last_only: bool = False, images: torch.Tensor | None = None
+) -> torch.Tensor:
     """Attention weights (n_layer, B, n_head, T, T) of a GPT over token ids (B, T); each row, a query's, sums to 1.
 
-    last_only: the weights of the last token alone, (n_layer, B, n_head, 1, T).
+    last_only: the weights of the last token alone, (n_layer, B, n_head, 1, T). images: as of GPT.embed().
     """
     if any(attention.IS_RECURRENT for attention in model.config.attention_classes):
         raise UserError(
@@ -21,7 +23,7 @@ def attention_maps(model: torch.nn.Module, idx: torch.Tensor, last_only: bool = 
     layers = [block.attention for block in model.blocks]
     hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args)) for layer in layers]
     try:
-        model.hidden(idx)
+        model.hidden(idx, images=images)
     finally:
         for hook in hooks:
             hook.remove()

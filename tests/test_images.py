@@ -289,24 +289,57 @@ def test_inspect_shows_samples_with_images(work, call):
 
 
 def test_pictures_of_held_out_combinations_are_in_no_training_picture(monkeypatch):
-    """What is drawn and what is answered, by kind of picture; and that a second call makes the same."""
+    """What is drawn, seen from outside: the things of every scene, the heights in the pixels of every chart."""
     monkeypatch.syspath_prepend(ROOT / "dataset")
     import pictures
 
-    drawn, draw_shape = [], pictures.draw_shape
-    recording = lambda draw, rng, place, name, colour: (  # noqa: E731
-        drawn.append((colour, name)),
-        draw_shape(draw, rng, place, name, colour),
+    for kind, n in pictures.N_PICTURES.items():  # of every combination several are left
+        monkeypatch.setitem(pictures.N_PICTURES, kind, n // 5)
+    drawn, of_picture, draw_thing = {}, [], pictures.draw_thing
+    monkeypatch.setattr(
+        pictures,
+        "draw_thing",
+        lambda draw, rng, place, thing: (of_picture.append(thing), draw_thing(draw, rng, place, thing)),
     )
-    monkeypatch.setattr(pictures, "draw_shape", recording)
+    for kind in ("scene", "count"):
+        make = pictures.KINDS[kind]
+
+        def record(*args, make=make):
+            of_picture.clear()
+            picture, facts = make(*args)
+            drawn[id(picture)] = Counter(of_picture)
+            return picture, facts
+
+        monkeypatch.setitem(pictures.KINDS, kind, record)
     training, held_out = pictures.make_pictures()
-    of_training = Counter(drawn[: 3 * pictures.N_PICTURES["scene"]])  # scenes come first, those for training before
-    answers = {m["content"] for _, (s,) in training for m in s.get("messages", [{"content": s.get("answer")}])}
-    asked = [sample["answer"] for _, samples in held_out for sample in samples]
-    numbers = {answer for answer in asked if answer.isdigit() and len(answer) == 2}
-    things = {answer for answer in asked if answer.startswith(("a ", "an "))}
-    assert len(numbers) == 15 and len(things) == 6 and not (numbers | things) & answers
-    assert not {tuple(thing.split()[1:]) for thing in things} & set(of_training)
-    assert len(of_training) == len(pictures.COLOURS) * len(pictures.SHAPES) - 6 and min(of_training.values()) > 100
+    combinations = []  # of training and held-out pictures: things, so many of a thing, numbers, heights
+    for part in (training, held_out):
+        things, counts, numbers, heights = [], [], [], []
+        for picture, samples in part:
+            texts = [text for sample in samples for text in sample.values()]
+            if id(picture) in drawn:
+                things.append(set(drawn[id(picture)]))
+                counts.append({(n, *thing) for thing, n in drawn[id(picture)].items()})
+            elif any("number" in text or "数字" in text for text in texts):
+                numbers.append({text for text in texts if text.isdigit()})
+            else:
+                heights.append({heights_of(np.asarray(picture).astype(int))})
+        combinations.append((things, counts, numbers, heights))
+    for before, after, n_held_out in zip(*combinations, (8, 40 + 8, 15, 10), strict=True):
+        known = set().union(*before)
+        assert len(known) > 40
+        new = [combination - known for combination in after]
+        if n_held_out in (15, 10):  # each picture is of one
+            assert all(new)
+        assert len(set().union(*new)) == n_held_out
+    assert all(counts - set().union(*combinations[0][1]) for counts in combinations[1][1])  # scenes, too
     again = pictures.make_pictures()[1]
     assert all(a.tobytes() == b.tobytes() and x == y for (a, x), (b, y) in zip(held_out, again, strict=True))
+
+
+def heights_of(pixels: np.ndarray) -> tuple[int, ...]:
+    """Of the bars in a chart (36, 36, 3): between the lines behind them, how often a place is not of the background."""
+    return tuple(
+        sum(np.abs(pixels[36 - 2 - 8 * height + 4, 12 * bar + 5] - pixels[0, 0]).max() > 40 for height in range(1, 5))
+        for bar in range(3)
+    )

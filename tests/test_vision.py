@@ -1,6 +1,7 @@
 """A model that sees: patches, their places among the tokens, and training, resuming and answering with images."""
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -19,6 +20,7 @@ from test_memory import LiveTensors, train_two_steps, without_waste
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import plot_attention
 from base.configuration import UserError
 from model import GPT, ModelConfig
 from serving.text_generator import GenerationConfig, load_text_generator
@@ -62,7 +64,7 @@ def test_patches_are_those_of_unfold():
 def test_projected_patches_equal_a_convolution():
     model = make_model(n_vision_layer=0)
     images, projection = random_images(2), model.vision.projection
-    kernel = projection.weight.view(-1, 3, PATCH, PATCH)
+    kernel = projection.weight.view(-1, 3, PATCH, PATCH) / math.sqrt(3 * PATCH * PATCH)
     expected = F.conv2d(images.float() / 127.5 - 1, kernel, projection.bias, stride=PATCH).flatten(2).mT
     torch.nn.init.normal_(model.vision.position)
     torch.testing.assert_close(model.vision(images), expected + model.vision.position)
@@ -265,6 +267,39 @@ def test_a_resumed_run_is_exact(coloured, call):
     weights = load_checkpoint("checkpoint/vision_last.pt")["model"]
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert "vision.projection.weight" in weights
+
+
+def test_the_drawn_attention_is_what_the_answer_looks_at(coloured, call, monkeypatch):
+    """Shares of attention to patches, against weights computed where the model itself asks for attention."""
+    assert call("train.py", "-t", "vision", *SHAPE, *FAST).status == 0
+    argv = ["-m", "checkpoint/vision.pt", "--image", "p/160.png", "-p", "Which colour?"]
+    result = call("plot_attention.py", *argv)
+    answer = call("inference.py", "-i", *argv, "-t", "0").out.strip()
+    assert result.status == 0 and result.out.startswith(f"attention.png: {answer}"), result.err
+    assert Image.open("attention.png").size[0] > 100
+
+    generator = load_text_generator("checkpoint/vision.pt", "cpu", True)
+    image = generator.open_image("p/160.png")
+    tokens, looks = plot_attention.patch_attention(generator, "Which colour?", image)
+    ids, drawn = generator.prompt_ids("Which colour?", image=image), []
+    list(generator.answer("Which colour?", GenerationConfig(temperature=0.0), drawn=drawn, image=image))
+    assert len(tokens) == len(drawn)
+    first = len(ids) - 1  # predicts the answer's first token
+    seen, sdpa = [], F.scaled_dot_product_attention
+
+    def recording(q, k, *args, **kwargs):
+        T = q.size(2)
+        scores = (q @ k.mT / q.size(-1) ** 0.5).masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -torch.inf)
+        seen.append(scores.softmax(-1)[0].mean(0))
+        return sdpa(q, k, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recording)
+    with torch.no_grad():
+        generator.model(torch.tensor([[*ids, *drawn[:-1]]]), images=torch.from_numpy(image)[None])
+    seen = seen[1:]  # without the encoder's own block
+    patches_at = slice(1, 5)  # after the mark of the question
+    expected = torch.stack([weights[first:, patches_at] for weights in seen])
+    torch.testing.assert_close(torch.from_numpy(looks).flatten(2), expected)
 
 
 @pytest.mark.parametrize("options", [["--pack_samples", "true"], ["--gradient_accumulation_steps", "4"]])

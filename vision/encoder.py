@@ -72,13 +72,20 @@ class VisionEncoder(nn.Module):
         self._n_matrix_weights = sum(matrices)  # counted here, because sharding empties parameters later
 
     def initialise(self) -> None:
-        """Positions as large as projected patches are, whose numbers are near 1: where must not be lost beside what."""
-        nn.init.normal_(self.position, std=0.02 * math.sqrt(self.projection.in_features))
+        """Weights for pixels that are divided by sqrt(n), see forward(); positions as large as projected patches are.
+
+        Where must not be lost beside what.
+        """
+        std = 0.02 * math.sqrt(self.projection.in_features)
+        nn.init.normal_(self.projection.weight, std=std)
+        nn.init.normal_(self.position, std=std)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(N, 3, image_size, image_size), numbers 0 to 255 -> (N, n_patches, n_embd)."""
         x = patches(images, self.config.patch_size).to(self.position.dtype) / 127.5 - 1  # -1 to 1: mean 0, as weights
-        x = self.projection(x) + self.position
+        # Adam moves every weight equally far: n inputs that agree, as the pixels of a background do, would move a sum n
+        # times as far as an embedding. With inputs / sqrt(n), and so larger weights, it is less (arXiv:2203.03466).
+        x = self.projection(x / math.sqrt(self.projection.in_features)) + self.position
         for block in self.blocks:
             x = block(x, None)
         return x
