@@ -1,6 +1,7 @@
 """What the tests of other programs share: models whose every weight matters, and a real llama.cpp."""
 
 import json
+import math
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ def make_model(vocab_size: int, seed: int = 0, std: float = 0.15, **shape) -> GP
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(std * torch.randn_like(parameter) + (parameter.dim() == 1))
+        if model.vision is not None:  # whose pixels are divided by as much
+            model.vision.projection.weight.mul_(math.sqrt(model.vision.projection.in_features))
         for name, buffer in model.named_buffers():
             if name.endswith("choice_bias"):
                 buffer.copy_(std * torch.randn_like(buffer))
