@@ -35,7 +35,8 @@ def patch_attention(generator: TextGenerator, question: str, image: np.ndarray) 
     # a token is predicted by the position before it
     looks = weights[:, len(ids) - 1 :, idx[0] == generator.tokenizer.vocab_size]  # (n_layer, n_tokens, n_patches)
     side = generator.model.config.image_size // generator.model.config.patch_size
-    tokens = [generator.tokenizer.decode([token]) or "end" for token in drawn]
+    stops = generator.tokenizer.stop_tokens
+    tokens = ["(end)" if token in stops else generator.tokenizer.decode([token]) for token in drawn]
     return tokens, looks.float().cpu().numpy().reshape(*looks.shape[:2], side, side)
 
 
@@ -88,7 +89,7 @@ def main() -> None:
     image = generator.open_image(args.image)
     tokens, looks = patch_attention(generator, args.prompt, image)
     draw(args.output, image, tokens, looks)
-    print(f"{args.output}: {''.join(tokens)}")
+    print(f"{args.output}: {''.join(tokens).removesuffix('(end)')}")
 
 
 if __name__ == "__main__":

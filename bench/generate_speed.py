@@ -37,7 +37,7 @@ SHAPES = {  # n_layer, n_head, n_embd, block_size, vocab_size
 }
 
 
-LLAMA_CPP_TYPES = {"": "float32", "float32": "float32", "bfloat16": "bfloat16", "int8": "q8_0"}
+LLAMA_CPP_TYPES = {"": "float32", "float32": "float32", "bfloat16": "bfloat16", "int8": "q8_0"}  # convert.py's
 
 
 def make_model(name: str) -> GPT:
@@ -123,7 +123,7 @@ def main() -> None:
                 step = CompiledStep(model)
                 step.thread.join()
                 others["compiled"] = speed(model, 1, min(args.tokens, block_size - 1), True, step)
-            if args.beside and batch_size == 1:
+            if args.beside and batch_size == 1 and kind in LLAMA_CPP_TYPES:
                 others[args.beside] = llama_cpp_speed(exact, LLAMA_CPP_TYPES[kind], min(args.tokens, block_size - 2))
             for other, tokens in others.items():
                 rows.append((f"{what}, 1, {other}", "yes", f"{tokens:,.0f}", f"{limit:,.0f}", f"{tokens / limit:.0%}"))

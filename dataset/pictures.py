@@ -4,10 +4,9 @@
 
 Writes into its own folder pictures/*.png, vision.jsonl (what to train on) and vision_held_out.jsonl (what to ask
 afterwards), the same every time. There are four kinds of pictures: coloured shapes in their places, things to count,
-numbers and bar charts. Of each kind some combinations (an orange ring, four red arrows, the number 42, bars of heights
-4, 1 and 3) are in no picture for training, and in every one that is held out: who has learned what the parts look like
-can answer, who remembers pictures cannot. That parts can be put together anew must itself be learned, from many other
-combinations of each: of ten colours with ten shapes it can, of three with three it cannot.
+numbers and bar charts. Of each kind some combinations (a green circle, four red rings, the number 41, bars of heights
+2, 1 and 3) are in no picture for training, and in every one that is held out: who has learned what the parts look like
+can answer, who remembers pictures cannot. Every part is in many other combinations, from which to learn that it is one.
 """
 
 import io

@@ -12,7 +12,7 @@ FLOORS = [
     ["problem", "plan", "train_ddp", "train_deepspeed"],
     ["serve"],
     ["train", "inference", "evaluate"],
-    ["plot_loss", "convert"],
+    ["plot_loss", "plot_attention", "convert"],
     ["evaluation", "planning"],
     ["training"],
     ["serving"],

@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from base.devices import synchronise
+from layers.compiled_step import times_one_row
 from model import GPT
 
 KINDS = ("float32", "bfloat16", "int8", "int4")
@@ -58,7 +59,9 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = F.pad(x.reshape(-1, x.size(-1)), (0, self.n_padding))
-        if len(rows) <= FEW_ROWS and x.device.type == "cpu":  # multiplies by scales in bfloat16: ours are float32
+        if torch.compiler.is_compiling() and len(rows) == 1 and x.device.type == "cpu":
+            y = times_one_row(self.integers, rows[0].bfloat16()).bfloat16().to(x.dtype)  # rounded as below
+        elif len(rows) <= FEW_ROWS and x.device.type == "cpu":  # multiplies by scales in bfloat16: ours are float32
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.integers, self.ones).to(x.dtype)
         else:
             y = F.linear(rows, self.integers.to(x.dtype))
