@@ -112,8 +112,11 @@ class Session:
             raise UserError("/image FILE: which file?")
         if not self.generator.instruct:
             raise UserError("an image is part of a question: start with -i")
-        self.image = self.generator.open_image(path)
+        if self.generator.drafter:
+            raise UserError("a drafter guesses from text alone: start without --draft")
+        image = self.generator.open_image(path)
         self.forget("")
+        self.image = image
 
     def change_adapter(self, path: str) -> None:
         self.generator.use_adapter(path)
@@ -137,6 +140,7 @@ class Session:
 
     def forget(self, _: str) -> None:
         self.turns.clear()
+        self.image = None
 
     def help(self, _: str) -> None:
         tell("\n".join(f"{f'{name} {argument}':<20}{text}" for name, (argument, text, _) in COMMANDS.items()))
@@ -231,6 +235,8 @@ def answer_lines(
         line = line.removeprefix("\ufeff") if number == 1 else line
         try:
             if line.strip():
+                if line.split()[0] in COMMANDS:
+                    tell(f"line {number}: read as a question: {line.split()[0]} is a command in a terminal alone")
                 print_answer(generator, line, config, history, profile, f"line {number}: ", image)
                 continue
         except UserError as error:
@@ -331,7 +337,7 @@ def main() -> None:
     if unknown := unknown_note(generator.tokenizer, args.system):
         tell(f"--system: {unknown}")
     image = generator.open_image(args.image) if args.image else None
-    if generator.model.vision is not None and image is None and not sys.stdin.isatty():
+    if generator.model.vision is not None and generator.instruct and image is None and not sys.stdin.isatty():
         tell("this model can see, and was given no image: --image FILE")
     if args.prompt is not None:
         for i in range(args.num_samples):

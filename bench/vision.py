@@ -67,7 +67,7 @@ def kind_and_language(question: str) -> str:
 
 
 def write_digits(folder: Path) -> None:
-    """scikit-learn's 1,797 handwritten digits (8 x 8 pixels, 17 greys) as pictures: every fifth one is held out."""
+    """scikit-learn's 1,797 handwritten digits (8 x 8 pixels, 17 greys), black on white: every fifth one is held out."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -75,7 +75,7 @@ def write_digits(folder: Path) -> None:
     (folder / "digits").mkdir()
     for i, (pixels, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
         name = f"digits/{i:04}.png"
-        Image.fromarray((pixels * 255 / 16).astype(np.uint8)).save(folder / name)
+        Image.fromarray((255 - pixels * 255 / 16).astype(np.uint8)).save(folder / name)
         row = {"image": name, "question": "Which digit is it?", "answer": str(digit)}
         lines["vision_held_out.jsonl" if i % 5 == 0 else "vision.jsonl"] += json.dumps(row) + "\n"
     for name, text in lines.items():

@@ -65,8 +65,11 @@ class Answer:
 
 
 def check_sight(generators: dict[str, TextGenerator], turns: list[Turn]) -> None:
-    """Raises UserError where there are images in the questions, and a model that reads text alone."""
+    """Raises UserError where there are images in the questions that do not exist, or a model that reads text alone."""
     about = next((turn for turn in turns if turn.image), None)
+    for turn in turns:
+        if turn.image and not turn.image.is_file():
+            raise UserError(f"{turn.where}: {turn.image}: no such file")
     for path, generator in generators.items():
         if about and generator.model.vision is None:
             raise UserError(f"{about.where}: a question about an image, and {path} reads text alone")

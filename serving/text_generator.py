@@ -160,6 +160,8 @@ class TextGenerator:
         images = [message["image"] for message in history if message.get("image") is not None]
         images += [] if image is None else [image]
         n_kept = ids.count(self.tokenizer.vocab_size) // max(1, self.model.config.n_patches)  # without the oldest turns
+        if n_kept < len(images):
+            warnings.warn("the window is full: the image was left out with the oldest turns", stacklevel=2)
         images = images[len(images) - n_kept :]
         steps = self.model.generate(
             torch.tensor([ids], device=self.device),

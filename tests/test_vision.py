@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import plot_attention
 from base.configuration import UserError
+from inference import Session
 from model import GPT, ModelConfig
 from serving.text_generator import GenerationConfig, load_text_generator
 from text.batches import TrainBatches
@@ -65,7 +66,7 @@ def test_projected_patches_equal_a_convolution():
     model = make_model(n_vision_layer=0)
     images, projection = random_images(2), model.vision.projection
     kernel = projection.weight.view(-1, 3, PATCH, PATCH) / math.sqrt(3 * PATCH * PATCH)
-    expected = F.conv2d(images.float() / 127.5 - 1, kernel, projection.bias, stride=PATCH).flatten(2).mT
+    expected = F.conv2d(6 - images.float() / 42.5, kernel, projection.bias, stride=PATCH).flatten(2).mT
     torch.nn.init.normal_(model.vision.position)
     torch.testing.assert_close(model.vision(images), expected + model.vision.position)
 
@@ -373,6 +374,67 @@ def test_a_text_model_learns_to_see(coloured, call):
     assert result.status == 1 and "reads text alone" in result.err
     result = call("evaluate.py", "--questions", "vision_held_out.jsonl", "-m", "checkpoint/sft.pt")
     assert result.status == 1 and "line 1: a question about an image" in result.err
+
+
+def test_a_model_that_sees_trains_on(coloured, call):
+    """By the preset, whose sizes are for new encoders; and on text alone, where the encoder stays as it is."""
+    assert call("train.py", "-t", "vision", *SHAPE, *FAST, "--n_vision_layer", "1").status == 0
+    on = ["--from_checkpoint", "checkpoint/vision_last.pt", *FAST]
+    result = call("train.py", "-t", "vision", *on, "--max_steps", "8")
+    assert result.status == 0, result.err
+    teacher = ["--loss", "distill", "--stage", "small", "--teacher"]
+    result = call("train.py", "-t", "vision", *on, *teacher, "checkpoint/vision.pt")
+    assert result.status == 0, result.err
+
+    seeing = load_checkpoint("checkpoint/vision_last.pt")["model"]
+    pairs = [{"prompt": f"q {i}", "chosen": "red", "rejected": "blue"} for i in range(40)]
+    write_jsonl(coloured / "dpo.jsonl", pairs)
+    write_jsonl(coloured / "sft.jsonl", [{"question": row["prompt"], "answer": "red"} for row in pairs])
+    for stage in ("sft", "dpo"):
+        options = ["--block_size", "48", "--tokenizer", "checkpoint/vision.pt"]
+        assert call("data.py", f"{stage}.jsonl", *options).status == 0
+        train_on(
+            2,
+            coloured,
+            "-t",
+            stage,
+            *on,
+            "--gradient_accumulation_steps",
+            "2",
+            "--weight_decay",
+            "0.5",
+            "--optimizer",
+            "adamw",
+        )
+        after = load_checkpoint(f"checkpoint/{stage}_last.pt")["model"]
+        assert all(torch.equal(after[name], seeing[name]) == name.startswith("vision.") for name in after)
+
+    assert call("train.py", "-t", "sft", *SHAPE[:8], *FAST, "--from_checkpoint", "", "--stage", "blind").status == 0
+    result = call("train.py", "-t", "vision", *on, *teacher, "checkpoint/blind.pt")
+    assert result.status == 1 and "teacher: checkpoint/blind.pt reads text alone" in result.err
+    result = call("train.py", "-t", "vision", *FAST, *SHAPE[8:], "--stage", "blind", "--from_checkpoint", "blind")
+    assert result.status == 1 and "gets another --stage name" in result.err
+
+
+def test_a_conversation_about_an_image(coloured, call):
+    """What is left out of the window, forgotten, or missing, is said."""
+    assert call("train.py", "-t", "vision", *SHAPE, *FAST).status == 0
+    generator = load_text_generator("checkpoint/vision.pt", "cpu", True)
+    red = generator.open_image("p/0.png")
+    history = [{"role": "user", "content": "red", "image": red}, {"role": "assistant", "content": "b" * 24}]
+    with pytest.warns(UserWarning, match="the image was left out with the oldest turns"):
+        list(generator.answer("e" * 12, GenerationConfig(temperature=0.0), history))
+    session = Session(generator, GenerationConfig(), "", False)
+    session.change_image("p/0.png")
+    assert session.image is not None
+    session.forget("")
+    assert session.image is None
+    session.generator = load_text_generator("checkpoint/vision.pt", "cpu", True, draft="lookup")
+    with pytest.raises(UserError, match="guesses from text alone"):
+        session.change_image("p/0.png")
+    (coloured / "p" / "160.png").unlink()
+    result = call("evaluate.py", "--questions", "vision_held_out.jsonl", "-m", "checkpoint/vision.pt")
+    assert result.status == 1 and "160.png: no such file" in result.err
 
 
 def test_an_adapter_of_a_model_that_sees(coloured, call):

@@ -45,7 +45,7 @@ class Split:
             self.n_train = np.where(is_cut[group_of], cut, self.n_train)
         self.is_val = self.n_train == 0
         if not has_documents and not (self.is_kept & self.is_val).any():
-            what = "prompt" if scan.stage == "dpo" else scan.split_by
+            what = {"dpo": "prompt", "vision": "image"}.get(scan.stage, scan.split_by)
             which = f", all with the same {what}" if self.n_kept > 1 else ""
             raise UserError(
                 f"{some_names([source.name for source in scan.sources])}: {self.n_kept} distinct sample(s){which}; "

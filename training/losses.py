@@ -92,8 +92,20 @@ class DistillationLoss:
         return learned + balancing_loss(model) * batch.count
 
 
+def check_sight(teacher: GPT, path: str, data: list[Any]) -> None:
+    """Raises UserError where the data has images that a teacher does not read as the student does."""
+    names = "image_size", "patch_size"
+    for file in [dataset.file for dataset in data if dataset.file.images is not None]:
+        has, reads = ([values[name] for name in names] for values in (file.header, teacher.config.to_dict()))
+        if has != reads:
+            sees = "reads images of {} pixels in patches of {}".format(*reads) if reads[0] else "reads text alone"
+            images = "images of {} pixels in patches of {}".format(*has)
+            raise UserError(f"teacher: {path} {sees}, and {file.path} has {images}: name another teacher")
+
+
 def make_distillation(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[Any]) -> DistillationLoss:
     teacher = load_frozen_model("teacher", config.teacher, tokenizer, engine.device, longest_sample(data))
+    check_sight(teacher, config.teacher, data)
     teacher.restart_positions = config.restart_positions
     engine.compile(teacher)
     return DistillationLoss(teacher, config.distill_temperature, config.distill_weight)

@@ -167,12 +167,14 @@ def read_configs(training: str | None, model: str | None, overrides: dict[str, A
             raise UserError(f"{name} is for toy problems: --problem NAME names one (python problem.py --list)")
     explicit = {name: value for name, value in values.items() if name not in train_fields}
     values = {name: value for name, value in values.items() if name in train_fields}
+    sight = {name: explicit.pop(name) for name in VISION_FIELDS & explicit.keys() - overrides.keys()}
     defaults = {}
-    if model or not explicit.keys() - overrides.keys() - VISION_FIELDS:
+    if model or not explicit.keys() - overrides.keys():
         model_path = find_config(model or "model")
         defaults = check_fields(read_json(model_path), model_fields, str(model_path))
         if model:
             explicit = {**defaults, **explicit}
+    defaults |= sight  # a preset that sees may be trained from any model that does: what it says is for a new encoder
     try:
         config = TrainConfig(**{"stage": path.stem, **values})
     except UserError as error:
@@ -277,18 +279,21 @@ def check_modules(config: TrainConfig, model: GPT) -> None:
 
 
 def restore_model(
-    config: TrainConfig, explicit: dict[str, Any], checkpoint: dict[str, Any]
+    config: TrainConfig, explicit: dict[str, Any], defaults: dict[str, Any], checkpoint: dict[str, Any]
 ) -> tuple[GPT, dict[str, Any] | None]:
     """The network of a checkpoint, and the settings of its LoRA adapter, if it has or gets one.
 
-    Raises UserError where a model field was asked to be another than it was trained with.
+    explicit, defaults: model fields, as in RunConfig. Raises UserError where an explicit one is not as it was trained.
     """
     where = config.from_checkpoint
     changes = context_changes(config, explicit, checkpoint) | modules_left_out(config, explicit, checkpoint)
-    vision = {name: value for name, value in explicit.items() if name in VISION_FIELDS and value is not None}
+    fields = {**defaults, **explicit}.items()
+    vision = {name: value for name, value in fields if name in VISION_FIELDS and value is not None}
     learns_to_see = bool(vision.get("image_size")) and not checkpoint["model_config"].get("image_size")
     if learns_to_see and config.use_lora:
         raise UserError(f"{where} reads text alone: train an encoder with all weights first, without --use_lora")
+    if learns_to_see and is_same_run(config, checkpoint):
+        raise UserError(f"{where} reads text alone: a run that teaches it to see gets another --stage name")
     explicit = {name: value for name, value in explicit.items() if not (learns_to_see and name in vision)}
     for name, value in explicit.items():
         trained = checkpoint["model_config"].get(name, fields_of(ModelConfig)[name].default)
@@ -338,12 +343,14 @@ def build_run(asked: RunConfig, engine: Engine) -> Run:
     source = engine.together(lambda: SOURCES[asked.source](config, asked.settings, checkpoint))
     shape = {**source.default_shape(asked.model), **asked.model_defaults, **asked.model}
     if checkpoint:
-        model, adapter = restore_model(config, asked.model, checkpoint)
+        model, adapter = restore_model(config, asked.model, asked.model_defaults, checkpoint)
     else:
         model, adapter = make_model(config, shape, source.tokenizer), None
     check_modules(config, model)
     choose_reference(config, checkpoint)
     batches, validation = source.make_batches(model, engine)
+    if model.vision is not None and all(dataset.file.images is None for dataset in batches.datasets):
+        model.vision.requires_grad_(False)  # without gradients it would decay, and DDP wait for it
     datasets = [*batches.datasets, *getattr(validation, "datasets", ())]
     earlier = checkpoint if checkpoint and is_same_run(config, checkpoint) else None
     dtype_reason = choose_dtype(engine, model, earlier)

@@ -98,6 +98,7 @@ class TokenFiles:
         self.tokens_per_character = n_targets / max(1, n_characters) if config.loss in PER_TOKEN_LOSSES else None
         self.baselines = mean_baselines([file.header for file in val_files])
         self.has_questions = train_files[-1].starts is not None
+        self.has_images = any(file.images is not None for file in train_files)
         return batches, validation
 
     def check_attention(self, shape: ModelConfig) -> None:
@@ -125,7 +126,7 @@ class TokenFiles:
         """How to try the trained model; base: of an adapter, the checkpoint that it belongs to."""
         options = ["-i"] if self.has_questions else []
         options += ["-m", base, "--lora", str(path)] if base else ["-m", str(path)]
-        return command_line("inference.py", *options)
+        return command_line("inference.py", *options, *(["--image", "FILE"] if self.has_images else []))
 
 
 def pad_to(block_size: int, is_compiled: bool) -> int:

@@ -18,6 +18,8 @@ import torch.nn as nn
 
 from base.configuration import UserError
 
+CONTRAST = 6  # black as a number: the larger, the more a step changes what is seen (bench/NOTES.md has the trials)
+
 
 def check_vision(config: Any) -> None:
     """Raises UserError where the image fields of a ModelConfig do not fit together."""
@@ -82,7 +84,7 @@ class VisionEncoder(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(N, 3, image_size, image_size), numbers 0 to 255 -> (N, n_patches, n_embd)."""
-        x = patches(images, self.config.patch_size).to(self.position.dtype) / 127.5 - 1  # -1 to 1: mean 0, as weights
+        x = CONTRAST * (1 - patches(images, self.config.patch_size).to(self.position.dtype) / 255)  # white is 0
         # Adam moves every weight equally far: n inputs that agree, as the pixels of a background do, would move a sum n
         # times as far as an embedding. With inputs / sqrt(n), and so larger weights, it is less (arXiv:2203.03466).
         x = self.projection(x / math.sqrt(self.projection.in_features)) + self.position
