@@ -57,6 +57,7 @@ def main() -> None:
                     "unique": text.unique,
                     "vocab": text.vocab_size,
                     "unigram": text.baselines["unigram"],
+                    "ngram_share": round(text.ngram_share, 6),
                     "loss": result.loss,
                 }
                 with RUNS.open("a", encoding="utf-8") as output:
