@@ -4,9 +4,9 @@
     python bench/plan_accuracy.py tinyshakespeare.txt --minutes 2 --grid        also twelve configs made by hand
 
 Every plan is made and trained as a user does it, in a folder of its own. The texts should not be among the prior's
-(bench/scaling_runs.py). A run's schedule follows the clock. Where a machine that others share let it read less than 95%
-of the tokens that were planned, it is trained a second time, for that many tokens however long they take: the law's
-error without the clock's.
+(bench/scaling_runs.py). A run's schedule follows the clock. Where a machine that others share let it read 5% less or
+more than the tokens that were planned, it is trained a second time, for that many tokens however long they take: the
+law's error without the clock's.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def one_plan(minutes: float) -> dict[str, float | str]:
     predicted, low, high, planned_tokens, reached, tokens = map(float, NUMBERS.search(out).groups())
     config = json.loads(Path("config/plan.json").read_text())
     at_planned = reached
-    if tokens < 0.95 * planned_tokens:
+    if abs(tokens / planned_tokens - 1) > 0.05:
         tokens_per_step = config["batch_size"] * config["gradient_accumulation_steps"] * config["block_size"]
         steps = str(round(1e6 * planned_tokens / tokens_per_step))
         run("train.py", "-t", "plan", "--decay_over", "steps", "--max_steps", steps, "--max_minutes", "null")

@@ -117,7 +117,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say_and_ngrams_make_them_narr
         for is_counted, belief in ((True, given), (False, marginal)):
             theta, _ = most_likely(run, belief)
             errors[is_counted].append(abs(log_loss(theta, further)[0] - math.log(truth)))
-    assert 0.8 <= inside / 20  # of intervals of 90%
+    assert inside / 20 >= 0.8  # of intervals of 90%
     assert np.median(errors[True]) < 0.8 * np.median(errors[False])
 
 
@@ -294,6 +294,25 @@ def test_what_cannot_be_planned_is_said_in_a_line(prepared, call, arguments, mes
     assert result.status != 0 and message in result.err and "Traceback" not in result.err
     assert len([line for line in result.err.splitlines() if line.startswith("error:")]) == 1
     assert not (prepared / "config").exists()
+
+
+def test_ctrl_c_says_what_is_lost_and_what_stays(prepared, call, monkeypatch):
+    text = prepared / "dataset" / "pretrain.txt"
+    text.write_text(markov_text(60_000), encoding="utf-8")
+    assert call("data.py", text, "--tokenizer", "char").status == 0
+    (prepared / "config").mkdir()
+    earlier = prepared / "config" / "plan.json"
+    earlier.write_text('{"planned_for": "x"}')
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "measure_machine", interrupted)
+    result = call("plan.py", "dataset/pretrain_train.bin", "--minutes", "1")
+    assert result.status == 130
+    assert "what was measured is lost" in result.out and "config/plan.json is as it was" in result.out
+    assert "python plan.py dataset/pretrain_train.bin --minutes 1" in result.out
+    assert earlier.read_text() == '{"planned_for": "x"}'
 
 
 def test_the_probe_is_of_the_best_shape_or_of_a_narrower_one_that_can_read_enough(prepared, call):
