@@ -36,6 +36,7 @@ RUNS, PRIOR = (Path(__file__).with_name(name) for name in ("runs.jsonl", "prior.
 NOISE = 0.015  # standard deviation of the logarithm of a loss: of seeds (0.004), and of what the law leaves out
 DOF = 4  # degrees of freedom of the prior: few, as some texts are like no other (bench/law_accuracy.py: intervals)
 FIRST_SHARE, SHARE_SPREAD = math.log(0.5), 0.4  # of what n-grams leave, likewise
+LEAST_SHARE = 0.05  # smaller ones count as this: among the texts of the prior 0.13 is the least
 
 
 class Run(NamedTuple):
@@ -60,7 +61,8 @@ def log_loss(theta: np.ndarray, runs: np.ndarray) -> np.ndarray:
     N, D, W, unique, _ = runs.T
     D = effective_tokens(D, unique, R)
     N, D, W = N / 1e6, D / 1e6, W / 128
-    return np.log(E + A * N**-alpha + B * D**-beta * N**-delta * W**epsilon + C * W**-gamma)
+    with np.errstate(over="ignore"):  # of coefficients beyond all sense: an infinite loss, which no run has
+        return np.log(E + A * N**-alpha + B * D**-beta * N**-delta * W**epsilon + C * W**-gamma)
 
 
 def jacobian(theta: np.ndarray, runs: np.ndarray, step: float = 1e-5) -> np.ndarray:
@@ -108,7 +110,8 @@ class Prior:
         Where that is unusual, less is certain: the conditional of a t distribution is wider by (DOF + d^2) / (DOF + 1),
         with d standard deviations from the mean.
         """
-        slope, away = self.covariance[:-1, -1] / self.covariance[-1, -1], math.log(ngram_share) - self.mean[-1]
+        slope = self.covariance[:-1, -1] / self.covariance[-1, -1]
+        away = math.log(max(LEAST_SHARE, ngram_share)) - self.mean[-1]
         wider = (DOF + away**2 / self.covariance[-1, -1]) / (DOF + 1)
         rest = self.covariance[:-1, :-1] - np.outer(slope, self.covariance[-1, :-1])
         return Belief(self.mean[:-1] + slope * away, wider * rest)

@@ -169,6 +169,14 @@ def test_a_text_that_the_prior_does_not_know_is_predicted_from_its_ngrams_and_a_
     assert np.median(errors[True]) < 0.08
 
 
+def test_a_text_that_repeats_itself_is_planned_for_as_well():
+    prior, run = Prior.load(), np.array([Run(Shape(64, 128).n_weights, 6e4, 128, 1e6, 1e-3)])
+    further = np.array([Run(Shape(64, 128).n_weights, 1e6, 128, 1e6)])
+    for share in (1e-6, 0.05, 1.1):
+        loss, low, high = Law.fit(run, prior.given(share)).predict(further)[0]
+        assert 0 < low <= loss <= high < 1e-2
+
+
 def naive_ngram_loss(train, val, vocab_size, longest):
     """Witten and Bell's estimate with dictionaries, of n-grams up to that length."""
     tokens, total = [*train, *val], 0.0
