@@ -187,7 +187,7 @@ def study(
 def eval_iters(tokens: float, window: int) -> int:
     """Hundreds of validation samples per evaluation: of a plan's five evaluations each takes about 1% of its time.
 
-    (A forward pass is a third of a step.) The probes have as many: only losses of the same samples can be compared.
+    (A forward pass is a third of a step.) The probe has as many: only losses of the same samples can be compared.
     """
     return max(1, round(0.03 * tokens / window / 100))
 

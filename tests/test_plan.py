@@ -102,7 +102,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say_and_ngrams_make_them_narr
         str(i): Studied(simulated_runs(theta, generator), ngram_share(theta, generator))
         for i, theta in enumerate(thetas)
     }
-    prior = Prior.of_texts(studied, iterations=10)
+    prior = Prior.of_texts(studied, iterations=4)
     marginal = Belief(prior.mean[:-1], prior.covariance[:-1, :-1])
     shape, larger, inside, errors = Shape(64, 128), Shape(128, 128), 0, {True: [], False: []}
     for _ in range(20):
@@ -154,7 +154,7 @@ def test_a_text_that_the_prior_does_not_know_is_predicted_from_its_ngrams_and_a_
     """Every stored text from the others and its first short run: bench/law_accuracy.py does so with all of them."""
     texts, inside, errors = read_runs(), [], {True: [], False: []}
     for name, text in texts.items():
-        prior = Prior.of_texts({other: texts[other] for other in texts if other != name}, iterations=4)
+        prior = Prior.of_texts({other: texts[other] for other in texts if other != name}, iterations=2)
         probe = text.runs[np.argmin(text.runs[:, 1])]
         longest = text.runs[[np.argmax(text.runs[:, 1])]]
         for is_counted in (True, False):
