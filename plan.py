@@ -5,9 +5,9 @@
     python train.py -t plan                                 trains it, ends in time, compares prediction and result
     python plan.py book.txt --minutes 30 --run              both
 
-Takes a tenth of the time beforehand, 15 minutes at most: to measure the speed of networks of several widths, and for
-short runs (probes) on the text itself, to which a scaling law is fitted (planning/law.py). Of all sizes and windows the
-plan takes the one whose loss the law says is lowest when the time is over. plan.png shows it.
+Takes a tenth of the time beforehand, 15 minutes at most: to count n-grams, to measure the speed of networks of several
+widths, and for a short run (the probe) on the text itself, to which a scaling law is fitted (planning/law.py). Of all
+sizes and windows the plan takes the one whose loss the law says is lowest when the time is over. plan.png shows it.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import train
 from base.configuration import Parser, UserError, command_line, read_json, run_main
 from base.devices import find_device
 from base.files import atomic_write, nearest_place
-from planning.law import Law, Prior
+from planning.law import Law, Prior, Run
 from planning.machine import Clock, Machine, fit_memory, make_run, measure_machine
 from planning.picture import draw
 from planning.recipe import DEPTHS, WINDOWS, Shape, recipe, tokens_per_step
@@ -37,7 +37,7 @@ from training.run_log import print_table
 
 SHARE, LONGEST = 0.1, 15 * 60  # of the time, and seconds at most, that planning takes
 KNOWN_EPOCHS = 10  # readings of a text; the law's runs have 6.5 at most
-LEAST_TOKENS = 30_000  # of a probe: 40 steps
+ENOUGH_TOKENS, LEAST_TOKENS = 60_000, 30_000  # of a probe: 80 steps, 40 steps
 WRITING = 2  # seconds of that for the table and the picture
 WEIGHTS_PER_TOKEN = 2  # of the text, at most: larger networks learn it by heart, of which the law knows nothing
 SHOWN_MINUTES = (3, 10, 30, 120, 480)
@@ -64,7 +64,7 @@ def prepare_text(args: argparse.Namespace) -> Text:
     return open_text(path)
 
 
-# ------------------------------------------------------------------------------------------------------ short runs
+# ------------------------------------------------------------------------------------------------------ the probe
 
 
 class Records:
@@ -85,7 +85,7 @@ class Records:
 
 @dataclass
 class Probe:
-    """What a short run has shown."""
+    """What the short run has shown."""
 
     shape: Shape
     tokens: int  # read in training
@@ -138,36 +138,47 @@ def candidates(law: Law, machine: Machine, text: Text, minutes: float, unique: f
     return sorted(found, key=lambda candidate: candidate.loss)
 
 
-def run_probes(
+def run_probe(
     law: Law, machine: Machine, text: Text, fields: dict[str, Any], minutes: float, clock: Clock
-) -> list[Probe]:
-    """Short runs for the time that is left, of a size that is smaller than the one that looks best, and of that.
+) -> Probe | None:
+    """A short run in the time that is left, of the shape that looks best, or of a narrower one that can read enough.
 
-    Each size twice, where there is time: the longer run says how low the loss gets, both together how fast. Where there
-    is little, one run is better than several that are over before they have learnt anything.
+    Two sizes, or one for two lengths, in the same time predict no better (bench/NOTES.md): what counts is how far the
+    probe goes, and at the size in question.
     """
     best = candidates(law, machine, text, minutes)[0].shape
-    widths = [*DEPTHS]
-    small = Shape(widths[max(0, widths.index(best.n_embd) - 2)], best.window)
+    seconds = clock.left() - WRITING - 0.5  # half a second to build it
     evaluated = 100 * fields["eval_iters"] * best.window / 3  # what that takes, in tokens: a third of training
-    seconds, probes = clock.left() - WRITING, []
-    for shares in (
-        ((small, 0.35), (small, 0.1), (best, 0.15), (best, 0.4)),
-        ((small, 0.5), (best, 0.5)),
-        ((small, 1),),
-    ):
-        # half a second to build each
-        runs = [(s, (share * seconds - 0.5) * machine.tokens_per_s(s) - evaluated) for s, share in shares]
-        if all(tokens >= LEAST_TOKENS for _, tokens in runs):
+    for n_embd in [width for width in reversed(DEPTHS) if width <= best.n_embd]:
+        shape = Shape(n_embd, best.window)
+        tokens = seconds * machine.tokens_per_s(shape) - evaluated
+        if tokens >= ENOUGH_TOKENS:
             break
-    for shape, tokens in runs:
-        if tokens < LEAST_TOKENS:  # also of a single one
-            continue
-        clock.update(f"probe of {shape.n_layer} x {shape.n_embd}, {amount(tokens)} tokens")
-        result = probe(shape, text.fields | fields | recipe(shape, tokens), clock)
-        machine.add(shape, result.tokens_per_s)
-        probes.append(result)
-    return probes
+    if tokens < LEAST_TOKENS:
+        return None
+    clock.update(f"probe of {shape.n_layer} x {shape.n_embd}, {amount(tokens)} tokens")
+    result = probe(shape, text.fields | fields | recipe(shape, tokens), clock)
+    machine.add(shape, result.tokens_per_s)
+    return result
+
+
+def study(
+    text: Text, fields: dict[str, Any], minutes: float, imported: float, clock: Clock
+) -> tuple[Machine, Law, Probe | None]:
+    """The machine's speed, the law of the text, and the short run that it is fitted to; sets eval_iters in fields."""
+    clock.update("counting n-grams")
+    prior = Prior.load().given(text.ngram_share)
+    machine = measure_machine(text, fields, minutes, imported + 1, 0.25 * clock.seconds, clock)
+    before = Law.of_prior(prior)
+    first = candidates(before, machine, text, minutes)[0]
+    fields["eval_iters"] = eval_iters(first.tokens, first.shape.window)
+    trial = run_probe(before, machine, text, fields, minutes, clock)
+    clock.bar.close()
+    if trial is None:
+        return machine, before, None
+    loss = trial.loss / text.baselines["unigram"]
+    run = Run(trial.shape.n_weights, trial.tokens, trial.shape.window, text.unique, loss)
+    return machine, Law.fit(np.array([run]), prior), trial
 
 
 # ------------------------------------------------------------------------------------------------------ the plan
@@ -176,7 +187,7 @@ def run_probes(
 def eval_iters(tokens: float, window: int) -> int:
     """Hundreds of validation samples per evaluation: of a plan's five evaluations each takes about 1% of its time.
 
-    (A forward pass is a third of a step.) The probes have as many: only losses of the same samples can be compared.
+    (A forward pass is a third of a step.) The probe has as many: only losses of the same samples can be compared.
     """
     return max(1, round(0.03 * tokens / window / 100))
 
@@ -239,7 +250,7 @@ def print_plans(text: Text, law: Law, machine: Machine, fields: dict[str, Any], 
     lines = [f"single tokens' frequencies (unigram) {text.baselines['unigram'] * bits:.2f} bits/character"]
     if "lzma_bits_per_character" in text.baselines:
         lines.append(f"lzma {text.baselines['lzma_bits_per_character']:.2f}")
-    print(f"beside it: {', '.join(lines)}; intervals: nine in ten")
+    print(f"beside it: {', '.join(lines)}; intervals: nine in ten; memory: without Python's and torch's own")
     if any_beyond:
         print(f"* after {KNOWN_EPOCHS} epochs a network may learn the text by heart, of which the law knows nothing")
 
@@ -254,7 +265,7 @@ def advice_on_data(law: Law, machine: Machine, text: Text, chosen: Candidate) ->
     return gains
 
 
-def draw_plan(output: Path, law: Law, machine: Machine, text: Text, chosen: Candidate, probes: list[Probe]) -> None:
+def draw_plan(output: Path, law: Law, machine: Machine, text: Text, chosen: Candidate, trial: Probe | None) -> None:
     """The loss over the time for the plan's size and those beside it."""
     widths, curves = [*DEPTHS], {}
     here = widths.index(chosen.shape.n_embd)
@@ -268,7 +279,7 @@ def draw_plan(output: Path, law: Law, machine: Machine, text: Text, chosen: Cand
         losses = text.baselines["unigram"] * np.minimum(1, law.predict(runs))
         name = f"{shape.n_layer} x {n_embd}: {amount(shape.n_weights + text.vocab_size * n_embd)} weights"
         curves[name] = np.concatenate([minutes[:, None], losses], axis=1)
-    measured = [(machine.minutes(p.shape, p.tokens), p.loss) for p in probes]
+    measured = (machine.minutes(trial.shape, trial.tokens), trial.loss) if trial else None
     draw(output, curves, chosen, measured, text.tokens_per_character / math.log(2))
 
 
@@ -327,20 +338,18 @@ def main() -> None:
     if text.unique < least:
         raise UserError(f"{text.train}: {text.unique:,} tokens are too few to plan for; the least is {least:,.0f}")
     clock = Clock(max(1.0, min(60 * minutes * SHARE, LONGEST) - imported))
-    prior = Prior.load()
     fields = {"device": args.device, "compile": "auto" if minutes >= 60 else "false", "eval_iters": 1}
-    machine = measure_machine(text, fields, minutes, imported + 1, 0.25 * clock.seconds, clock)
-    before = Law.of_prior(prior)
-    first = candidates(before, machine, text, minutes)[0]
-    fields["eval_iters"] = eval_iters(first.tokens, first.shape.window)
-    probes = run_probes(before, machine, text, fields, minutes, clock)
-    clock.bar.close()
-    runs = [(p.shape.n_weights, p.tokens, p.shape.window, text.unique, p.loss) for p in probes]
-    law = Law.fit(np.array(runs) / [1, 1, 1, 1, text.baselines["unigram"]], prior) if runs else before
+    try:
+        machine, law, trial = study(text, fields, minutes, imported, clock)
+    except KeyboardInterrupt:
+        clock.bar.close()
+        again = command_line("plan.py", str(text.train), "--minutes", f"{minutes:g}")
+        print(f"stopped: what was measured is lost, {output} is as it was; the text stays prepared: {again}")
+        raise
     chosen = candidates(law, machine, text, minutes)[0]
     print_plans(text, law, machine, fields, chosen)
-    if not probes:
-        print("no time for short runs on this text (5 minutes have some): the losses are what other texts make likely")
+    if trial is None:
+        print("no time for a short run on this text (5 minutes have it): the losses are what other texts make likely")
     print(advice_on_data(law, machine, text, chosen))
 
     interval = f"{chosen.low:.3f} to {chosen.high:.3f}"
@@ -349,7 +358,7 @@ def main() -> None:
         os.replace(output, f"{output}.bak")
     with atomic_write(output) as file:
         file.write(json.dumps(plan_fields(text, chosen, fields, machine, prediction), indent=2).encode())
-    draw_plan(picture_of(output), law, machine, text, chosen, probes)
+    draw_plan(picture_of(output), law, machine, text, chosen, trial)
     print(f"{prediction}; planned in {imported + clock.seconds - clock.left():.0f} s -> {output}, {picture_of(output)}")
     command = ["-t", "plan" if output == Path("config/plan.json") else str(output)]
     if not args.run:

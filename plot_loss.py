@@ -8,6 +8,7 @@ python plot_loss.py --explain train_20260101_120000.log         says what went w
 """
 
 import io
+import re
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from base.configuration import Parser, UserError, run_main
 from base.logs import EmptyLog, expert_loads, group_by_config, is_number, is_step, read_log, series, smooth
 
+PREDICTION = re.compile(r"predicted (\d+\.\d+) \((\d+\.\d+) to (\d+\.\d+), ")  # as plan.py writes it into a config
 PANELS = (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_s", "tokens/s"))
 
 
@@ -87,6 +89,7 @@ def save_figure(
     for i, (name, run) in enumerate(runs.items()):
         if not band:
             draw_losses(axes["loss"], run, labels[name], f"C{i}")
+        draw_prediction(axes["loss"], run, labels[name], f"C{i}")
         for field, _ in PANELS:
             draw_curve(axes[field], *series(run["train"], field), f"C{i}", is_noisy=field == "tokens_per_s")
         if "expert_load" in axes:
@@ -124,6 +127,16 @@ def draw_losses(axis: Any, run: dict[str, list[dict]], name: str, colour: str) -
     axis.plot(steps[best], losses[best], marker="*", markersize=16, color=colour, markeredgecolor="black")
     text, place = f"best {losses[best]:.4f} at {steps[best]:,}", (steps[best], losses[best])
     axis.annotate(text, place, xytext=(-8, 14), textcoords="offset points", ha="right")
+
+
+def draw_prediction(axis: Any, run: dict[str, list[dict]], name: str, colour: str) -> None:
+    """Of a planned run the loss that plan.py predicted for its end, and the interval of nine in ten."""
+    config = run["header"][0].get("train_config") if run["header"] else None
+    prediction = config.get("prediction") if isinstance(config, dict) else None
+    if match := PREDICTION.match(str(prediction)):
+        loss, low, high = map(float, match.groups())
+        axis.axhline(loss, color=colour, linestyle="--", linewidth=1, label=f"{name}: predicted for the end")
+        axis.axhspan(low, high, color=colour, alpha=0.08, linewidth=0)
 
 
 def draw_band(axis: Any, runs: list[dict[str, list[dict]]], name: str, colour: str) -> None:

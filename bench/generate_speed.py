@@ -25,6 +25,7 @@ from measuring import device_name, memory_bandwidth, show, synchronise
 from base.configuration import run_main
 from base.devices import find_device, find_dtype
 from layers.compiled_step import CompiledStep
+from layers.one_row import read_one_row_faster
 from model import GPT, ModelConfig
 from text.tokenizer import SPECIAL_TOKENS, CharTokenizer
 from weights.checkpointing import load_checkpoint, load_model
@@ -104,6 +105,8 @@ def main() -> None:
     results = {"bandwidth_gb_per_s": bandwidth / 1e9, "dtype": str(dtype)}
     for name in args.models or ["10M", *(["124M"] if device.type == "cuda" else [])]:
         exact = make_model(name).to(device, dtype).eval()
+        if device.type == "cpu":  # as inference.py does
+            read_one_row_faster(exact)
         block_size = exact.config.block_size
         limit = bandwidth / (exact.parameter_count() * dtype.itemsize)
         for kind, batch_size in itertools.product(args.weights or [""], args.batch_size):

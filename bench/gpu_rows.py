@@ -2,13 +2,11 @@
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import math
 import os
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,19 +14,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from attention_kernels import measure_kernels  # noqa: E402
 from generate_speed import speed  # noqa: E402
+from measuring import peak_bytes, seconds_of  # noqa: E402
 from plain_gpt import plain_step  # noqa: E402
 
-from base.devices import find_dtype, synchronise  # noqa: E402
+from base.devices import find_dtype  # noqa: E402
 from layers.compiled_step import CompiledStep  # noqa: E402
 from layers.masks import attention_mask, block_masks  # noqa: E402
-from model import GPT, SDP_KERNELS, ModelConfig  # noqa: E402
+from model import GPT, ModelConfig  # noqa: E402
 from text.batches import prefetch_steps  # noqa: E402
 
 Line = tuple[str, str, str]  # of the table: what; here; beside it
@@ -95,18 +94,6 @@ class Case:
 # --------------------------------------------------------------------------------------------------- measuring
 
 
-def seconds_of(work: Callable[[], Any], device: torch.device, n: int = 10, warm_up: int = 3) -> float:
-    """Seconds of a call of work(), the mean of n: asked for together, so that a GPU does not wait for Python."""
-    for _ in range(warm_up):
-        work()
-    synchronise(device)
-    start = time.perf_counter()
-    for _ in range(n):
-        work()
-    synchronise(device)
-    return (time.perf_counter() - start) / n
-
-
 def matmul_flops(case: Case) -> float:
     """FLOP/s of a large matrix product in the precision of training."""
     n = 8192 if case.device.type == "cuda" else 256
@@ -119,17 +106,6 @@ def bandwidth(case: Case) -> float:
     a = torch.zeros(1 << (30 if case.device.type == "cuda" else 22), dtype=torch.uint8, device=case.device)
     b = torch.empty_like(a)
     return 2 * a.numel() / seconds_of(lambda: b.copy_(a), case.device)
-
-
-def peak_bytes(case: Case, work: Callable[[], Any], is_total: bool = False) -> float:
-    """Bytes of all tensors at the peak of work(), above those before it or in all; nan on a CPU: torch counts none."""
-    if case.device.type != "cuda":
-        work()
-        return math.nan
-    torch.cuda.reset_peak_memory_stats()
-    before = 0 if is_total else torch.cuda.memory_allocated()
-    work()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def synchronisations(case: Case, work: Callable[[], Any]) -> int:
@@ -249,13 +225,13 @@ def training(case: Case) -> list[Line]:
     stepper = Stepper(run)
     speed = stepper.tokens_per_s(shape.steps)
     n_waits = synchronisations(case, stepper.step)
-    used = peak_bytes(case, stepper.step, is_total=True)
+    used = peak_bytes(case.device, stepper.step, is_total=True)
     estimate, flops = memory_estimate(run, shape.batch_size), speed * run.model.flops_per_token()
     del run, stepper
     sizes = shape.n_layer, shape.n_head, shape.n_embd, shape.block_size, shape.vocab_size
     step = plain_step(case.device, case.dtype, sizes, shape.batch_size)
     plain = shape.batch_size * shape.block_size / seconds_of(step, case.device, shape.steps, WARM_UP)
-    plain_used = peak_bytes(case, step, is_total=True)
+    plain_used = peak_bytes(case.device, step, is_total=True)
     what = f"training {shape}, vocabulary {shape.vocab_size:,}, {case.dtype}".replace("torch.", "")
     here = f"{speed:,.0f} tokens/s, {flops / peak:.0%} of the matrix product's {peak / 1e12:,.1f} TFLOP/s"
     estimated = f"estimated {estimate / 1e9:.2f} GB, ratio {estimate / used:.2f}; the plain step {plain_used / 1e9:.2f}"
@@ -271,30 +247,15 @@ def kernels(case: Case) -> list[Line]:
     """Attention forward and backward by every kernel, relative to the first that runs."""
     shape = case.gpt2
     size = shape.batch_size, shape.n_head, shape.block_size, shape.n_embd // shape.n_head
-    q, k, v = (torch.randn(size, device=case.device, dtype=case.dtype, requires_grad=True) for _ in range(3))
-    causal = functools.partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
     lines, first = [], None
-
-    def measure(name: str, attention: Callable[[], torch.Tensor]) -> None:
-        nonlocal first
-        work = lambda: attention().sum().backward()  # noqa: E731
-        try:
-            seconds, taken = seconds_of(work, case.device), peak_bytes(case, work)
-        except Exception as error:  # no such kernel for this device, type or size: the type varies
-            lines.append((f"attention by {name}", f"does not run here ({type(error).__name__})", ""))
-            return
+    for name, measured in measure_kernels(size, case.device, case.dtype).items():
+        if isinstance(measured, str):
+            lines.append((f"attention by {name}", f"does not run here ({measured})", ""))
+            continue
+        seconds, taken = measured
         first = first or (name, seconds, taken)
         ratio = f"{seconds / first[1]:.2f} x the time of {first[0]}, {taken / first[2]:.2f} x the memory"
         lines.append((f"attention by {name}", f"{1e3 * seconds:.2f} ms, {taken / 1e6:,.0f} MB", ratio))
-
-    for name, kernel in SDP_KERNELS.items():
-        with sdpa_kernel(kernel), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's reasons, many lines of them
-            measure(name, causal)
-    if case.device.type == "cuda":  # (flex attention has no backward pass on CPUs)
-        blocks = block_masks(size[2], {0}, True, torch.zeros(size[0], size[2], device=case.device), case.device)[0]
-        compiled = torch.compile(flex_attention)
-        measure("flex", lambda: compiled(q, k, v, block_mask=blocks))
     return lines
 
 

@@ -3,7 +3,8 @@
     python bench/scaling_runs.py novels.txt dickens.txt     appends them to planning/runs.jsonl, and fits prior.json
 
 Runs that the file has already are left out, so that it can be ended and started again. One text takes 5 to 20 minutes.
-The file as it is has most of this grid for five texts, and a few longer runs.
+The file as it is has most of this grid for five texts, and a few longer runs; for eight more three or four runs. What
+they are: docs/plan.md.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from planning.recipe import Shape, recipe
 from planning.text import open_text
 
 GRID = [  # width, window, tokens; the quick ones first
+    (64, 128, 60e3),
     *((48, 128, 120e3), (96, 128, 120e3), (48, 128, 350e3), (64, 128, 350e3), (128, 128, 120e3), (96, 128, 350e3)),
     *((48, 128, 1e6), (64, 64, 350e3), (64, 256, 350e3), (128, 128, 350e3), (64, 128, 2e6), (48, 128, 3e6)),
 ]
@@ -57,6 +59,7 @@ def main() -> None:
                     "unique": text.unique,
                     "vocab": text.vocab_size,
                     "unigram": text.baselines["unigram"],
+                    "ngram_share": round(text.ngram_share, 6),
                     "loss": result.loss,
                 }
                 with RUNS.open("a", encoding="utf-8") as output:

@@ -9,12 +9,12 @@ from base.files import atomic_write
 
 
 def draw(
-    output: Path, curves: dict[str, np.ndarray], plan: Any, probes: list[tuple[float, float]], bits: float
+    output: Path, curves: dict[str, np.ndarray], plan: Any, probe: tuple[float, float] | None, bits: float
 ) -> None:
     """Write the picture.
 
     curves: by the name of a size, (n, 4): minutes, loss, and its interval; the first is the plan's own size.
-    plan: with minutes, loss, low, high. probes: minutes and losses that were measured. bits: per character, of a nat.
+    plan: with minutes, loss, low, high. probe: minutes and loss, as measured. bits: per character, of a nat.
     """
     import matplotlib
 
@@ -27,8 +27,8 @@ def draw(
         axis.plot(minutes, loss, f"C{i}", label=name, linewidth=2.2 if i == 0 else 1.2)
         if i == 0:
             axis.fill_between(minutes, low, high, color="C0", alpha=0.15, linewidth=0)
-    if probes:
-        axis.plot(*zip(*probes, strict=True), "o", color="grey", markersize=4, label="probes: measured")
+    if probe:
+        axis.plot(*probe, "o", color="grey", markersize=4, label="the probe: measured")
     error = [[plan.loss - plan.low], [plan.high - plan.loss]]
     axis.errorbar(
         plan.minutes, plan.loss, error, fmt="o", color="black", capsize=4, label="the plan, nine in ten", zorder=5

@@ -22,6 +22,7 @@ from base.devices import find_device
 from layers.cache import KVCache
 from layers.compiled_step import CompiledStep
 from layers.denoising import BLOCK
+from layers.one_row import read_one_row_faster
 from layers.speculative import Drafter, DraftModel, FutureDrafter, PromptLookup
 from model import GPT
 from text.tokenizer import SPECIAL_TOKENS, UNKNOWN, Messages, Tokenizer, normalise
@@ -297,6 +298,8 @@ def load_text_generator(
     tokenizer = load_checkpoint_tokenizer(checkpoint, path)
     place = find_device(device)
     model = load_model(checkpoint, path).to(place).eval()
+    if place.type == "cpu":
+        read_one_row_faster(model)
     if model.config.mask_token:
         check_options_of_diffusion(path, {"--weights auto": weights == "auto", "--compile": compile, "--draft": draft})
     elif not model.config.is_causal:

@@ -94,6 +94,17 @@ def test_the_best_validation_loss_is_marked_wherever_it_is():
     assert axis["plot"][-1][0] == (20, 2.0) and axis["annotate"][0][0][0] == "best 2.0000 at 20"
 
 
+def test_the_prediction_of_a_plan_is_a_line_with_its_band():
+    axis, config = Axis(), {"prediction": "predicted 1.437 (1.231 to 1.566, 3.34M tokens)"}
+    plot_loss.draw_prediction(axis, {"header": [{"train_config": config}]}, "a", "C0")
+    assert axis["axhline"][0][0] == (1.437,) and axis["axhspan"][0][0] == (1.231, 1.566)
+    for other in ("", "not as it was planned (n_layer)", None, 7, [1], "predicted 1e999 (1 to 2, "):
+        axis = Axis()
+        for header in ([], [{"train_config": {"prediction": other}}], [{"train_config": other}]):
+            plot_loss.draw_prediction(axis, {"header": header}, "a", "C0")
+        assert not axis.calls
+
+
 def test_expert_loads_are_drawn_relative_to_the_mean():
     axis = Axis()
     records = [{"step": step, "expert_load": [[0.5, 0.25, 0.125, 0.125]]} for step in (1, 2)]

@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from base.devices import synchronise
-from layers.compiled_step import times_one_row
+from layers.one_row import times_one_row
 from model import GPT
 
 KINDS = ("float32", "bfloat16", "int8", "int4")
