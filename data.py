@@ -396,14 +396,14 @@ def options_given(parser: Parser, args: argparse.Namespace, overrides: dict[str,
 
 def choose_image_size(args: argparse.Namespace, has_images: bool) -> None:
     """Put the sizes of config/vision.json where none are given, 0 where there are no images; raises UserError."""
-    if not has_images and (args.image_size or args.patch_size):
+    if not has_images and (args.image_size, args.patch_size) != (None, None):
         raise UserError("--image_size and --patch_size are for questions about images, which are not among the files")
     values = read_json(find_config("vision")) if has_images else {"image_size": 0, "patch_size": 1}
     for name in ("image_size", "patch_size"):
         setattr(args, name, values[name] if getattr(args, name) is None else getattr(args, name))
-    if not 1 <= args.patch_size <= max(1, args.image_size) <= 4096 or args.image_size % args.patch_size:
+    if has_images and (not 1 <= args.patch_size <= args.image_size <= 4096 or args.image_size % args.patch_size):
         sizes = f"{args.image_size} and {args.patch_size}"
-        raise UserError(f"--image_size must be a multiple of --patch_size, at most 4096; got {sizes}")
+        raise UserError(f"--image_size must be a multiple of --patch_size, both from 1 to at most 4096; got {sizes}")
 
 
 def prepare(parser: Parser, args: argparse.Namespace, overrides: dict[str, Any]) -> None:

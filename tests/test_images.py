@@ -12,6 +12,7 @@ from conftest import ROOT, write_jsonl
 from PIL import Image
 
 from base.configuration import UserError
+from text import corpus
 from text.token_files import TokenFile
 from text.tokenizer_files import load_tokenizer
 from vision import images
@@ -224,7 +225,7 @@ def test_text_alone_may_stand_among_them(work, call):
         ("/dev/zero", "not a file"),
         ("https://example.com/a.png", "nothing is fetched"),
         ("data:image/png;base64,AAAA", "nothing is fetched"),
-        ("", "must be the name"),
+        (" ", "must be the name"),
         (7, "must be the name"),
         (["a.png"], "must be the name"),
         ("a\0b.png", ""),
@@ -242,6 +243,53 @@ def test_images_that_cannot_be_used_are_named_by_their_line(work, call, image, p
     assert result.status == 1 and result.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("fields", "advice"),
+    [
+        ({"image": "p/0.png", "prompt": "q", "chosen": "a", "rejected": "b"}, "for dpo"),
+        ({"image": "p/0.png", "text": "a"}, "for pretrain"),
+        ({"images": ["p/0.png"], "question": "<image>q", "answer": "a"}, 'name one in "image"'),
+        ({"images": ["p/0.png"], "prompt": "q", "chosen": "a", "rejected": "b"}, 'name one in "image"'),
+        ({"images": ["p/0.png"], "text": "a"}, 'name one in "image"'),
+    ],
+)
+def test_images_that_would_be_lost_are_refused(work, call, fields, advice):
+    write_jsonl(work / "a.jsonl", [{**fields, "answer" if "answer" in fields else "n": str(i)} for i in range(12)])
+    result = call("data.py", "a.jsonl")
+    assert result.status == 1 and "skipped a.jsonl: line 1: " in result.err and advice in result.err
+
+
+def test_the_place_of_the_image_in_data_of_llava_is_not_trained_on(work, call):
+    rows = make_pictures(work)
+    marked = ("<image>\n{}", "{}\n<image>", "<image>{}")
+    for i, row in enumerate(rows):
+        text = marked[i % 3].format(row.pop("question"))
+        row["conversations"] = [{"from": "human", "value": text}, {"from": "gpt", "value": row.pop("answer")}]
+    files, _ = prepare(work, call, rows)
+    tokenizer = load_tokenizer(work / "dataset" / "tokenizer.json")
+    for file in files:
+        text = tokenizer.decode(file.tokens[file.tokens != tokenizer.vocab_size])
+        assert text.count("q0?") + text.count("q1?") == len(file.image_of)
+        assert "<image>" not in text and "\n" not in text
+
+
+def test_an_empty_field_of_a_table_is_no_image(work, call):
+    rows = [*make_pictures(work), *({"image": "", "question": f"t{i}", "answer": "b"} for i in range(30))]
+    lines = [",".join(row[name] for name in ("image", "question", "answer")) for row in rows]
+    (work / "vision.csv").write_text("\n".join(["image,question,answer", *lines]) + "\n")
+    result = call("data.py", "vision.csv", *SIZES)
+    assert result.status == 0 and "skipped" not in result.err
+    files = [TokenFile(work / "dataset" / f"vision_{split}.bin") for split in ("train", "val")]
+    assert sum((file.image_of == -1).sum() for file in files) == 30
+
+
+def test_an_image_of_several_lines_is_read_once_per_pass(work, call, monkeypatch):
+    read, reads = corpus.read_image, []
+    monkeypatch.setattr(corpus, "read_image", lambda path, size: (reads.append(path), read(path, size))[1])
+    prepare(work, call, make_pictures(work, 12))
+    assert len(reads) == 2 * 12  # of 24 lines, in two passes
+
+
 def test_an_image_after_records_without_is_refused(work, call):
     rows = [{"question": "q", "answer": "a"}, *make_pictures(work)]
     write_jsonl(work / "mixed.jsonl", rows)
@@ -254,6 +302,9 @@ def test_an_image_after_records_without_is_refused(work, call):
     [
         (["--image_size", "10", "--patch_size", "4"], "multiple of --patch_size"),
         (["--image_size", "0"], "multiple of --patch_size"),
+        (["--image_size", "0", "--patch_size", "1"], "from 1"),
+        (["--image_size", "-12", "--patch_size", "1"], "from 1"),
+        (["--image_size", "-12", "--patch_size", "-4"], "from 1"),
         (["--image_size", "100000", "--patch_size", "4"], "at most 4096"),
     ],
 )

@@ -8,6 +8,7 @@ A text file is a document, or several where <|bos|>, <|eos|> or GPT-2's <|endoft
 come in pieces, so that a file may be larger than memory.
 """
 
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ from typing import Any
 from base.configuration import UserError, escape_control_characters
 from text.formats import CHUNK, Progress, Source, members_of, printable_name, records, text_chunks
 from text.recognition import recognise
-from text.records import EmptyRecord, image_file, parse_conversation, parse_preference, parse_text
+from text.records import EmptyRecord, check_images, image_file, parse_conversation, parse_preference, parse_text
 from text.tokenizer import Messages, may_contain_special, remove_special_tokens
 from vision.images import read_image
 
@@ -200,6 +201,7 @@ def parsed(
         try:
             if isinstance(values, UserError):
                 raise values
+            check_images(values, source.stage)
             yield where, parse(values)
         except EmptyRecord:
             n_empty += 1
@@ -215,29 +217,35 @@ def chat_records(
 
     A conversation about an image has it in the first question: "image" (3, image_size, image_size) uint8.
     """
+    # lines about the same image often follow each other
+    read = functools.lru_cache(1)(lambda path: read_image(path, image_size) if image_size else path)
 
     def parse(values: Any) -> list[Messages]:
-        return [with_image(parse_conversation(values), values, source, image_size)]
+        return [with_image(parse_conversation(values), values, source, read)]
 
     records = parsed(source, parse_preference if source.stage == "dpo" else parse, bad_lines, progress)
     return (record for _, record in records)
 
 
-def with_image(messages: Messages, values: dict[str, Any], source: Source, image_size: int) -> Messages:
-    """A conversation with its record's image, if there is one, in the first question: pixels; for size 0 the Path."""
+def with_image(
+    messages: Messages, values: dict[str, Any], source: Source, read: Callable[[Path], Any] = lambda path: path
+) -> Messages:
+    """A conversation with its record's image, if there is one, in the first question: what `read` makes of the file.
+
+    There LLaVA's data have "<image>" in front or behind; where the model reads the image is the template's matter.
+    """
     path = image_file(values, source.path.parent)
     if path is None:
         return messages
     if source.member:
         raise UserError('"image" in a zip archive: unpack it, images are read from files')
-    if source.stage != "vision":
-        raise UserError('"image", where the first records have none: begin with one that has, or name another file')
     asked = next(i for i, message in enumerate(messages) if message["role"] == "user")
     try:
-        image = read_image(path, image_size) if image_size else path
+        image = read(path)
     except UserError as error:
         raise UserError(f"{printable_name(path)[-100:]}: {error}") from None
-    return [message | {"image": image} if i == asked else message for i, message in enumerate(messages)]
+    text = re.sub(r"\A<image>\n?|\n?<image>\Z", "", messages[asked]["content"])
+    return [*messages[:asked], messages[asked] | {"content": text, "image": image}, *messages[asked + 1 :]]
 
 
 def read_conversations(
@@ -251,6 +259,6 @@ def read_conversations(
     for source in find_sources([path], encoding, rename)[0]:
         if source.stage not in ("sft", "vision"):
             raise UserError(f"{source.name}: no questions and answers, but what is for {source.stage}")
-        parse = lambda values, source=source: with_image(parse_conversation(values), values, source, 0)  # noqa: E731
+        parse = lambda values, source=source: with_image(parse_conversation(values), values, source)  # noqa: E731
         found += parsed(source, parse, BadLines(0), lambda n: None)
     return found

@@ -266,10 +266,21 @@ def parse_conversation(values: dict[str, Any]) -> Messages:
     return conversation
 
 
+def check_images(values: dict[str, Any], stage: str) -> None:
+    """Raises UserError for images that a record for this stage would lose."""
+    if values.get("images"):
+        raise UserError('"images" of a record are not read: name one in "image", beside a question and its answer')
+    if stage == "vision" or values.get("image") in (None, ""):
+        return
+    if stage == "sft":
+        raise UserError('"image", where the first records have none: begin with one that has, or name another file')
+    raise UserError(f'"image" in a record for {stage}: images belong to questions with an answer; take the field out')
+
+
 def image_file(values: dict[str, Any], folder: Path) -> Path | None:
     """The file that a record's "image" names, relative to the folder that the record is in; None if it has none."""
     name = values.get("image")
-    if name is None:
+    if name in (None, ""):  # tables have an empty field where there is none
         return None
     if not isinstance(name, str) or not name.strip():
         raise UserError('"image" must be the name of a png or jpeg file')
