@@ -30,20 +30,22 @@ def gradient(width: int = 8, height: int = 8) -> np.ndarray:
     return np.arange(height * width * 3, dtype=np.uint8).reshape(height, width, 3)
 
 
+def chunk(name: bytes, data: bytes = b"") -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
 def header_of(width: int, height: int) -> bytes:
     """A png file that claims so many pixels, and has none."""
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    parts = [chunk, b"IDAT" + zlib.compress(b""), b"IEND"]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts
-    )
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND")
 
 
 def with_scans(n: int, form: str = "JPEG", **options) -> bytes:
     """A progressive jpeg whose last scan is repeated, until it has n of them."""
     whole = contents(Image.fromarray(gradient(40, 40)), form, progressive=True, **options)
-    scan = whole[whole.rindex(b"\xff\xda") : -2]
-    return whole[:-2] + scan * (n - whole.count(b"\xff\xda")) + whole[-2:]
+    end = whole.index(b"\xff\xd9")  # of the first picture
+    scan = whole[whole.rindex(b"\xff\xda", 0, end) : end]
+    return whole[:end] + scan * (n - whole[:end].count(b"\xff\xda")) + whole[end:]
 
 
 # ------------------------------------------------------------------------------------------------------ files
@@ -91,6 +93,18 @@ def test_a_photo_is_turned_upright():
     assert np.array_equal(read.transpose(1, 2, 0), np.rot90(gradient(), -1))
 
 
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_16_bits_of_grey_are_turned_and_transparent_like_8(orientation):
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    one = contents(Image.fromarray(grey), exif=exif, transparency=9)
+    two = contents(Image.fromarray(grey.astype(np.uint16) << 8), exif=exif, transparency=9 << 8)
+    read = read_image(two, 8)
+    assert np.array_equal(read, read_image(one, 8))
+    assert (read[0] == 255).sum() == 1 and read[0, 0, 0] != 0
+
+
 def test_an_animation_is_refused():
     frames = [Image.new("RGB", (4, 4), (i, 0, 0)) for i in (0, 200)]
     with pytest.raises(UserError, match="animated, 2 pictures"):
@@ -114,12 +128,64 @@ def test_a_jpeg_of_endless_scans_is_refused_before_it_is_decoded(monkeypatch):
     """Of 33 megapixels, each takes a tenth of a second and 50 bytes: a megabyte of them half an hour."""
     assert read_image(with_scans(64), 40).shape == (3, 40, 40)
     several = {"form": "MPO", "save_all": True, "append_images": [Image.new("RGB", (9, 9))]}  # as telephones write
-    assert read_image(with_scans(20, **several), 40).shape == (3, 40, 40)
+    assert read_image(with_scans(64, **several), 40).shape == (3, 40, 40)
     monkeypatch.setattr(images, "to_rgb", None)
     with pytest.raises(UserError, match="more than 64 scans"):
         read_image(with_scans(65), 8)
+    for between in (b"\xff\x02\x7f\xf0", b"\xff\xd0", b"\xff\0"):  # what decoders read past
+        file = with_scans(65)
+        place = file.index(b"\xff\xda") + 20
+        with pytest.raises(UserError, match="more than 64 scans"):
+            read_image(file[:place] + between + file[place:], 8)
     with pytest.raises(UserError, match="more than 64 scans"):
         read_image(with_scans(65, **several), 8)
+
+
+def test_only_scans_of_the_picture_itself_are_counted():
+    """Not those of a video behind it, nor of a thumbnail or a comment inside."""
+    picture, marks = Image.fromarray(gradient(40, 40)), b"\xff\xda\0\x02" * 100
+    expected = read_image(contents(picture, "JPEG", progressive=True), 40)
+    for file in (
+        contents(picture, "JPEG", progressive=True) + marks,
+        contents(picture, "JPEG", progressive=True, comment=marks),
+        contents(picture, "JPEG", progressive=True, exif=b"Exif\0\0" + marks),
+        contents(picture, "JPEG", progressive=True) + with_scans(70),
+    ):
+        assert np.array_equal(read_image(file, 40), expected)
+
+
+def test_a_file_in_very_many_parts_is_refused_before_it_is_read(monkeypatch):
+    """Pillow would read 600,000 chunks or segments of a few bytes for seconds, and nothing else would run meanwhile."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    png, jpeg = contents(Image.fromarray(pixels)), contents(Image.fromarray(pixels), "JPEG")
+    text, comment = chunk(b"tEXt", b"k\0a"), b"\xff\xfe\0\3a"
+    data = zlib.compress(pixels.tobytes())
+    for file in (png[:33] + text * 900 + png[33:], jpeg[:2] + comment * 900 + jpeg[2:]):
+        assert read_image(file, 40).shape == (3, 40, 40)
+    monkeypatch.setattr(Image, "open", None)
+    for file in (
+        png[:33] + text * 2000 + png[33:],
+        png[:-12] + text * 2000 + png[-12:],
+        jpeg[:2] + comment * 2000 + jpeg[2:],
+        jpeg[:-2] + comment * 2000 + jpeg[-2:],
+        png[:33] + b"".join(chunk(b"IDAT", data[i : i + 1]) for i in range(len(data))) + png[-12:],
+    ):
+        with pytest.raises(UserError, match="parts and more"):
+            read_image(file, 40)
+
+
+def test_a_large_picture_in_small_chunks_is_read():
+    """Of 8 KB, as most programs write them, and of 1 KB."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8)
+    file = contents(Image.fromarray(pixels), compress_level=1)
+    place = file.index(b"IDAT") - 4
+    data = b""
+    while file[place + 4 : place + 8] == b"IDAT":
+        length = int.from_bytes(file[place : place + 4], "big")
+        data, place = data + file[place + 8 : place + 8 + length], place + length + 12
+    for size in (8192, 1024):
+        parts = [chunk(b"IDAT", data[i : i + size]) for i in range(0, len(data), size)]
+        assert np.array_equal(read_image(file[:33] + b"".join(parts) + file[-12:], 32), read_image(file, 32))
 
 
 def test_a_file_of_many_bytes_is_not_even_read(tmp_path):
