@@ -1,6 +1,6 @@
 """Draw which patches of an image a model looks at, token by token of its answer.
 
-python plot_attention.py -m checkpoint/vision.pt --image dataset/pictures/held_out_00000.png -p "左边是什么？"
+python plot_attention.py -m checkpoint/vision.pt --image dataset/pictures/held_out_00066.png -p "左上是什么？"
 
 Writes attention.png: layers from top to bottom, tokens of the answer from left to right. A patch is the brighter the
 more attention the position that predicts the token pays to it, on average over the heads of the layer; below stands how
@@ -16,6 +16,7 @@ from base.configuration import Parser, UserError, run_main
 from base.files import atomic_write
 from layers.attention_maps import attention_maps
 from serving.text_generator import GenerationConfig, TextGenerator, load_text_generator
+from text.tokenizer import TextStream
 
 CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Microsoft YaHei")  # of Linux, macOS, Windows
 
@@ -23,7 +24,8 @@ CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Microso
 def patch_attention(generator: TextGenerator, question: str, image: np.ndarray) -> tuple[list[str], np.ndarray]:
     """The tokens of the greedy answer, and the weights (n_layer, n_tokens, rows, columns) of their looks at patches.
 
-    Weights are means over heads; of a layer and token, those of all patches and of all text before it add up to 1.
+    A character of several tokens stands at the last of them. Weights are means over heads; of a
+    layer and token, those of all patches and of all text before it add up to 1.
     """
     drawn: list[int] = []
     for _ in generator.answer(question, GenerationConfig(temperature=0.0), drawn=drawn, image=image):
@@ -35,8 +37,10 @@ def patch_attention(generator: TextGenerator, question: str, image: np.ndarray) 
     # a token is predicted by the position before it
     looks = weights[:, len(ids) - 1 :, idx[0] == generator.tokenizer.vocab_size]  # (n_layer, n_tokens, n_patches)
     side = generator.model.config.image_size // generator.model.config.patch_size
-    stops = generator.tokenizer.stop_tokens
-    tokens = ["(end)" if token in stops else generator.tokenizer.decode([token]) for token in drawn]
+    stream, stops = TextStream(generator.tokenizer), generator.tokenizer.stop_tokens
+    tokens = [stream.rest() + "(end)" if token in stops else stream.push(token) for token in drawn]
+    if drawn and drawn[-1] not in stops:
+        tokens[-1] += stream.rest()
     return tokens, looks.float().cpu().numpy().reshape(*looks.shape[:2], side, side)
 
 

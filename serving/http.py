@@ -18,6 +18,7 @@ from serving.training_logs import TrainingLogs
 from text.tokenizer import Messages
 
 BODY_SECONDS = 30  # that a request's body may take to arrive
+MAX_IMAGES = 8  # that wait to be read: each holds its file in memory, and can take a second
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Server:
     requests: Counter = field(default_factory=Counter)  # by path and status
     drawing: asyncio.Lock = field(default_factory=asyncio.Lock)  # figures are drawn one at a time
     decoding: asyncio.Lock = field(default_factory=asyncio.Lock)  # and images read: a large one takes 400 MB
+
+    n_images: int = 0  # that wait for it, or are being read
 
     @property
     def max_image_bytes(self) -> int:
@@ -66,13 +69,19 @@ async def read_body(request: Request) -> dict[str, Any]:
 
 
 async def read_conversation(server: Server, batch: Batch, body: dict[str, Any]) -> Messages:
-    """The messages of a request, with the pixels (3, S, S) of its image if there is one; raises BadRequest."""
+    """The messages of a request, with the pixels (3, S, S) of its image if there is one; raises Refused."""
     messages = await run_in_threadpool(read_messages, body)
     for i, message in enumerate(messages):
         if "image" in message:
             file, name = message["image"], f"messages[{i}].content"
-            async with server.decoding:
-                message["image"] = await run_in_threadpool(read_pixels, batch.generator, batch.name, file, name)
+            if server.n_images > MAX_IMAGES:
+                raise Refused(f"{MAX_IMAGES} images wait to be read already: try again in a moment", 429)
+            server.n_images += 1
+            try:
+                async with server.decoding:
+                    message["image"] = await run_in_threadpool(read_pixels, batch.generator, batch.name, file, name)
+            finally:
+                server.n_images -= 1
     return messages
 
 

@@ -405,6 +405,13 @@ def test_inspect_shows_samples_with_images(work, call):
     assert result.status == 0 and "8 x 8 pixels" in result.out and "q0?" in result.out
 
 
+def test_inspect_tells_the_same_question_about_two_pictures_apart(work, call):
+    rows = [{**row, "question": "q?", "answer": "a"} for row in make_pictures(work)]
+    (train, _), _ = prepare(work, call, rows)
+    n = len(train.images)
+    assert f"a batch of {n}: {n} distinct samples" in call("data.py", "--inspect", "dataset/vision_train.bin").out
+
+
 def test_pictures_of_held_out_combinations_are_in_no_training_picture(monkeypatch):
     """What is drawn, seen from outside: the things of every scene, the heights in the pixels of every chart."""
     monkeypatch.syspath_prepend(ROOT / "dataset")

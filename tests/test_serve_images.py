@@ -1,5 +1,6 @@
 """Images for serve.py, asked by the real `openai` client, and by whoever means harm."""
 
+import asyncio
 import base64
 import itertools
 import socket
@@ -14,7 +15,9 @@ from test_images import contents, gradient, header_of, with_scans
 from test_scheduler import Asked, make_batch, question, run
 
 from model import ATTENTION
+from serving import http
 from serving.rows import PIECE
+from serving.scheduler import Refused
 from serving.text_generator import GenerationConfig, load_text_generator
 from vision.images import read_image
 
@@ -354,6 +357,33 @@ def test_a_body_of_forty_megabytes_is_refused_and_the_next_is_answered(client):
         ask(client, about(bytes(30 << 20)))
     assert refused.value.status_code == 413 and "12,582,912 bytes" in refused.value.message
     assert text_of(ask(client, about(PICTURES[0])))
+
+
+def test_more_images_than_a_few_wait_for_nothing(monkeypatch):
+    """One is read, 8 wait, and the next is refused with what tells its client to try again; those answer in the end."""
+    may_go = threading.Event()
+    monkeypatch.setattr(http, "read_pixels", lambda *_: may_go.wait(20) and pixels(0))
+    batch = make_batch(**SEES)
+    server = http.Server({batch.name: batch}, None, None)
+    read = lambda: http.read_conversation(server, batch, {"messages": about(PICTURES[0])})  # noqa: E731
+
+    async def ask_ten():
+        first = [asyncio.create_task(read()) for _ in range(9)]
+        while server.n_images < 9:
+            await asyncio.sleep(0.01)
+        with pytest.raises(Refused) as refused:
+            await asyncio.wait_for(read(), 5)
+        first.pop().cancel()  # a client that leaves the queue
+        await asyncio.sleep(0.05)
+        first.append(asyncio.create_task(read()))
+        await asyncio.sleep(0.05)
+        may_go.set()
+        return refused.value, await asyncio.gather(*first)
+
+    error, answers = asyncio.run(ask_ten())
+    response = asyncio.run(http.refuse(None, error))
+    assert response.status_code == 429 and int(response.headers["retry-after"]) > 0
+    assert all(messages[0]["image"].shape == (3, 8, 8) for messages in answers) and not server.n_images
 
 
 def test_large_and_damaged_images_disturb_nobody(client):

@@ -24,10 +24,10 @@ import plot_attention
 from base.configuration import UserError
 from inference import Session
 from model import GPT, ModelConfig
-from serving.text_generator import GenerationConfig, load_text_generator
+from serving.text_generator import GenerationConfig, TextGenerator, load_text_generator
 from text.batches import TrainBatches
 from text.token_files import TokenFile
-from text.tokenizer import PADDING
+from text.tokenizer import PADDING, BPETokenizer
 from training import memory
 from training.engine import Engine
 from training.setup import build_run
@@ -301,6 +301,20 @@ def test_the_drawn_attention_is_what_the_answer_looks_at(coloured, call, monkeyp
     patches_at = slice(1, 5)  # after the mark of the question
     expected = torch.stack([weights[first:, patches_at] for weights in seen])
     torch.testing.assert_close(torch.from_numpy(looks).flatten(2), expected)
+
+
+@pytest.mark.parametrize("ending", [None, -1, -2])
+def test_characters_of_several_tokens_are_drawn_whole(monkeypatch, ending):
+    """None: <|eos|> ends the answer; else it is cut there, inside of the last character."""
+    tokenizer = BPETokenizer.train(["What is at the top left?"], 270)
+    generator = TextGenerator(make_model(vocab_size=tokenizer.vocab_size), tokenizer, torch.device("cpu"), True)
+    ids = tokenizer.encode("green 绿圆").tolist()
+    ids = [*ids, tokenizer.eos] if ending is None else ids[:ending]
+    assert len(ids) >= 10
+    monkeypatch.setattr(generator, "answer", lambda *_, drawn, **__: iter(drawn.extend(ids) or ()))
+    tokens, _ = plot_attention.patch_attention(generator, "What?", random_images(1)[0].numpy())
+    assert len(tokens) == len(ids) and not any("\ufffd" in token for token in tokens[:-1])
+    assert "".join(tokens) == ("green 绿圆(end)" if ending is None else tokenizer.decode(ids))
 
 
 @pytest.mark.parametrize("options", [["--pack_samples", "true"], ["--gradient_accumulation_steps", "4"]])

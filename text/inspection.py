@@ -68,9 +68,14 @@ def inspect(file: TokenFile, tokenizer: Tokenizer, tokenizer_path: str, block_si
         samples = [batches.sample(i) for i in range(min(batch_size, batches.samples_per_epoch))]
         pairs = [(sample.chosen, sample.rejected) if isinstance(sample, Pair) else (sample,) for sample in samples]
         rows = [tokens for parts in pairs for tokens, *_ in parts]
+        distinct = {
+            (tokens.tobytes(), *(image.tobytes() for image in images))
+            for parts in pairs
+            for tokens, _, *images in parts
+        }
         ngrams = Counter(tuple(row[i : i + 8]) for row in rows for i in range(len(row) - 7))
         print(
-            f"a batch of {len(rows)}: {len({row.tobytes() for row in rows})} distinct samples, "
+            f"a batch of {len(rows)}: {len(distinct)} distinct samples, "
             f"{len(set(np.concatenate(rows).tolist()))} distinct tokens, "
             f"{len(ngrams) / max(1, ngrams.total()):.0%} of its 8-grams distinct"
         )

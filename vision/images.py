@@ -29,9 +29,7 @@ MAX_PARTS = 1000
 MAX_SCANS = 64  # of a progressive jpeg: 10 are usual, and 50 bytes make one more, which takes 0.1 s to decode
 PNG_BEGINS = b"\x89PNG\r\n\x1a\n"
 START_OF_SCAN = b"\xda"
-MARKER = re.compile(
-    rb"\xff([\xc0-\xcf\xd8-\xfe])"
-)  # of a jpeg's segments; decoders read past others, without their length
+MARKER = re.compile(rb"\xff([\xc0-\xcf\xd8-\xfe])")  # of a jpeg's segments; others have no length, or are errors
 BACKGROUND = (255, 255, 255)  # beside a picture that is not square, and behind transparent parts
 
 
