@@ -27,8 +27,10 @@ export function setImages(given) {
   showImageBar();
 }
 
+/* As the model that is chosen sees it. */
 export function addImage(parent, by_size) {
-  const [size, url] = Object.entries(by_size)[0];
+  const chosen = chosenModels()[0]?.nano.image_size;
+  const size = chosen in by_size ? chosen : Object.keys(by_size)[0], url = by_size[size];
   const picture = make("img", size < 96 ? "picture enlarged" : "picture", parent);
   Object.assign(picture, { src: url, ariaLabel: word("image") });
   picture.dataset.label = "image";

@@ -9,7 +9,7 @@ import { addImage, isReadingImage, listenToImages, nextImages, setImages, showIm
 import { listenToInside, lookInside } from "./inside.js";
 import { callJson, serverModel } from "./server.js";
 import { WORDS_SERVED } from "./served_words.js";
-import { listenToSettings, useMode } from "./settings.js";
+import { isChat, listenToSettings, useMode } from "./settings.js";
 import { hideCard } from "./tokens.js";
 import { showTraining } from "./training.js";
 import { addWords, language, listenToLanguage, number, say, speak, word } from "./words.js";
@@ -44,6 +44,7 @@ function useModel() {
   say($("figures"), "figures", { ...shape, weights: figures[0], vocabulary: figures[1], window: figures[2] });
   $("max-length").placeholder = nano.block_size;
   if (!currentConversation().root.children.length) useMode(nano.instruct);
+  setImages(isChat() ? nextImages() : null); // as this model sees it; a text has none
   speak(language);
   useSecondModel();
 }

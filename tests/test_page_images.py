@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from servers import serving
+from servers import make_checkpoint, serving
 from test_images import contents, gradient
 from test_page import CHARACTERS, Served, as_messages
 from test_webpage import make_model
@@ -36,6 +36,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("served")
     for name, model in MODELS.items():
         convert.write_checkpoint(f"{folder / name}.pt", model, CHARACTERS, "float32")
+    make_checkpoint(folder / "pretrained.pt", "pretrain", CHARACTERS, image_size=8, **SEES)
     (folder / "photo.jpg").write_bytes(PHOTO)
     (folder / "picture.png").write_bytes(PICTURE)
     (folder / "half.png").write_bytes(PICTURE[:300])
@@ -47,7 +48,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def address(browser, folder) -> Iterator[str]:
     pytest.importorskip("uvicorn")
-    models = [argument for name in MODELS for argument in ("-m", f"{name}.pt")]
+    models = [argument for name in (*MODELS, "pretrained") for argument in ("-m", f"{name}.pt")]
     with serving(folder, *models, "--max_body", "1048576") as server:
         yield server.url
 
@@ -187,6 +188,31 @@ def test_models_with_different_eyes_see_the_same_file(open_page, folder):
     page.start("hello")
     page.wait()
     assert page.answers() == [said(name, "hello", PHOTO) for name in ("vision", "larger")]
+
+
+def test_the_image_is_shown_as_the_chosen_model_sees_it(open_page, folder):
+    page = open_page("larger")
+    page.choose(folder / "photo.jpg")
+    page.tab.wait_for_selector("#attached img")
+    assert np.array_equal(page.attached(), read_image(PHOTO, 16))
+    page.tab.select_option("#model", "vision")
+    assert np.array_equal(page.attached(), read_image(PHOTO, 8))
+    page.tab.select_option("#model", "text")  # which will say that it sees none
+    assert page.tab.locator("#attached img").is_visible()
+    page.tab.select_option("#model", "larger")
+    page.ask("hello")
+    url = page.tab.locator(".turn > img").get_attribute("src")
+    assert np.array_equal(read_image(base64.b64decode(url.partition(",")[2]), 16), read_image(PHOTO, 16))
+
+
+def test_a_model_that_only_continues_texts_takes_the_image_away(open_page, folder):
+    page = open_page()
+    page.choose(folder / "photo.jpg")
+    page.tab.wait_for_selector("#attached img")
+    page.tab.select_option("#model", "pretrained")
+    assert page.tab.locator("#attached").is_hidden() and page.tab.locator("#attach").is_hidden()
+    page.tab.select_option("#model", "vision")
+    assert page.tab.locator("#attached").is_hidden() and page.tab.locator("#attach").is_visible()
 
 
 def test_what_cannot_be_used_is_said_and_nothing_is_lost(open_page, folder):
