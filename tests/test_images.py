@@ -146,7 +146,7 @@ def test_only_scans_of_the_picture_itself_are_counted():
     picture, marks = Image.fromarray(gradient(40, 40)), b"\xff\xda\0\x02" * 100
     expected = read_image(contents(picture, "JPEG", progressive=True), 40)
     for file in (
-        contents(picture, "JPEG", progressive=True) + marks,
+        contents(picture, "JPEG", progressive=True) + b"\0\0\0\x18ftypmp42" + marks,
         contents(picture, "JPEG", progressive=True, comment=marks),
         contents(picture, "JPEG", progressive=True, exif=b"Exif\0\0" + marks),
         contents(picture, "JPEG", progressive=True) + with_scans(70),
