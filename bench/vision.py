@@ -33,7 +33,7 @@ SHAPE = {
     "patch_size": 2,
     "n_vision_layer": 0,
 }
-STEPS = 1000
+STEPS = 1500
 
 
 def blind(questions: str, training: str, model: str) -> dict[str, tuple[int, float, float, float]]:

@@ -52,6 +52,8 @@ def read_image(source: Path | bytes, size: int) -> np.ndarray:
                     raise UserError(f"{width:,} x {height:,} pixels; at most {MAX_PIXELS:,} are read: make it smaller")
                 if image.format == "PNG" and getattr(image, "is_animated", False):
                     raise UserError(f"animated, {image.n_frames} pictures: save one of them")
+                if image.format == "PNG":  # decoding looks at no checksums: half of a damaged picture would be black
+                    Image.open(io.BytesIO(contents), formats=("PNG",)).verify()
                 return fit(to_rgb(image), size)
     except UserError:
         raise
