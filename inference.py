@@ -235,8 +235,8 @@ def answer_lines(
         line = line.removeprefix("\ufeff") if number == 1 else line
         try:
             if line.strip():
-                if line.split()[0] in COMMANDS:
-                    tell(f"line {number}: read as a question: {line.split()[0]} is a command in a terminal alone")
+                if line.startswith("/image ") and generator.model.vision is not None:
+                    tell(f"line {number}: read as a question: /image is a command in a terminal alone")
                 print_answer(generator, line, config, history, profile, f"line {number}: ", image)
                 continue
         except UserError as error:

@@ -97,7 +97,7 @@ def test_a_beginning_is_shared_by_prompts_about_the_same_image_alone(size):
     """4, 64 or 100 patches: the first piece ends behind the image, or in it, and then is read on to a later end."""
     make = lambda: make_batch(n_rows=2, image_size=size, patch_size=4)  # noqa: E731
     batch, beginning = make(), [4, *[TOKENIZER.vocab_size] * (size // 4) ** 2]
-    long, short = [*beginning, *question(1, 2 * PIECE)], [*beginning, *question(1, 2 * PIECE)[:9]]
+    long, short = [*beginning, *question(1, 2 * PIECE)], [*beginning, *question(1, 2 * PIECE)[:11]]
     shared = (len(long) - 1) // PIECE * PIECE
     expected = {"first": 0, "other image": 0, "again": shared, "shorter": 0}
     asked = {"first": (long, 1), "other image": (long, 2), "again": (long, 1), "shorter": (short, 1)}

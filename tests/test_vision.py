@@ -204,7 +204,9 @@ def test_operations_are_those_that_torch_counts():
 def test_handwritten_digits_are_read():
     """Of 360 that are held out, 97% at least; images alone tell them apart: the question is always the same."""
     pytest.importorskip("sklearn", reason="needs pip install scikit-learn")
-    done = subprocess.run([sys.executable, ROOT / "bench" / "vision.py", "digits"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench" / "vision_accuracy.py", "digits"], capture_output=True, text=True
+    )
     right = int(re.search(r"exact match: .* \((\d+)/360\)", done.stdout)[1])
     assert right >= 0.97 * 360
 
