@@ -24,8 +24,8 @@ CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Microso
 def patch_attention(generator: TextGenerator, question: str, image: np.ndarray) -> tuple[list[str], np.ndarray]:
     """The tokens of the greedy answer, and the weights (n_layer, n_tokens, rows, columns) of their looks at patches.
 
-    A character of several tokens stands at the last of them. Weights are means over heads; of a
-    layer and token, those of all patches and of all text before it add up to 1.
+    A character of several tokens stands at the last of them. Weights are means over heads; of a layer and token, those
+    of all patches and of all text before it add up to 1.
     """
     drawn: list[int] = []
     for _ in generator.answer(question, GenerationConfig(temperature=0.0), drawn=drawn, image=image):

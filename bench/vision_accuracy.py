@@ -1,7 +1,7 @@
 """What a model that sees has learnt: questions about pictures with and without them, and handwritten digits.
 
     python bench/vision_accuracy.py blind dataset/vision_held_out.jsonl dataset/vision.jsonl checkpoint/vision.pt
-    python bench/vision_accuracy.py digits           handwritten digits of scikit-learn: prepare, train, ask (a minute or two)
+    python bench/vision_accuracy.py digits     handwritten digits of scikit-learn: prepare, train, ask (a minute or two)
 
 The first tells seeing from guessing: beside the answers with pictures stand those with every picture grey, and the best
 guess from the training file's text: the answer that the same question had most often there, or its kind if it is new.
