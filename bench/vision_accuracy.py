@@ -34,6 +34,7 @@ SHAPE = {
     "n_vision_layer": 0,
 }
 STEPS = 1500
+MOVES = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))  # pixels down and to the right
 
 
 def blind(questions: str, training: str, model: str) -> dict[str, tuple[int, float, float, float]]:
@@ -67,17 +68,22 @@ def kind_and_language(question: str) -> str:
 
 
 def write_digits(folder: Path) -> None:
-    """scikit-learn's 1,797 handwritten digits (8 x 8 pixels, 17 greys), black on white: every fifth one is held out."""
+    """scikit-learn's 1,797 handwritten digits (8 x 8 pixels, 17 greys), black on white: every fifth one is held out.
+
+    Each of the others is written five times, four times moved by a pixel: they are few.
+    """
     from PIL import Image
     from sklearn.datasets import load_digits
 
     digits, lines = load_digits(), {"vision.jsonl": "", "vision_held_out.jsonl": ""}
     (folder / "digits").mkdir()
     for i, (pixels, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
-        name = f"digits/{i:04}.png"
-        Image.fromarray((255 - pixels * 255 / 16).astype(np.uint8)).save(folder / name)
-        row = {"image": name, "question": "Which digit is it?", "answer": str(digit)}
-        lines["vision_held_out.jsonl" if i % 5 == 0 else "vision.jsonl"] += json.dumps(row) + "\n"
+        file, moves = ("vision.jsonl", MOVES) if i % 5 else ("vision_held_out.jsonl", MOVES[:1])
+        for j, move in enumerate(moves):
+            name = f"digits/{i:04}_{j}.png"
+            Image.fromarray((255 - np.roll(pixels, move, (0, 1)) * 255 / 16).astype(np.uint8)).save(folder / name)
+            row = {"image": name, "question": "Which digit is it?", "answer": str(digit)}
+            lines[file] += json.dumps(row) + "\n"
     for name, text in lines.items():
         (folder / name).write_text(text)
 

@@ -71,6 +71,12 @@ class RunningServer:
     def get(self, path: str, **headers: str) -> Answer:
         return self.ask("GET", path, None, **headers)
 
+    def client(self):
+        """OpenAI's own client of it; needs that package."""
+        import openai
+
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
     def number(self, metric: str) -> float:
         """The sum of a metric over its labels."""
         lines = self.get("/metrics").body.decode().splitlines()

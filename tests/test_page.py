@@ -3,7 +3,8 @@
 import json
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -121,13 +122,13 @@ class Served(Tab):
         return path, [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-@pytest.fixture
-def open_page(browser, address):
-    """Open the page: open_page() -> Served, with the likeliest token always drawn."""
+@contextmanager
+def pages_of(kind: type[Served], browser, address: str, first_model: str) -> Iterator[Callable[..., Served]]:
+    """Open pages: opening() -> a page of this kind, with the likeliest token always drawn; in the end, no troubles."""
     pages = []
 
-    def opening(model: str = "first", second: str = "", **context) -> Served:
-        page = Served(browser, address, **context)
+    def opening(model: str = first_model, second: str = "", **context) -> Served:
+        page = kind(browser, address, **context)
         pages.append(page)
         page.tab.select_option("#model", model)
         page.tab.select_option("#second", second)
@@ -138,6 +139,12 @@ def open_page(browser, address):
         troubles = page.troubles
         page.context.close()
         assert not troubles
+
+
+@pytest.fixture
+def open_page(browser, address):
+    with pages_of(Served, browser, address, "first") as opening:
+        yield opening
 
 
 def until(page: Served, script: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from servers import make_checkpoint, serving
 from test_images import contents, gradient
-from test_page import CHARACTERS, Served, as_messages
+from test_page import CHARACTERS, Served, as_messages, pages_of
 from test_webpage import make_model
 
 import convert
@@ -84,20 +84,8 @@ class Seeing(Served):
 
 @pytest.fixture
 def open_page(browser, address):
-    pages = []
-
-    def opening(model: str = "vision", second: str = "", **context) -> Seeing:
-        page = Seeing(browser, address, **context)
-        pages.append(page)
-        page.tab.select_option("#model", model)
-        page.tab.select_option("#second", second)
-        return page.set(temperature="0")
-
-    yield opening
-    for page in pages:
-        troubles = page.troubles
-        page.context.close()
-        assert not troubles
+    with pages_of(Seeing, browser, address, "vision") as opening:
+        yield opening
 
 
 @functools.cache

@@ -70,7 +70,7 @@ def server(folder):
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    return server.client()
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,7 @@ class DistillationLoss:
         return learned + balancing_loss(model) * batch.count
 
 
-def check_sight(teacher: GPT, path: str, data: list[Any]) -> None:
+def check_teacher_images(teacher: GPT, path: str, data: list[Any]) -> None:
     """Raises UserError where the data has images that a teacher does not read as the student does."""
     names = "image_size", "patch_size"
     for file in [dataset.file for dataset in data if dataset.file.images is not None]:
@@ -105,7 +105,7 @@ def check_sight(teacher: GPT, path: str, data: list[Any]) -> None:
 
 def make_distillation(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[Any]) -> DistillationLoss:
     teacher = load_frozen_model("teacher", config.teacher, tokenizer, engine.device, longest_sample(data))
-    check_sight(teacher, config.teacher, data)
+    check_teacher_images(teacher, config.teacher, data)
     teacher.restart_positions = config.restart_positions
     engine.compile(teacher)
     return DistillationLoss(teacher, config.distill_temperature, config.distill_weight)

@@ -167,14 +167,14 @@ def read_configs(training: str | None, model: str | None, overrides: dict[str, A
             raise UserError(f"{name} is for toy problems: --problem NAME names one (python problem.py --list)")
     explicit = {name: value for name, value in values.items() if name not in train_fields}
     values = {name: value for name, value in values.items() if name in train_fields}
-    sight = {name: explicit.pop(name) for name in VISION_FIELDS & explicit.keys() - overrides.keys()}
+    vision = {name: explicit.pop(name) for name in VISION_FIELDS & explicit.keys() - overrides.keys()}
     defaults = {}
     if model or not explicit.keys() - overrides.keys():
         model_path = find_config(model or "model")
         defaults = check_fields(read_json(model_path), model_fields, str(model_path))
         if model:
             explicit = {**defaults, **explicit}
-    defaults |= sight  # a preset that sees may be trained from any model that does: what it says is for a new encoder
+    defaults |= vision  # a preset that sees may be trained from any model that does: what it says is for a new encoder
     try:
         config = TrainConfig(**{"stage": path.stem, **values})
     except UserError as error:
