@@ -11,11 +11,12 @@ from servers import serving
 from test_compile import SHAPE
 from torch._dynamo.utils import counters
 
+from base.configuration import UserError
 from model import GPT, ModelConfig
 from serving.text_generator import GenerationConfig, load_text_generator
 from text.token_files import TokenFile
 from training.diffusion import DiffusionLoss, NoisyTrainBatches
-from weights.checkpointing import load_checkpoint
+from weights.checkpointing import load_checkpoint, load_model
 
 DIFFUSION = ["--loss", "diffusion", "--is_causal", "false", "--optimizer", "adamw", "--answer_block", "4"]
 SFT = '[["dataset/sft_train.bin", "dataset/sft_val.bin"]]'
@@ -95,12 +96,66 @@ def test_what_cannot_be_trained_is_refused(call, prepared, options, message):
     assert result.status and message in result.err and "Traceback" not in result.err
 
 
-def test_other_checkpoints_are_no_start(call, prepared):
+def test_a_causal_model_becomes_one_of_diffusion(call, prepared):
     run = ["-t", "pretrain", *TINY, *FAST, *DATA, "--max_steps", "1"]
     assert call("train.py", *run).status == 0
-    more = [*run, "--stage", "other", "--from_checkpoint", "checkpoint/pretrain.pt", "--loss", "diffusion"]
-    result = call("train.py", *more)
-    assert result.status and "checkpoint/pretrain.pt has causal attention" in result.err
+    start = ["--from_checkpoint", "checkpoint/pretrain.pt", "--loss", "diffusion", "--is_causal", "false"]
+    other, slow = ["--stage", "other"], ["--learning_rate", "1e-9", "--muon_learning_rate", "1e-9"]
+    result = call("train.py", *run, *start, *other, *slow)
+    assert result.status == 0 and "is_causal True -> False" in result.out + result.err, result.err
+    causal, ready = load_checkpoint("checkpoint/pretrain.pt"), load_checkpoint("checkpoint/other.pt")
+    assert ready["model_config"]["mask_token"] and not ready["model_config"]["is_causal"]
+    for name, weight in causal["model"].items():
+        torch.testing.assert_close(ready["model"][name], weight, atol=1e-6, rtol=0)
+    mean = causal["model"]["token_embedding.weight"].mean(0, keepdim=True)
+    torch.testing.assert_close(ready["model"]["mask_embedding.weight"], mean, atol=1e-6, rtol=0)
+
+    model, V = load_model(causal, "", is_causal=False, mask_token=True).eval(), causal["model_config"]["vocab_size"]
+    alike = GPT(ModelConfig(**causal["model_config"] | {"is_causal": False})).eval()
+    alike.load_state_dict(causal["model"])
+    idx = torch.arange(3, 11)[None]
+    assert torch.equal(model(idx)[0], alike(idx)[0])  # the same weights, full attention
+    with torch.no_grad():
+        alike.token_embedding.weight[0] = mean
+        masked, zero = model(torch.tensor([[5, V, 7]]))[0], alike(torch.tensor([[5, 0, 7]]))[0]
+    torch.testing.assert_close(masked[..., 1:], zero[..., 1:])  # (embeddings are tied: row 0 is a logit's, too)
+
+
+@pytest.mark.parametrize(
+    ("trained", "options", "message"),
+    [
+        ([], ["--max_steps", "2"], "takes another --stage name"),  # the same stage
+        ([], ["--stage", "other", "--use_lora", "true"], "which an adapter keeps"),
+        (["--n_future", "2"], ["--stage", "other"], "add --n_future 1"),
+        ([], ["--stage", "other", "--n_future", "2"], "add --n_future 1"),
+        (
+            ["--attention", "linear"],
+            ["--stage", "other"],
+            "cannot become a model of masked diffusion: attention linear",
+        ),
+    ],
+)
+def test_a_causal_model_that_cannot_become_one_is_refused(call, prepared, trained, options, message):
+    run = ["-t", "pretrain", *TINY, *FAST, *DATA, "--max_steps", "1"]
+    assert call("train.py", *run, *trained).status == 0
+    start = ["--from_checkpoint", "checkpoint/pretrain.pt", "--loss", "diffusion"]
+    result = call("train.py", *run, *start, *options, "--is_causal", "false")
+    assert result.status == 1 and message in result.err and result.err.count("\n") == 1
+    if trained == ["--n_future", "2"]:  # the advice
+        assert call("train.py", *run, *start, *options, "--is_causal", "false", "--n_future", "1").status == 0
+    elif "--n_future" not in options:
+        result = call("train.py", *run, *start, *options)
+        assert result.status == 1 and "add --is_causal false" in result.err
+
+
+def test_a_damaged_causal_model_is_no_start(call, prepared):
+    run = ["-t", "pretrain", *TINY, *FAST, *DATA, "--max_steps", "1"]
+    assert call("train.py", *run).status == 0
+    causal = load_checkpoint("checkpoint/pretrain.pt")
+    for embedding in ({}, {"token_embedding.weight": torch.ones(())}):
+        weights = {name: weight for name, weight in causal["model"].items() if name != "token_embedding.weight"}
+        with pytest.raises(UserError, match=r"do not fit the model: token_embedding\.weight"):
+            load_model(causal | {"model": weights | embedding}, "x.pt", is_causal=False, mask_token=True)
 
 
 # ------------------------------------------------------------------------------------------------------ answers

@@ -271,6 +271,29 @@ def modules_left_out(config: TrainConfig, explicit: dict[str, Any], checkpoint: 
     return {"n_future": asked} if is_less and is_new_run and not config.use_lora else {}
 
 
+def full_attention(config: TrainConfig, explicit: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, bool]:
+    """Full attention and a mask token for a causal model, if masked diffusion was asked for: its weights are the start.
+
+    What it knows of words and facts lies in weights that both need, although it told the next token by them, not the
+    token itself (Gong et al. 2024, arXiv:2410.17891, keep that shift). Raises UserError where it cannot be turned.
+    """
+    trained, where = checkpoint["model_config"], config.from_checkpoint
+    if config.loss != "diffusion" or explicit.get("is_causal") is not False or not trained.get("is_causal", True):
+        return {}
+    if config.use_lora:
+        raise UserError(f"{where} has causal attention, which an adapter keeps: start diffusion without --use_lora")
+    if checkpoint["train_config"].get("stage") == config.stage:
+        raise UserError(f"{where} has causal attention: to start diffusion from its weights takes another --stage name")
+    if (explicit.get("n_future") or trained.get("n_future", 1)) > 1:
+        raise UserError(f"diffusion trains no modules of n_future (in {where}, or asked for): add --n_future 1")
+    turned = {"is_causal": False, "mask_token": True}
+    try:
+        ModelConfig(**{**trained, "n_future": 1, **turned})
+    except UserError as error:
+        raise UserError(f"{where} cannot become a model of masked diffusion: {error}") from None
+    return turned
+
+
 def check_modules(config: TrainConfig, model: GPT) -> None:
     """Raises UserError where modules (n_future) would get no gradient; with LoRA they are frozen, so need none."""
     if model.config.n_future > 1 and config.loss != "next_token" and not config.use_lora:
@@ -295,6 +318,7 @@ def restore_model(
     if learns_to_see and is_same_run(config, checkpoint):
         raise UserError(f"{where} reads text alone: a run that teaches it to see gets another --stage name")
     explicit = {name: value for name, value in explicit.items() if not (learns_to_see and name in vision)}
+    changes |= full_attention(config, explicit, checkpoint)
     for name, value in explicit.items():
         trained = checkpoint["model_config"].get(name, fields_of(ModelConfig)[name].default)
         if value is not None and value != trained and name not in changes:
@@ -363,7 +387,10 @@ def build_run(asked: RunConfig, engine: Engine) -> Run:
     elif checkpoint:
         now, before = model.config.to_dict(), checkpoint["model_config"]
         known = fields_of(ModelConfig)
-        context = {name: before.get(name, known[name].default) for name in (*CONTEXT_FIELDS, "dropout", "n_future")}
+        context = {
+            name: before.get(name, known[name].default)
+            for name in (*CONTEXT_FIELDS, "dropout", "n_future", "is_causal")
+        }
         run.changes = changed_fields(now, context)
     return run
 

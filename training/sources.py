@@ -105,7 +105,7 @@ class TokenFiles:
         """Raises UserError where the attention of a model is not what the loss needs."""
         is_diffusion, start = self.config.loss == "diffusion", self.config.from_checkpoint
         if is_diffusion and shape.is_causal:
-            advice = f"{start} has causal attention" if start else "add --is_causal false"
+            advice = "add --is_causal false"
             raise UserError(f"loss diffusion fills in tokens from both sides, so it needs full attention: {advice}")
         if not is_diffusion and shape.mask_token:
             what = f"{start} is a model of masked diffusion" if start else "mask_token is for masked diffusion"

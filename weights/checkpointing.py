@@ -387,6 +387,9 @@ def load_model(checkpoint: dict[str, Any], where: str | Path, sdp_kernel: str = 
         raise UserError(f"{where}: its config says {config.n_layer} layers, its weights have {len(layers)}")
     with torch.device("meta"):  # shapes without storage
         expected = {name: tuple(weight.shape) for name, weight in GPT(config).state_dict().items()}
+    has_new_mask = config.mask_token and not as_trained.mask_token
+    if has_new_mask:
+        del expected["mask_embedding.weight"]
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
@@ -394,6 +397,8 @@ def load_model(checkpoint: dict[str, Any], where: str | Path, sdp_kernel: str = 
                 f"{where}: the weights do not fit the model: {name} has shape {found.get(name)}, "
                 f"by its config {expected.get(name)}"
             )
+    if has_new_mask:  # a mask is any token at first
+        weights["mask_embedding.weight"] = weights["token_embedding.weight"].float().mean(0, keepdim=True)
     model = GPT(config, sdp_kernel)
     model.load_state_dict(weights)
     return model
