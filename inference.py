@@ -12,6 +12,8 @@ python inference.py -m checkpoint/pretrain.pt --lora A.pt --merge B.pt  one chec
 
 import contextlib
 import dataclasses
+import os
+import shlex
 import sys
 import time
 import warnings
@@ -114,6 +116,9 @@ class Session:
             raise UserError("an image is part of a question: start with -i")
         if self.generator.drafter:
             raise UserError("a drafter guesses from text alone: start without --draft")
+        if not os.path.isfile(path):  # as terminals write a file that is dropped on them: "two words", two\ words; or ~
+            with contextlib.suppress(ValueError):
+                path = os.path.expanduser(" ".join(shlex.split(path)))
         image = self.generator.open_image(path)
         self.forget("")
         self.image = image
@@ -264,7 +269,9 @@ def make_parser() -> Parser:
     parser.add_argument("-i", "--instruct", action="store_true", help="prompts are questions (instruct template)")
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="answer this prompt and exit")
     parser.add_argument("--system", metavar="TEXT", default="", help="system message, in front of the questions (-i)")
-    parser.add_argument("--image", metavar="FILE", default="", help="png or jpeg that the question is about (-i)")
+    parser.add_argument(
+        "--image", metavar="FILE", action="append", default=[], help="png or jpeg that the question is about (-i)"
+    )
     parser.add_argument("--lora", metavar="FILE", default="", help="answer with this adapter on the model")
     parser.add_argument("--merge", metavar="OUT.pt", help="write model and adapter together as one checkpoint")
     parser.add_argument("--num_samples", metavar="N", type=int, default=1, help="answers to draw for -p [1]")
@@ -294,6 +301,7 @@ def check_arguments(parser: Parser, args: Namespace) -> GenerationConfig:
         (args.merge and for_answers, f"--merge writes a file and answers nothing: leave out {for_answers}"),
         (args.merge and not args.lora, "--merge needs the adapter: --lora FILE"),
         (args.system and not args.instruct, "--system is part of a conversation: add -i"),
+        (len(args.image) > 1, "--image: one image goes with a conversation; in it, /image begins one about another"),
         (args.image and not args.instruct, "--image is part of a question: add -i"),
         (args.image and args.draft, "--draft guesses from text alone: leave it out, or --image"),
         (args.num_samples > 1 and args.prompt is None, "--num_samples is for one prompt: add -p"),
@@ -336,7 +344,7 @@ def main() -> None:
     history = system_message(args.system)
     if unknown := unknown_note(generator.tokenizer, args.system):
         tell(f"--system: {unknown}")
-    image = generator.open_image(args.image) if args.image else None
+    image = generator.open_image(args.image[0]) if args.image else None
     if generator.model.vision is not None and generator.instruct and image is None and not sys.stdin.isatty():
         tell("this model can see, and was given no image: --image FILE")
     if args.prompt is not None:

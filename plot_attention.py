@@ -1,6 +1,6 @@
 """Draw which patches of an image a model looks at, token by token of its answer.
 
-python plot_attention.py -m checkpoint/vision.pt --image dataset/pictures/held_out_00066.png -p "左上是什么？"
+python plot_attention.py -m checkpoint/vision.pt --image dataset/pictures/held_out_00058.png -p "上面是什么？"
 
 Writes attention.png: layers from top to bottom, tokens of the answer from left to right. A patch is the brighter the
 more attention the position that predicts the token pays to it, on average over the heads of the layer; below stands how
@@ -82,15 +82,17 @@ def draw(output: str, image: np.ndarray, tokens: list[str], looks: np.ndarray) -
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("-m", "--model", default="checkpoint/vision.pt", help="checkpoint [checkpoint/vision.pt]")
-    parser.add_argument("--image", required=True, metavar="FILE", help="png or jpeg file")
+    parser.add_argument("--image", required=True, action="append", metavar="FILE", help="png or jpeg file")
     parser.add_argument("-p", "--prompt", required=True, help="the question about it")
     parser.add_argument("-o", "--output", default="attention.png", help="figure to write [attention.png]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [auto]")
     args, _ = parser.parse()
     if not args.output.endswith(".png") or not Path(args.output).parent.is_dir():
         raise UserError(f"{args.output}: must be a picture's name (.png) in a folder that exists")
+    if len(args.image) > 1:
+        raise UserError("command line: --image: one image goes with a question")
     generator = load_text_generator(args.model, args.device, True)
-    image = generator.open_image(args.image)
+    image = generator.open_image(args.image[0])
     tokens, looks = patch_attention(generator, args.prompt, image)
     draw(args.output, image, tokens, looks)
     print(f"{args.output}: {''.join(tokens).removesuffix('(end)')}")

@@ -226,7 +226,7 @@ def read_data_url(value: Any, name: str) -> bytes:
         rule = 'image_url must be {"url": "data:image/png;base64,..."}, or jpeg: the image itself, nothing is fetched'
         raise BadRequest(f"{name}: {rule}", name)
     try:
-        return base64.b64decode(url[head.end() :], validate=True)
+        return base64.b64decode("".join(url[head.end() :].split()), validate=True)  # in one line or several
     except ValueError:
         raise BadRequest(f"{name}: the image's base64 is damaged", name) from None
 

@@ -326,6 +326,13 @@ def test_what_cannot_be_read_is_refused_plainly(client, server, folder, case):
     assert stream.status == 400 and words in stream.json["error"]["message"]
 
 
+def test_base64_may_be_in_lines(client):
+    """As base64 and openssl write it."""
+    in_lines = f"data:image/png;base64,{base64.encodebytes(PICTURES[0]).decode()}"
+    assert in_lines.count("\n") > 2
+    assert text_of(ask(client, url(in_lines))) == text_of(ask(client, about(PICTURES[0], "")))
+
+
 def test_a_model_of_text_alone_says_so_by_its_name(client):
     with pytest.raises(openai.BadRequestError, match="the model sft reads text alone") as refused:
         ask(client, about(PICTURES[0]), model="sft")

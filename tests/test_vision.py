@@ -30,6 +30,7 @@ from text.token_files import TokenFile
 from text.tokenizer import PADDING, BPETokenizer
 from training import memory
 from training.engine import Engine
+from training.optimizer import muon_matrices, rows_of_fused_matrices
 from training.setup import build_run
 from vision.encoder import patches
 from weights.checkpointing import load_checkpoint
@@ -134,6 +135,18 @@ def test_no_images_give_every_weight_a_gradient_all_the_same():
     model(idx, idx, images=random_images(0))[1].backward()
     assert all(p.grad is not None for p in model.parameters())
     assert all(p.grad.abs().sum() == 0 for p in model.vision.parameters())
+
+
+def test_muon_takes_the_matrices_of_the_encoders_blocks():
+    """Queries, keys and values each for itself; the projection is to patches what an embedding is to tokens."""
+    model = make_model()
+    matrices = {name: p for name, p in muon_matrices(model).items() if name.startswith("vision.")}
+    blocks = {name: p for name, p in model.vision.named_parameters() if name.startswith("blocks.") and p.dim() == 2}
+    assert blocks and matrices == {f"vision.{name}": p for name, p in blocks.items()}
+    rows = {name: rows_of_fused_matrices(model.config, name, p.size(0)) for name, p in matrices.items()}
+    heads = model.config.n_head, model.config.n_kv_head, model.config.n_kv_head
+    assert rows["vision.blocks.0.attention.qkv.weight"] == [n * model.config.head_dim for n in heads]
+    assert all(sum(rows[name]) == p.size(0) for name, p in matrices.items())
 
 
 def test_the_answer_depends_on_the_order_of_the_patches():
@@ -280,6 +293,8 @@ def test_the_drawn_attention_is_what_the_answer_looks_at(coloured, call, monkeyp
     answer = call("inference.py", "-i", *argv, "-t", "0").out.strip()
     assert result.status == 0 and result.out.startswith(f"attention.png: {answer}"), result.err
     assert Image.open("attention.png").size[0] > 100
+    result = call("plot_attention.py", *argv, "--image", "p/162.png")
+    assert result.status == 1 and "one image goes with a question" in result.err
 
     generator = load_text_generator("checkpoint/vision.pt", "cpu", True)
     image = generator.open_image("p/160.png")
@@ -432,7 +447,7 @@ def test_a_model_that_sees_trains_on(coloured, call):
     assert result.status == 1 and "gets another --stage name" in result.err
 
 
-def test_a_conversation_about_an_image(coloured, call):
+def test_a_conversation_about_an_image(coloured, call, monkeypatch):
     """What is left out of the window, forgotten, or missing, is said."""
     assert call("train.py", "-t", "vision", *SHAPE, *FAST).status == 0
     generator = load_text_generator("checkpoint/vision.pt", "cpu", True)
@@ -445,6 +460,14 @@ def test_a_conversation_about_an_image(coloured, call):
     assert session.image is not None
     session.forget("")
     assert session.image is None
+    (coloured / "p" / "it's red.png").write_bytes((coloured / "p" / "0.png").read_bytes())
+    monkeypatch.setenv("HOME", str(coloured / "p"))
+    for path in ("p/it's red.png", '"p/it\'s red.png"', r"p/it\'s\ red.png", r"~/it\'s\ red.png"):
+        session.image = None
+        session.change_image(path)  # as it is, and as a terminal writes what is dropped on it
+        assert np.array_equal(session.image, red)
+    with pytest.raises(UserError, match="no such file"):
+        session.change_image("'missing.png'")
     session.generator = load_text_generator("checkpoint/vision.pt", "cpu", True, draft="lookup")
     with pytest.raises(UserError, match="guesses from text alone"):
         session.change_image("p/0.png")
@@ -490,6 +513,7 @@ def test_a_model_that_sees_says_so_where_there_is_no_image(coloured, call):
     assert result.status == 0 and "given no image: --image FILE" in result.err
     for options, words in (
         (["-p", "Which?", "--image", "p/0.png"], "add -i"),
+        (["-i", "-p", "Which?", "--image", "p/0.png", "--image", "p/1.png"], "one image goes with a conversation"),
         (["-i", "-p", "Which?", "--image", "missing.png"], "missing.png: no such file"),
         (["-i", "-p", "Which?", "--image", "vision.jsonl"], "vision.jsonl: not a png or jpeg"),
         (["-i", "-p", "Which?", "--image", "p/0.png", "--draft", "lookup"], "guesses from text alone"),

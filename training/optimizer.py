@@ -253,7 +253,7 @@ def make_muon(model: GPT, config: Any, device: torch.device) -> torch.optim.Opti
 def muon_matrices(model: GPT) -> dict[str, torch.Tensor]:
     """The trainable parameters that Muon takes, by name."""
     named = trainable_parameters(model).items()
-    in_layers = {name: p for name, p in named if name.startswith(("blocks.", "future."))}
+    in_layers = {name: p for name, p in named if name.startswith(("blocks.", "future.", "vision.blocks."))}
     maps = {name: p for name, p in in_layers.items() if p.dim() >= 2 and "router" not in name}
     return {name: p for name, p in maps.items() if not name.endswith("convolution")}
 
