@@ -58,7 +58,8 @@ def blind(questions: str, training: str, model: str) -> dict[str, tuple[int, flo
 
 def kind_of(question: str) -> str:
     """What is asked, told by words of dataset/pictures.py."""
-    words = {"number": ("number", "数字"), "count": ("How many", "几个", "多少个"), "place": ("Where", "哪里")}
+    words = {"everything": ("What is there", "图中有什么", "Count everything", "每种东西")}
+    words |= {"number": ("number", "数字"), "count": ("How many", "几个", "多少个"), "place": ("Where", "哪里")}
     words |= {"chart": (" bar", "柱子"), "colour": ("colour", "颜色"), "shape": ("shape", "形状")}
     return next((kind for kind, names in words.items() if any(name in question for name in names)), "thing")
 

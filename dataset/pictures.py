@@ -7,6 +7,10 @@ afterwards), the same every time. There are four kinds of pictures: coloured sha
 numbers and bar charts. Of each kind some combinations (a green circle, four red rings, the number 41, bars of heights
 2, 1 and 3) are in no picture for training, and in every one that is held out: who has learned what the parts look like
 can answer, who remembers pictures cannot. Every part is in many other combinations, from which to learn that it is one.
+
+Descriptions (everything in a picture, in any order) are asked for in training alone. They teach to find things, which
+is learned last: a plain question "where" is answered by guessing among the things that are there, for thousands of
+steps, a description has many parts that are told only by looking for one of them (bench/NOTES.md has the trials).
 """
 
 import io
@@ -23,7 +27,7 @@ from PIL import Image, ImageDraw
 
 SEED = 23
 SIZE, CELL = 36, 12  # pixels: of a picture, of one of its nine places
-N_PICTURES = {"scene": 7000, "count": 5000, "number": 5000, "chart": 3000}
+N_PICTURES = {"scene": 12000, "count": 8000, "number": 2500, "chart": 1500}
 N_HELD_OUT = {"scene": 160, "count": 100, "number": 60, "chart": 40}
 COLOURS = {  # English: Chinese, RGB; each begins with another letter, so that one look tells which word to begin
     "red": ("红色", (220, 40, 40)),
@@ -80,9 +84,12 @@ QUESTIONS = {
     "where": (["Where is the {colour} {shape}?"], ["{colour}{shape}在哪里？", "{colour}的{shape}在哪里？"]),
     "colour": (["What colour is the {shape}?"], ["{shape}是什么颜色？"]),
     "shape": (["What shape is {colour}?"], ["{colour}的是什么形状？"]),
+    "places": (["Where are the {colour} {shapes}?"], ["{colour}{shape}都在哪里？"]),
     "count": (["How many {colour} {shapes}?"], ["有几个{colour}{shape}？", "图中有多少个{colour}{shape}？"]),
     "count shapes": (["How many {shapes}?"], ["有几个{shape}？", "图中有多少个{shape}？"]),
     "count colours": (["How many things are {colour}?"], ["有几个{colour}的？", "图中有多少个{colour}的？"]),
+    "everything": (["What is there?"], ["图中有什么？"]),
+    "every count": (["Count everything."], ["每种东西各有几个？"]),
     "number": (["What number is it?"], ["这是什么数字？", "图中的数字是多少？"]),
     "height": (["How high is the {colour} bar?"], ["{colour}的柱子有多高？"]),
     "highest": (["Which bar is highest?"], ["哪个柱子最高？"]),
@@ -156,6 +163,14 @@ def scene(rng: random.Random, combination: Thing, free: Combinations) -> tuple[I
             facts[-1].append(("colour", fields, colour))
         if [other[0] for other in things].count(thing[0]) == 1:
             facts[-1].append(("shape", fields, shape))
+    if combination in free["scene"]:
+        # in any order: the place of what was just named has to be looked for, which no other question teaches as well
+        listed = [(about[0][2], about[1][2]) for about in rng.sample(facts, len(facts))]  # what each is, and where
+        for about in facts:
+            about.append(about[1])  # where is asked twice as often: it is learned last
+        english = ", ".join(f"{what[0]} {where[0]}" for what, where in listed)
+        chinese = "，".join(f"{what[1]}在{where[1]}" for what, where in listed)
+        facts.append([("everything", both(), (english, chinese))])
     return picture, facts
 
 
@@ -170,14 +185,26 @@ def count(rng: random.Random, combination: tuple[int, str, str], free: Combinati
         m, thing = rng.randint(1, 3), rng.choice(rng.choice([*alike, known]))
         if thing not in counts and (m == 1 or (m, *thing) in free["count"]) and counts.total() + m <= 9:
             counts[thing] = m
+    places: dict[Thing, list[int]] = {thing: [] for thing in counts}
     for place, thing in zip(rng.sample(range(9), counts.total()), counts.elements(), strict=False):
         draw_thing(draw, rng, place, thing)
-    asked: list[tuple[str, Thing, int]] = [("count", tuple(parts), n)]
-    if combination in free["count"]:
-        asked = [("count", thing, m) for thing, m in counts.items()]
-        for i, kind in enumerate(("count colours", "count shapes")):
-            asked += [(kind, thing, sum(m for t, m in counts.items() if t[i] == thing[i])) for thing in counts]
-    return picture, [[(kind, both(**names(*thing)), (str(m), str(m)))] for kind, thing, m in asked]
+        places[thing].append(place)
+    if combination not in free["count"]:
+        return picture, [[("count", both(**names(*parts)), (str(n), str(n)))]]
+    facts: Facts = []
+    for thing, m in counts.items():
+        fields, shown = both(**names(*thing)), [PLACES[place] for place in sorted(places[thing])]
+        answers = ", ".join(place[0] for place in shown), "、".join(place[1] for place in shown)
+        facts += [[("where" if m == 1 else "places", fields, answers)], [("count", fields, (str(m), str(m)))]]
+    for i, kind in enumerate(("count colours", "count shapes")):
+        for part in dict.fromkeys(thing[i] for thing in counts):  # each of them once
+            same = {thing: m for thing, m in counts.items() if thing[i] == part}
+            facts.append([(kind, both(**names(*next(iter(same)))), (str(sum(same.values())),) * 2)])
+    listed = [(names(*thing), counts[thing]) for thing in rng.sample(list(counts), len(counts))]
+    english = ", ".join(f"{name['colour'][0]} {name['shape' if m == 1 else 'shapes'][0]}: {m}" for name, m in listed)
+    chinese = "，".join(f"{name['colour'][1]}{name['shape'][1]}{m}个" for name, m in listed)
+    facts.append([("every count", both(), (english, chinese))])
+    return picture, facts
 
 
 def number(rng: random.Random, combination: tuple[str, str], free: Combinations) -> tuple[Image.Image, Facts]:
@@ -254,9 +281,11 @@ def make_pictures() -> tuple[list[tuple[Image.Image, list[dict]]], list[tuple[Im
             (free[kind], N_PICTURES[kind], training),
             (held[kind], N_HELD_OUT[kind], held_out),
         ):
+            part = "training" if pool is free[kind] else "held out"
+            own = random.Random(f"{SEED} {kind} {part}")  # other numbers of some pictures leave the others as they are
             for i in range(n_pictures):
-                picture, facts = make(rng, pool[i % len(pool)], free)
-                where.append((picture, ask(rng, facts, MAX_QUESTIONS if pool is free[kind] else 2)))
+                picture, facts = make(own, pool[i % len(pool)], free)
+                where.append((picture, ask(own, facts, MAX_QUESTIONS if pool is free[kind] else 2)))
     rng.shuffle(training)
     return training, held_out
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import itertools
+import random
 import struct
 import zlib
 from collections import Counter
@@ -461,8 +463,66 @@ def test_pictures_of_held_out_combinations_are_in_no_training_picture(monkeypatc
             assert all(new)
         assert len(set().union(*new)) == n_held_out
     assert all(counts - set().union(*combinations[0][1]) for counts in combinations[1][1])  # scenes, too
+    # the example of docs/vision.md: held-out pictures are the same, however many there are to train on
+    assert held_out[58][1] == [{"question": "上面是什么？", "answer": "绿色圆形"}]
     again = pictures.make_pictures()[1]
     assert all(a.tobytes() == b.tobytes() and x == y for (a, x), (b, y) in zip(held_out, again, strict=True))
+
+
+def test_what_is_asked_and_answered_is_what_is_drawn(monkeypatch):
+    """In both languages; descriptions are in any order, and never of combinations that are held out."""
+    monkeypatch.syspath_prepend(ROOT / "dataset")
+    import pictures
+
+    drawn, draw_thing = [], pictures.draw_thing
+    monkeypatch.setattr(
+        pictures,
+        "draw_thing",
+        lambda draw, rng, place, thing: (drawn.append((place, *thing)), draw_thing(draw, rng, place, thing)),
+    )
+    rng = random.Random(0)
+    free, held = pictures.split(rng)
+    for kind, n_orders in (("scene", 6), ("count", 1 + 2 + 6)):  # of three things; of one, two and three
+        orders, asked = set(), set()
+        for combination in [*held[kind], *rng.sample(free[kind], 60)]:
+            drawn.clear()
+            for name, fields, answers in itertools.chain(*pictures.KINDS[kind](rng, combination, free)[1]):
+                asked.add(name)
+                for language, answer in enumerate(answers):
+                    expected = expected_answer(pictures, language, name, drawn, fields[language])
+                    if name.startswith("every"):
+                        assert combination in free[kind]
+                        parts = answer.split((", ", "，")[language])
+                        assert sorted(parts) == sorted(expected)
+                        orders.add(tuple(map(parts.index, expected)))
+                    else:
+                        assert answer == expected, name
+        assert len(orders) == n_orders and len(asked) == {"scene": 5, "count": 6}[kind]
+
+
+def expected_answer(pictures, language: int, name: str, drawn: list[tuple[int, str, str]], fields: dict):
+    """What a kind of question is answered, told from what was drawn where; of a description its parts."""
+    colours, shapes = ({k: (k, v[0])[language] for k, v in d.items()} for d in (pictures.COLOURS, pictures.SHAPES))
+    places, space = [place[language] for place in pictures.PLACES], (" ", "")[language]
+    things = [(places[i], colours[c], shapes[s]) for i, c, s in drawn]
+    if name == "everything":
+        return [f"{c} {s} {place}" if language == 0 else f"{c}{s}在{place}" for place, c, s in things]
+    if name == "every count":
+        counts = Counter((c, s) for _, c, s in things).items()
+        ends = {shape: "es" if shape in ("plus", "hourglass") else "s" for shape in shapes}
+        english = [f"{c} {s}{ends.get(s) * (n > 1)}: {n}" for (c, s), n in counts] if language == 0 else []
+        return english or [f"{c}{s}{n}个" for (c, s), n in counts]
+    if name == "what":
+        return next(c + space + s for place, c, s in things if place == fields["place"])
+    if name in ("where", "places"):
+        alike = [place for place, c, s in things if (c, s) == (fields["colour"], fields["shape"])]
+        return (", ", "、")[language].join(sorted(alike, key=places.index))  # in the order of reading
+    if name in ("colour", "shape"):
+        found = [(c, s) for _, c, s in things if (s if name == "colour" else c) in fields.values()]
+        return found[0][name == "shape"]
+    parts = {"count": ("colour", "shape"), "count colours": ("colour",), "count shapes": ("shape",)}[name]
+    wanted = {fields[part] for part in parts}
+    return str(sum(wanted <= {c, s} for _, c, s in things))
 
 
 def heights_of(pixels: np.ndarray) -> tuple[int, ...]:
