@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import DATA, FAST, TINY, make_text, read_log, run_script, write_jsonl
+from conftest import DATA, FAST, ROOT, TINY, make_text, read_log, run_script, write_jsonl
 from processes import assert_close, curves, newest_log, train_on
 from servers import serving
 from test_compile import SHAPE
@@ -16,6 +16,7 @@ from model import GPT, ModelConfig
 from serving.text_generator import GenerationConfig, load_text_generator
 from text.token_files import TokenFile
 from training.diffusion import DiffusionLoss, NoisyTrainBatches
+from training.setup import read_configs
 from weights.checkpointing import load_checkpoint, load_model
 
 DIFFUSION = ["--loss", "diffusion", "--is_causal", "false", "--optimizer", "adamw", "--answer_block", "4"]
@@ -146,6 +147,13 @@ def test_a_causal_model_that_cannot_become_one_is_refused(call, prepared, traine
     elif "--n_future" not in options:
         result = call("train.py", *run, *start, *options)
         assert result.status == 1 and "add --is_causal false" in result.err
+
+
+def test_the_preset_has_the_shape_of_the_causal_model():
+    """So a quickstart's model may be its start, and one of another shape, too: the shape is a default."""
+    asked, causal = (read_configs(name, None, {}) for name in ("diffusion", "pretrain"))
+    assert asked.model == {"is_causal": False}
+    assert asked.model_defaults == causal.model_defaults == json.loads((ROOT / "config" / "model.json").read_text())
 
 
 def test_a_damaged_causal_model_is_no_start(call, prepared):

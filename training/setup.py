@@ -169,7 +169,7 @@ def read_configs(training: str | None, model: str | None, overrides: dict[str, A
     values = {name: value for name, value in values.items() if name in train_fields}
     vision = {name: explicit.pop(name) for name in VISION_FIELDS & explicit.keys() - overrides.keys()}
     defaults = {}
-    if model or not explicit.keys() - overrides.keys():
+    if model or not explicit.keys() - overrides.keys() - {"is_causal"}:  # the preset names no shape of its own
         model_path = find_config(model or "model")
         defaults = check_fields(read_json(model_path), model_fields, str(model_path))
         if model:

@@ -105,8 +105,8 @@ class TokenFiles:
         """Raises UserError where the attention of a model is not what the loss needs."""
         is_diffusion, start = self.config.loss == "diffusion", self.config.from_checkpoint
         if is_diffusion and shape.is_causal:
-            advice = "add --is_causal false"
-            raise UserError(f"loss diffusion fills in tokens from both sides, so it needs full attention: {advice}")
+            rule = "loss diffusion fills in tokens from both sides, so it needs full attention"
+            raise UserError(f"{rule}: add --is_causal false")
         if not is_diffusion and shape.mask_token:
             what = f"{start} is a model of masked diffusion" if start else "mask_token is for masked diffusion"
             raise UserError(f"{what}, which loss {self.config.loss} cannot train: --loss diffusion does")
