@@ -13,6 +13,7 @@ Files are read as by data.py: text, JSON, CSV, Parquet, compressed or not.
 Perplexity by position shows whether a long context helps, and how far a model reads; a picture goes to perplexity.png.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from base.configuration import Parser, UserError, escape_control_characters, escape_for, run_main
 from base.devices import find_device
 from base.files import atomic_write
-from base.logs import group_by_config, seed_of, series
+from base.logs import group_by_config, is_number, seed_of, series
 from data import check_fields_seen
 from evaluation import choices
 from evaluation.copied import describe_copied
@@ -139,19 +140,22 @@ def evaluate_text(args: Namespace) -> None:
     ids, characters = read_text(args, contestants)
     sizes = [model.config.block_size for _, model, _ in contestants]
     is_one_tokenizer = len({tokenizer.fingerprint() for _, _, tokenizer in contestants}) == 1
+    n_windows = args.windows or 64
     if args.stride is None and is_one_tokenizer and len(set(sizes)) == 1:
         losses, units = {}, []
         for (label, model, tokenizer), tokens in zip(contestants, ids, strict=True):
-            of_positions, of_windows = judge_windows(model, tokenizer, tokens, args.windows)
+            of_positions, of_windows = judge_windows(model, tokenizer, tokens, n_windows)
             losses[label] = of_positions.mean(0)  # (block_size,)
             units.append(of_windows)
         if not any(model.config.mask_token for _, model, _ in contestants):  # whose windows have no beginning
             trained = math.floor(sizes[0] / args.factor)
             print_perplexities(losses, trained)
-            draw(args.output, losses, trained)
-            print(args.output)
-        what, n_unread = "window", len(ids[0]) // (len(next(iter(losses.values()))) + 1) - args.windows
+            draw(args.output or "perplexity.png", losses, trained)
+            print(args.output or "perplexity.png")
+        what, n_unread = "window", len(ids[0]) // (len(next(iter(losses.values()))) + 1) - n_windows
     else:
+        if args.output or args.windows:
+            raise UserError("command line: models of different windows or tokenizers: no --windows, no -o")
         for label, model, _ in contestants:
             check_attention(model.config, label.removeprefix(", ") or args.model[0], has_strides=True)
         strides = [min(args.stride or max(1, size // 2), size) for size in sizes]
@@ -201,9 +205,10 @@ def draw(path: str, losses: dict[str, np.ndarray], trained: int) -> None:
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     span = max(1, trained // 16)
     for label, values in losses.items():
-        smooth = np.convolve(values, np.ones(span) / span, mode="valid")
+        n = min(span, len(values))  # of a text that is shorter than the window there are few
+        smooth = np.convolve(values, np.ones(n) / n, mode="valid")
         name = (label.removeprefix(", ") or "model").replace("$", r"\$")  # matplotlib reads $...$ as a formula
-        axis.plot(np.arange(len(smooth)) + (span + 1) / 2, np.exp(smooth), label=name)
+        axis.plot(np.arange(len(smooth)) + (n + 1) / 2, np.exp(smooth), label=name)
     axis.axvline(trained, color="grey", linestyle=":", label="trained window")
     axis.set(xlabel="position", ylabel="perplexity", yscale="log")
     axis.grid(alpha=0.25)
@@ -269,6 +274,9 @@ def ask_all(generator: TextGenerator, turns: list[Turn], answers: list[Answer], 
             texts = turn.question, answer.text, turn.expected
             asked_for, said, right = (json.dumps(text, ensure_ascii=False) for text in texts)
             tqdm.write(escape_for(sys.stdout, f"wrong: {asked_for} -> {said}, expected {right}"))
+    if n_cut := sum(answer.is_cut for answer in answers):
+        window = generator.model.config.block_size
+        tell(f"{n_cut} of {len(answers)} questions without their oldest turns, which do not fit into {window:,} tokens")
 
 
 def tell_unknown(tokenizer: Tokenizer, turns: list[Turn]) -> None:
@@ -295,6 +303,14 @@ def compare_answers(paths: list[str], answers: dict[str, list[Answer]]) -> None:
     for path in paths[1:]:
         found = compare(wrong[paths[0]], wrong[path], counts)
         print(verdict(paths[0], path, found, "percentage points", counts.sum(), "questions", scale=100))
+
+
+def has_answers(path: Path) -> bool:
+    """Whether a file begins as those that --out writes: it may be replaced."""
+    with contextlib.suppress(ValueError), open(path, encoding="utf-8") as file:
+        record = json.loads(file.readline(1 << 24))
+        return isinstance(record, dict) and {"model", "where"} <= record.keys()
+    return False
 
 
 def write_records(path: str, records: list[dict[str, Any]]) -> None:
@@ -349,12 +365,18 @@ def evaluate_runs(args: Namespace) -> None:
     headers = {name: run["header"][0] if run["header"] else {} for name, run in runs.items()}
     for number, group in enumerate(group_by_config(headers)):
         seeds = [str(seed_of(headers[name])) for name in group]
-        curves = [series(runs[name]["val"], "val_loss")[1] for name in group]
-        losses = np.array([(curve[-1], curve.min()) for curve in curves])  # (runs, last and best)
+        steps = [runs[name]["train"][-1]["step"] for name in group]
+        last = [runs[name]["val"][-1].get("val_loss") for name in group]
+        losses = np.array(  # (runs, last and best)
+            [
+                (loss if is_number(loss) else math.nan, series(runs[name]["val"], "val_loss")[1].min())
+                for name, loss in zip(group, last, strict=True)
+            ]
+        )
         rows = [("run", "seed", "steps", "last val loss", "best val loss")]
-        for name, seed, values in zip(group, seeds, losses, strict=True):
-            rows.append((name, seed, str(runs[name]["train"][-1]["step"]), *(f"{value:.4f}" for value in values)))
-        if len(group) > 1:
+        for name, seed, step, values in zip(group, seeds, steps, losses, strict=True):
+            rows.append((name, seed, str(step), *("not finite" if math.isnan(v) else f"{v:.4f}" for v in values)))
+        if len(group) > 1 and not np.isnan(losses).any():
             summaries = [mean_interval(column) for column in losses.T]
             rows.append(("mean", "", "", *(f"{mean:.4f}" for mean, _, _ in summaries)))
             rows.append(("standard deviation", "", "", *(f"{deviation:.4f}" for _, deviation, _ in summaries)))
@@ -362,6 +384,10 @@ def evaluate_runs(args: Namespace) -> None:
             rows.append(("95% interval of the mean", "", "", *intervals))
         print("\n" * bool(number), end="")
         print_table(rows)
+        if len(group) > 1 and np.isnan(losses).any():
+            tell("warning: a run has diverged: no mean, which would be that of the others alone")
+        if min(steps) < 0.99 * max(steps):
+            tell(f"warning: runs of different length, {min(steps):,} to {max(steps):,} steps: not only seeds differ")
         twice = {seed for seed in seeds if seeds.count(seed) > 1}
         if twice:
             tell(f"warning: several runs have the seed {min(twice)}: they say nothing about how much runs differ")
@@ -458,16 +484,15 @@ def check_arguments(args: Namespace) -> str:
 
 
 def check_text(args: Namespace) -> None:
-    if args.stride is not None and (args.output or args.windows):
+    if args.stride is not None and (args.output or args.windows is not None):
         raise UserError("command line: --stride reads the whole text, position by position alike: no --windows, no -o")
-    args.output, args.windows = args.output or "perplexity.png", 64 if args.windows is None else args.windows
-    if not 1 <= args.factor <= 1024 or args.windows < 1:
+    if not 1 <= args.factor <= 1024 or (args.windows is not None and args.windows < 1):
         raise UserError("command line: --factor must be between 1 and 1024, --windows at least 1")
     if args.stride is not None and args.stride < 1:
         raise UserError(f"command line: --stride must be at least 1, got {args.stride}")
     if len(args.model) > 1 and (args.factor > 1 or args.scaling):
         raise UserError("command line: --factor and --scaling are for a single model")
-    if not args.output.endswith(".png") or not Path(args.output).parent.is_dir():
+    if args.output and (not args.output.endswith(".png") or not Path(args.output).parent.is_dir()):
         raise UserError(f"{args.output}: must be a picture's name (.png) in a folder that exists")
 
 
@@ -480,6 +505,8 @@ def check_asking(args: Namespace) -> None:
         raise UserError("command line: --shots N (at least 1) and --dev FOLDER go together")
     if args.out:  # looked at before the first question is asked, not when all have been
         place, folder = Path(args.out), Path(args.out).parent
+        if place.is_file() and place.stat().st_size and not has_answers(place):
+            raise UserError(f"{args.out}: exists, and is no earlier --out; name another file")
         if not folder.is_dir():
             raise UserError(f"{args.out}: no such folder")
         if (place.exists() and not place.is_file()) or not os.access(folder, os.W_OK):

@@ -240,8 +240,9 @@ def answer_lines(
         line = line.removeprefix("\ufeff") if number == 1 else line
         try:
             if line.strip():
-                if line.startswith("/image ") and generator.model.vision is not None:
-                    tell(f"line {number}: read as a question: /image is a command in a terminal alone")
+                name = line.split(maxsplit=1)[0] if line.startswith("/") else ""
+                if name in COMMANDS or name in OTHER_NAMES:
+                    tell(f"line {number}: read as text: {name} is a command in a terminal alone")
                 print_answer(generator, line, config, history, profile, f"line {number}: ", image)
                 continue
         except UserError as error:

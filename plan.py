@@ -57,11 +57,21 @@ def prepare_text(args: argparse.Namespace) -> Text:
     before = path.stat().st_mtime_ns if path.is_file() else None
     job = subprocess.run([sys.executable, str(Path(__file__).with_name("data.py")), *args.text, *kind])
     if job.returncode:  # data.py has said why
-        prepared = command_line("plan.py", str(path), "--minutes", f"{args.minutes or 60 * args.hours:g}")
-        raise UserError(f"data.py takes more options than plan.py does; once it has succeeded: {prepared}")
+        raise UserError(
+            "nothing is planned; if it takes options of data.py, call that yourself; once the text is prepared: "
+            f"{repeated(args, path)}"
+        )
     if not path.is_file() or path.stat().st_mtime_ns == before:
         raise UserError(f"{args.text[0]}: not running text, as data.py read it; plans are for pretraining")
     return open_text(path)
+
+
+def repeated(args: argparse.Namespace, text: Path) -> str:
+    """The command that plans again, for a text that is prepared."""
+    options = ["--minutes", f"{args.minutes or 60 * args.hours:g}"]
+    for name, default in (("device", "auto"), ("output", "config/plan.json")):
+        options += [f"--{name}", value] if (value := getattr(args, name)) != default else []
+    return command_line("plan.py", str(text), *options, *["--run"] * args.run)
 
 
 # ------------------------------------------------------------------------------------------------------ the probe
@@ -343,8 +353,8 @@ def main() -> None:
         machine, law, trial = study(text, fields, minutes, imported, clock)
     except KeyboardInterrupt:
         clock.bar.close()
-        again = command_line("plan.py", str(text.train), "--minutes", f"{minutes:g}")
-        print(f"stopped: what was measured is lost, {output} is as it was; the text stays prepared: {again}")
+        kept = f"{output} is as it was; the text stays prepared"
+        print(f"stopped: what was measured is lost, {kept}: {repeated(args, text.train)}")
         raise
     chosen = candidates(law, machine, text, minutes)[0]
     print_plans(text, law, machine, fields, chosen)

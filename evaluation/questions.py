@@ -9,6 +9,7 @@ does not make it fail at a later one.
 """
 
 import re
+import sys
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ class Answer:
     turn: Turn
     text: str | None
     error: str = ""
+    is_cut: bool = False  # whether the oldest turns before it were left out, to fit into the window
 
     @property
     def is_exact(self) -> bool:
@@ -61,6 +63,7 @@ class Answer:
         record |= {"image": str(self.turn.image)} if self.turn.image else {}
         record |= {"question": self.turn.question, "expected": self.turn.expected, "answer": self.text}
         record |= {"exact": self.is_exact, "normalised": self.is_alike}
+        record |= {"without_oldest_turns": True} if self.is_cut else {}
         return record | ({"error": self.error} if self.error else {})
 
 
@@ -89,12 +92,16 @@ def turns_of(conversations: list[tuple[str, Messages]]) -> list[Turn]:
 
 
 def ask(generator: TextGenerator, turn: Turn) -> Answer:
-    """The greedy answer to a question, after the turns before it."""
+    """The greedy answer to a question, after the turns before it: all that fit with the answer, as in training."""
     try:
         history = [{**m, "image": generator.open_image(m["image"])} if "image" in m else m for m in turn.history]
         image = generator.open_image(turn.image) if turn.image else None
-        pieces = generator.answer(turn.question, GenerationConfig(temperature=0.0), history, image=image)
-        return Answer(turn, "".join(pieces))
+        room = len(generator.tokenizer.encode(normalise(turn.expected)))
+        whole = [*history, {"role": "user", "content": turn.question, "image": image}]
+        n_tokens = len(generator.chat_ids(whole, sys.maxsize))
+        is_cut = bool(history) and n_tokens > generator.model.config.block_size - room
+        pieces = generator.answer(turn.question, GenerationConfig(temperature=0.0), history, image=image, room=room)
+        return Answer(turn, "".join(pieces), is_cut=is_cut)
     except UserError as error:
         return Answer(turn, None, str(error))
 

@@ -8,7 +8,9 @@ Nats per token depend on the tokenizer: a model whose tokens are longer has fewe
 per character or byte of the text, nats / ln 2 over the characters or bytes that were judged, do not.
 """
 
+import itertools
 import math
+import unicodedata
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -169,6 +171,18 @@ def utf8_lengths(text: str) -> np.ndarray:
     return 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
 
 
+def in_text(ends: np.ndarray, characters: str) -> np.ndarray:
+    """Numbers of characters of a text for those that a tokenizer has read, which composes them first (NFC).
+
+    A letter and its accents become fewer characters, and so do the parts of a Hangul syllable.
+    """
+    is_first = [not (unicodedata.category(c).startswith("M") or "\u1160" <= c <= "\u11ff") for c in characters]
+    edges = np.unique([0, *np.flatnonzero(is_first), len(characters)])
+    parts = [characters[start:end] for start, end in itertools.pairwise(edges)]
+    composed = np.cumsum([0, *(len(unicodedata.normalize("NFC", part)) for part in parts)])
+    return np.interp(ends, composed, edges).round().astype(int)
+
+
 def judge_pieces(models: list[Judged], characters: str, strides: list[int], batch_size: int = 8) -> list[Units]:
     """Every token of a text judged by each model, as pieces of the text that are the same for all of them.
 
@@ -176,6 +190,7 @@ def judge_pieces(models: list[Judged], characters: str, strides: list[int], batc
     character lies: so models with different tokenizers are compared by nats per piece, and by bits per byte.
     """
     ends = [np.cumsum(text_lengths(tokenizer, ids)[:, 0]) for _, tokenizer, ids in models]  # characters, inclusive
+    ends = [end if end[-1] == len(characters) else in_text(end, characters) for end in ends]
     first = max(end[0] for end in ends)  # what every model judges begins behind the longest first token
     size = max(model.config.block_size * end[-1] / len(end) for (model, _, _), end in zip(models, ends, strict=True))
     n_pieces = max(1, int((len(characters) - first) / max(1, size)))

@@ -88,11 +88,13 @@ class TextGenerator:
         history: Messages = (),
         max_length: int | None = None,
         image: np.ndarray | None = None,
+        room: int | None = None,
     ) -> list[int]:
         """Token ids (T,) to continue, fewer than max_length (None: the model's window); raises UserError.
 
         A question must fit into the window. A text to continue may be longer: without a max_length it is cut here, with
-        one by generate(); either warns. image: what the question is about, as of open_image().
+        one by generate(); either warns. image: what the question is about, as of open_image(). room: tokens left for
+        the answer, for which the oldest turns of the history make way; None: a quarter of the window.
         """
         if image is not None and not self.instruct:
             raise UserError("an image is part of a question: start with -i")
@@ -100,7 +102,8 @@ class TextGenerator:
         limit = max_length or window
         if self.instruct:
             question = {"role": "user", "content": prompt, "image": image}
-            ids = self.chat_ids([*history, question], min(limit, window) * 3 // 4)
+            most = min(limit, window)
+            ids = self.chat_ids([*history, question], most * 3 // 4 if room is None else most - room)
         else:
             ids = self.tokenizer.encode(normalise(prompt)).tolist()
         n_tokens = len(ids)
@@ -149,15 +152,16 @@ class TextGenerator:
         history: Messages = (),
         drawn: list[int] | None = None,
         image: np.ndarray | None = None,
+        room: int | None = None,
     ) -> Iterator[str]:
         """Pieces of the answer (or continuation) as they are generated; raises UserError for a prompt too long.
 
         drawn: a list to add every token to that is drawn, the one that ends the answer included. image: as of
-        open_image(); questions in the history may have some, too.
+        open_image(); questions in the history may have some, too. room: as in prompt_ids().
         """
         if not self.model.config.mask_token and (config.steps or config.block):
             raise UserError("steps and block are for models of masked diffusion (train.py --loss diffusion)")
-        ids = self.prompt_ids(prompt, history, config.max_length, image)
+        ids = self.prompt_ids(prompt, history, config.max_length, image, room)
         images = [message["image"] for message in history if message.get("image") is not None]
         images += [] if image is None else [image]
         n_kept = ids.count(self.tokenizer.vocab_size) // max(1, self.model.config.n_patches)  # without the oldest turns

@@ -127,6 +127,37 @@ def test_losses_that_are_not_finite_at_the_end_are_a_divergence(corpus, call):
     assert "it diverged: no finite loss since step" in found["diverges"] and "steps skipped" in found["has_spikes"]
 
 
+def made_up(losses, interval=1, val=(), **config):
+    """A Log of these losses, at every interval-th step; val: losses spread evenly over it."""
+    train = [{"step": interval * i, "loss": loss, "lr": 1e-3} for i, loss in enumerate(losses, 1)]
+    at = [train[-1]["step"] * (i + 1) // len(val) for i in range(len(val))]
+    config = {"learning_rate": 1e-3, "warmup_iters": 0, **config}
+    header = {"stage": config.get("stage", "pretrain"), "train_config": config}
+    return diagnosis.Log(header, train, [{"step": s, "val_loss": v} for s, v in zip(at, val, strict=True)])
+
+
+@pytest.mark.parametrize("interval", [1, 10])
+def test_a_step_or_two_that_are_skipped_are_no_divergence(interval):
+    healthy = [4 - 0.03 * i for i in range(97)]
+    for n_missing in range(5):
+        found = diagnosis.findings(made_up([*healthy, *[None] * n_missing], interval))
+        assert found.keys() == ({"diverges"} if n_missing >= 3 else set())
+
+
+@pytest.mark.parametrize(("config", "takes", "leaves_out"), [
+    ({}, ["take pretrain.pt", "more text, --dropout 0.2, a smaller model"], ["lora"]),
+    ({"stage": "sft", "from_checkpoint": "x.pt"}, ["take sft.pt", "--dropout 0.2 or"], ["smaller model"]),
+    ({"use_lora": True}, ["pretrain_lora.pt", "--lora_dropout 0.1, a lower lora_rank"], [" --dropout", "smaller"]),
+    ({"loss": "dpo", "from_checkpoint": "x.pt"}, ["with more data or fewer steps"], ["dropout", "smaller"]),
+])  # fmt: skip
+def test_advice_against_overfitting_is_what_the_run_can_follow(config, takes, leaves_out):
+    log = made_up([3 - 0.02 * i for i in range(100)], val=[2.5, 2.0, 2.2, 2.4], **config)
+    found = diagnosis.findings(log)
+    assert found.keys() == {"overfits"}
+    assert all(text in found["overfits"] for text in takes)
+    assert not any(text in found["overfits"] for text in leaves_out)
+
+
 @pytest.mark.parametrize("on_spike", ["none", "rollback"])
 def test_poisoned_batches_are_found_as_spikes(corpus, call, monkeypatch, on_spike):
     monkeypatch.setattr(TrainBatches, "sample", TrainBatches.sample)

@@ -3,11 +3,13 @@
 import copy
 import errno
 import gzip
+import itertools
 import json
 import math
 import re
 import sys
 import tracemalloc
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -53,11 +55,13 @@ def test_exact_match_is_counted(call, chat):
     rows.append(pair("cc", "something else"))
     messages = [("system", "dd"), ("user", "aa"), ("assistant", "b"), ("user", "cc")]
     history = [{"role": role, "content": content} for role, content in messages]
-    expected = "".join(chat.answer("cc", GenerationConfig(temperature=0.0), history[:-1]))
+    # it fills the window whatever it is asked: so that this answer has room, the turn before the question is left out
+    expected = "".join(chat.answer("cc", GenerationConfig(temperature=0.0), history[:1]))
     rows.append({"messages": [*history, {"role": "assistant", "content": expected}]})
     result = ask(call, rows)
     assert all(row.get("answer", "x").strip() and expected.strip() for row in rows)
-    assert result.out.splitlines()[-1] == "held-out exact match: 60.0% (3/5)" and result.err == ""
+    assert result.out.splitlines()[-1] == "held-out exact match: 60.0% (3/5)"
+    assert result.err == "1 of 5 questions without their oldest turns, which do not fit into 32 tokens\n"
     wrong = [line for line in result.out.splitlines() if line.startswith("wrong: ")]
     said = json.dumps(answer(chat, "cc"), ensure_ascii=False)
     after_system = "".join(chat.answer("aa", GenerationConfig(temperature=0.0), history[:1]))
@@ -71,7 +75,7 @@ def test_exact_match_is_counted(call, chat):
 def test_every_turn_is_asked_with_the_true_turns_before_it(call, chat, monkeypatch):
     asked = []
 
-    def answering(self, prompt, config, history, image=None):
+    def answering(self, prompt, config, history, **options):
         asked.append((prompt, [message["content"] for message in history]))
         return iter("no")
 
@@ -211,6 +215,35 @@ def test_a_training_text_is_searched_in_bounded_memory(work):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0]
+
+
+@pytest.mark.parametrize("n_answer", [1, 5])
+def test_turns_are_left_out_only_where_they_do_not_fit_with_the_answer(call, chat, monkeypatch, n_answer):
+    """A window of 32, as in training: what of a conversation fits into 33 tokens, its end included, is asked whole."""
+    seen = []
+    monkeypatch.setattr(GPT, "generate", lambda self, idx, *_, **__: iter(seen.append(idx[0].tolist()) or ()))
+    for n in range(1, 30):
+        turns = [("user", "a" * n), ("assistant", "b"), ("user", "c"), ("assistant", "d" * n_answer)]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        whole, last = (chat.tokenizer.encode_chat(part)[0].tolist() for part in (messages[:3], messages[2:3]))
+        fits = len(whole) + n_answer + 1 <= 33
+        messages[1]["weight"] = 0
+        result = ask(call, [{"messages": messages}], "--out", "said.jsonl")
+        said = json.loads(Path("said.jsonl").read_text(encoding="utf-8"))
+        assert seen.pop() == (whole if fits else last) and said.get("without_oldest_turns", False) is not fits
+        assert ("1 of 1 questions without their oldest turns" in result.err) is not fits
+
+
+def test_answers_replace_nothing_but_earlier_answers(call, chat):
+    rows = [pair("aa", "b")]
+    assert ask(call, rows, "--out", "said.jsonl").status == ask(call, rows, "--out", "said.jsonl").status == 0
+    Path("empty.jsonl").touch()
+    assert ask(call, rows, "--out", "empty.jsonl").status == 0
+    for file in ("q.jsonl", "m.pt"):
+        before = Path(file).read_bytes()
+        result = ask(call, rows, "--out", file)
+        assert result.status == 1 and f"{file}: exists, and is no earlier --out" in result.err
+        assert Path(file).read_bytes() == before
 
 
 def test_a_question_that_is_too_long_is_named_and_wrong(call, chat):
@@ -419,6 +452,38 @@ def test_models_with_other_windows_are_judged_on_every_token(call, work):
         assert line.endswith("(15 pieces of about 67 characters)")
     last = result.out.splitlines()[-1]
     assert last.startswith(f"p.pt is better than q.pt by {np.log(p / q)[of].mean():.3f} nats per token")
+    for option in (("--windows", "5"), ("-o", "x.png")):  # which would have no effect
+        result = call("evaluate.py", "t.txt", *option, "-m", "q.pt", "p.pt")
+        assert result.status == 1 and "no --windows, no -o" in result.err
+
+
+@pytest.mark.parametrize("n", [9, 40, 200])
+def test_the_curve_of_a_short_text_is_that_of_its_losses(work, monkeypatch, n):
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axis, x, y, **_: drawn.append((x, y)))
+    evaluate.draw(str(work / "p.png"), {"": np.full(n, 1.5)}, 1024)
+    ((x, y),) = drawn
+    assert y == pytest.approx(math.exp(1.5)) and 1 <= x.min() <= x.max() <= n and len(x) == len(y)
+
+
+class Composing(CharTokenizer):
+    """Reads accents and their letter as one character, as Qwen's tokenizer does (NFC)."""
+
+    def encode(self, text, special=False):
+        return super().encode(unicodedata.normalize("NFC", text), special)
+
+
+def test_pieces_are_the_same_text_where_a_tokenizer_composes_accents(work):
+    text = "e\u0301a\u0323\u0302" * 500 + "abc" * 500 + "\u1112\u1161\u11ab" * 300  # two letters, Hangul
+    composed = unicodedata.normalize("NFC", text)
+    plain, composing = CharTokenizer.train([text]), Composing.train([composed])
+    models = [(tiny_model(t.vocab_size, 50), t, t.encode(text)) for t in (plain, composing)]
+    ends = np.cumsum([2, 3] * 500 + [1] * 1500 + [3] * 300)  # characters of the text that each composed one completes
+    assert len(models[1][2]) == len(composed) == len(ends) and ends[-1] == len(text)
+    _, found = judge_pieces(models, text, [25, 25])
+    edges = np.cumsum([2, *found.characters])  # what both judge begins behind the first token of both
+    assert edges[-1] == len(text)
+    assert found.tokens.tolist() == [((a < ends) & (ends <= b)).sum() for a, b in itertools.pairwise(edges)]
 
 
 def test_a_standard_error_is_how_far_other_texts_of_the_kind_are_off(call, work):
@@ -651,11 +716,12 @@ def test_a_model_reads_beyond_its_window(prepared, call):
 # ------------------------------------------------------------------------------------------------------ runs
 
 
-def write_run(name, seed, losses, lr=1e-3):
+def write_run(name, seed, losses, lr=1e-3, n_steps=30):
     header = {"type": "header", "stage": f"seed{seed}", "resumed_from_step": 0, "model_config": {"n_layer": 2}}
     header["train_config"] = {"random_seed": seed, "learning_rate": lr, "stage": f"seed{seed}"}
     header["train_config"]["save_checkpoint_to"] = f"checkpoint{seed}"
-    records = [header, *({"type": "train", "step": step, "loss": 3 / step} for step in range(1, 31))]
+    records = [header, *({"type": "train", "step": step, "loss": 3 / step} for step in range(1, n_steps + 1))]
+    losses = [None if math.isnan(loss) else loss for loss in losses]
     records += [{"type": "val", "step": 10 * i, "val_loss": loss} for i, loss in enumerate(losses, 1)]
     write_jsonl(Path(name), records)
 
@@ -685,5 +751,12 @@ def test_runs_of_one_config_are_put_together_and_those_of_others_apart(call, wor
     assert "| other | 1    | 30    | 1.5000" in second and "mean" not in second
     write_run("b.log", 1, [3, 2.2, 2.1])
     assert "several runs have the seed 1" in call("evaluate.py", "--runs", "a.log", "b.log").err
+    write_run("b.log", 2, [3, 2.2, math.nan])  # null in the file
+    result = call("evaluate.py", "--runs", "a.log", "b.log", "c.log")
+    assert "| b   | 2    | 30    | not finite    | 2.2000" in result.out and "mean" not in result.out
+    assert result.err.startswith("warning: a run has diverged: no mean")
+    write_run("b.log", 2, [3, 2.2, 2.1], n_steps=60)
+    result = call("evaluate.py", "--runs", "a.log", "b.log", "c.log")
+    assert "mean" in result.out and "warning: runs of different length, 30 to 60 steps" in result.err
     write_run("none.log", 1, [])
     assert "none.log: no validation loss in it yet" in call("evaluate.py", "--runs", "none.log").err

@@ -311,6 +311,28 @@ def test_weights_that_only_claim_to_be_large_are_refused(work, prepared, call):
         load_model(load_checkpoint("hostile.pt"), "hostile.pt")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.to(torch.float8_e4m3fn), "holds float8_e4m3fn, not floating point"),
+        (lambda w: w.to(torch.complex64), "holds complex64, not floating point"),
+        (lambda w: (100 * w).to(torch.int32), "holds int32, not floating point"),
+        (lambda w: w.to_sparse(), "not stored in full"),
+        (lambda w: w.to("meta"), "not stored in full"),
+        (lambda w: w.tolist(), "must be a dict of tensors"),
+    ],
+)
+def test_weights_of_another_kind_are_refused_by_name(prepared, call, change, message):
+    trained(call, "--max_steps", "1")
+    checkpoint = load_checkpoint("checkpoint/run.pt")
+    name = "blocks.0.mlp.down.weight"
+    checkpoint["model"][name] = change(checkpoint["model"][name])
+    torch.save(checkpoint, "odd.pt")
+    with pytest.raises(UserError, match=rf"odd\.pt: .*{message}") as error:
+        load_model(load_checkpoint("odd.pt"), "odd.pt")
+    assert name in str(error.value) or "holds" not in message
+
+
 def test_a_killed_runs_leftovers_are_no_checkpoints(prepared, call):
     folder = prepared / "checkpoint"
     folder.mkdir(exist_ok=True)

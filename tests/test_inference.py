@@ -312,9 +312,10 @@ def test_a_piped_line_that_is_refused_or_blank_does_not_shift_the_answers(piped,
     answers = [answer(chat, "ab"), "", "", *(answer(chat, text) for text in (" /quit", "/set", "üb"))]
     assert result.out == "".join(text + "\n" for text in answers)
     errors = result.err.splitlines()
-    assert result.status == 1 and len(errors) == 3
-    assert "line 2: the question has 42 tokens" in errors[0] and errors[1].startswith("line 6: not in the vocabulary")
-    assert errors[2] == "error: 1 of 6 lines got no answer"
+    assert result.status == 1 and len(errors) == 4
+    assert "line 2: the question has 42 tokens" in errors[0] and errors[2].startswith("line 6: not in the vocabulary")
+    assert errors[1] == "line 5: read as text: /set is a command in a terminal alone"
+    assert errors[3] == "error: 1 of 6 lines got no answer"
     several = piped(b"a" * 40 + b"\n" + b"b" * 40 + b"\n", "-m", checkpoint)
     assert [line.split(": the")[0] for line in several.err.splitlines()] == ["warning: line 1", "warning: line 2"]
 

@@ -319,7 +319,12 @@ def test_ctrl_c_says_what_is_lost_and_what_stays(prepared, call, monkeypatch):
     result = call("plan.py", "dataset/pretrain_train.bin", "--minutes", "1")
     assert result.status == 130
     assert "what was measured is lost" in result.out and "config/plan.json is as it was" in result.out
-    assert "python plan.py dataset/pretrain_train.bin --minutes 1" in result.out
+    assert "python plan.py dataset/pretrain_train.bin --minutes 1\n" in result.out
+    rest = "--device cpu --output my.json --run"
+    result = call("plan.py", "dataset/pretrain_train.bin", "--hours", "0.05", *rest.split())
+    assert f": python plan.py dataset/pretrain_train.bin --minutes 3 {rest}\n" in result.out
+    result = call("plan.py", "no_such.txt", "--minutes", "1", *rest.split())
+    assert result.err.endswith(f": python plan.py dataset/pretrain_train.bin --minutes 1 {rest}\n")
     assert earlier.read_text() == '{"planned_for": "x"}'
 
 

@@ -7,8 +7,8 @@ import plot_loss
 from base.configuration import UserError
 
 
-def write_log(path, steps, resumed=0, stage="pretrain"):
-    records = [{"type": "header", "stage": stage, "resumed_from_step": resumed}]
+def write_log(path, steps, resumed=0, stage="pretrain", **header):
+    records = [{"type": "header", "stage": stage, "resumed_from_step": resumed, **header}]
     for step in steps:
         values = {"loss": 3 / step, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 1000.0}
         records.append({"type": "train", "step": step, **values})
@@ -62,6 +62,49 @@ def test_a_resumed_log_goes_on_from_that_of_its_own_stage(work):
     assert list(runs) == ["a", "b"] and len(runs["a"]["train"]) == 40
     write_log(work / "c.log", range(51, 61), resumed=50, stage="pretrain")  # after a log that is not given
     assert list(plot_loss.join_runs([str(work / name) for name in ("a.log", "c.log")])) == ["a", "c"]
+
+
+def test_a_resumed_log_goes_on_from_that_of_its_own_run(work, call):
+    """Runs of two seeds in folders of their own, one after the other; and of other networks, in the same folder."""
+
+    def header(seed, folder, start="", shape=2):
+        config = {"random_seed": seed, "save_checkpoint_to": folder, "from_checkpoint": start, "learning_rate": 1e-3}
+        return {"train_config": config, "model_config": {"n_layer": shape, "dropout": 0.1 * seed}}
+
+    write_log(work / "a.log", range(1, 41), **header(1, "runs/one"))
+    write_log(work / "b.log", range(1, 61), **header(2, "runs/two"))
+    resumed = header(1, "runs/one", "/elsewhere/one/pretrain_last.pt")
+    resumed["train_config"]["learning_rate"], resumed["model_config"]["dropout"] = 1e-4, 0.3
+    write_log(work / "c.log", range(41, 61), resumed=40, **resumed)
+    names = [str(work / f"{name}.log") for name in "abc"]
+    runs = plot_loss.join_runs(names)
+    assert list(runs) == ["a", "b"] and [len(run["train"]) for run in runs.values()] == [60, 60]
+    assert runs["a"]["header"][0]["train_config"]["learning_rate"] == 1e-4
+    result = call("evaluate.py", "--runs", *names)  # each in a table of its own: their rates differ
+    assert "| a   | 1    | 60" in result.out and "| b   | 2    | 60" in result.out
+    for other in (header(3, "one", "one/x_last.pt"), header(1, "one", "two/x_last.pt"), header(1, "one", shape=3)):
+        write_log(work / "c.log", range(41, 61), resumed=40, **other)
+        assert list(plot_loss.join_runs([names[0], names[2]])) == ["a", "c"], other
+
+
+@pytest.mark.parametrize(("last", "is_one"), [(200, True), (201, True), (161, False)])
+def test_a_run_that_logs_every_few_steps_joins_its_resumption(work, last, is_one):
+    """Stopped at step 211, which is none of those that are logged."""
+    config = {"train_config": {"log_interval": 50, "random_seed": 1}}
+    write_log(work / "a.log", [1, 50, 100, 150, last], **config)
+    write_log(work / "b.log", [250, 300], resumed=211, **config)
+    runs = plot_loss.join_runs([str(work / "a.log"), str(work / "b.log")])
+    assert list(runs) == (["a"] if is_one else ["a", "b"])
+
+
+def test_logs_without_a_step_are_left_out_with_a_warning(work, call):
+    write_log(work / "a.log", range(1, 41))
+    write_log(work / "b.log", [])
+    for command in (("plot_loss.py", "-n"), ("plot_loss.py", "--explain"), ("evaluate.py", "--runs")):
+        result = call(*command, "b.log", "a.log")
+        assert result.status == 0 and result.err == "warning: b.log: no training steps in it yet: left out\n"
+        result = call(*command, "b.log")
+        assert result.status == 1 and result.err == "error: b.log: no training steps in it yet\n"
 
 
 def test_a_log_in_two_parts_is_read_from_the_older_one_on(work):

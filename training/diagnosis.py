@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from base.logs import expert_loads, is_number, is_step, series, smooth
+from training.losses import COMPARES_POLICIES
 from training.spikes import Spikes
 
 ENOUGH = 30  # steps beyond the warm-up, before anything is said about how a run learns
@@ -138,8 +139,7 @@ def diverges(log: Log) -> str | None:
     """The training loss itself goes up, and stays up until the end."""
     if not log.minimises_a_loss:
         return None
-    missing = log.last_step - log.steps[-1] if len(log.steps) else 0
-    if missing >= 3:
+    if sum(record["step"] > log.steps[-1] for record in log.train) >= 3:  # one that is skipped is no divergence
         return (
             f"it diverged: no finite loss since step {log.steps[-1]:,} (learning rate {log.rate_at(log.steps[-1])}); "
             f"{log.lower_rate(0.3)}, more warmup_iters, or float32"
@@ -211,12 +211,18 @@ def overfits(log: Log) -> str | None:
     at_best = np.interp(steps[best], log.steps, log.trend)
     if log.last_loss > at_best - margin / 2:
         return None
-    stage = log.header.get("stage") or "STAGE"
+    name = f"{log.header.get('stage') or 'STAGE'}{'_lora' if log.setting('use_lora') else ''}.pt"
+    ways = ["more data" if log.setting("loss") in COMPARES_POLICIES else "more text"]
+    if log.setting("loss") not in COMPARES_POLICIES:  # which take none
+        ways.append("--lora_dropout 0.1" if log.setting("use_lora") else "--dropout 0.2")
+    if log.setting("use_lora"):
+        ways.append("a lower lora_rank")
+    elif log.starts_anew:
+        ways.append("a smaller model (n_layer, n_embd)")
     return (
         f"it overfits: the validation loss is lowest at step {steps[best]:,} ({losses[best]:.3f}) and rises to "
-        f"{losses[-1]:.3f}, while the training loss falls from {at_best:.3f} to {log.last_loss:.3f}; take {stage}.pt, "
-        "which is of the best step, or train with more text, --dropout 0.2, a smaller model (n_layer, n_embd) or "
-        "fewer steps (--patience 3)"
+        f"{losses[-1]:.3f}, while the training loss falls from {at_best:.3f} to {log.last_loss:.3f}; take {name}, "
+        f"which is of the best step, or train with {', '.join(ways)} or fewer steps (--patience 3)"
     )
 
 

@@ -46,6 +46,9 @@ REQUIRED = {
 TRAINING_FIELDS = {"stage", "loss", "from_checkpoint", "dataset_path", "learning_rate", "max_steps", "max_minutes"}
 
 
+WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
 class SaveError(UserError):
     """A checkpoint could not be written; the previous one is unchanged."""
 
@@ -376,10 +379,7 @@ def load_model(checkpoint: dict[str, Any], where: str | Path, sdp_kernel: str = 
     except UserError as error:
         raise UserError(f"{where}: model_config: {error}") from None
     weights = checkpoint["model"]
-    if not all(isinstance(name, str) and isinstance(weight, torch.Tensor) for name, weight in weights.items()):
-        raise UserError(f"{where}: damaged checkpoint: model must be a dict of tensors by name")
-    if not all(weight.is_contiguous() for weight in weights.values()):  # an expanded scalar could claim terabytes
-        raise UserError(f"{where}: damaged checkpoint: its weights are not stored in full")
+    check_weights(weights, where)
     left_out = tuple(f"future.{i}." for i in range(config.n_future - 1, as_trained.n_future - 1))  # none, if not asked
     weights = {name: weight for name, weight in weights.items() if not name.startswith(left_out)}
     layers = {match[1] for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))}
@@ -402,6 +402,18 @@ def load_model(checkpoint: dict[str, Any], where: str | Path, sdp_kernel: str = 
     model = GPT(config, sdp_kernel)
     model.load_state_dict(weights)
     return model
+
+
+def check_weights(weights: dict[str, torch.Tensor], where: str | Path) -> None:
+    """Raises UserError unless these are plain tensors of floating-point numbers by name."""
+    if not all(isinstance(name, str) and isinstance(weight, torch.Tensor) for name, weight in weights.items()):
+        raise UserError(f"{where}: damaged checkpoint: model must be a dict of tensors by name")
+    for name, weight in weights.items():
+        if weight.dtype not in WEIGHT_DTYPES:
+            raise UserError(f"{where}: {name} holds {str(weight.dtype).removeprefix('torch.')}, not floating point")
+        is_plain = weight.layout is torch.strided and weight.device.type == "cpu"
+        if not is_plain or not weight.is_contiguous():  # an expanded scalar could claim terabytes
+            raise UserError(f"{where}: damaged checkpoint: its weights are not stored in full")
 
 
 def load_checkpoint_tokenizer(checkpoint: dict[str, Any], where: str | Path) -> Tokenizer:

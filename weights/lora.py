@@ -22,7 +22,7 @@ from base.configuration import UserError
 from layers.attention import Attention
 from layers.experts import MixtureOfExperts, grouped_mm, mixture_layers
 from model import GPT
-from weights.checkpointing import load_checkpoint, load_model
+from weights.checkpointing import check_weights, load_checkpoint, load_model
 
 TARGETS = ("qkv", "out", "up", "down")  # linear layers of a block: attention's, then those of the MLP or its experts
 
@@ -156,6 +156,7 @@ def load_adapter(adapter: dict[str, Any], model: GPT, where: str | Path) -> None
         base = adapter["lora"].get("base")
         raise UserError(f"{where}: this adapter was trained on another base model ({base}), or on other weights of it")
     try:
+        check_weights(adapter["model"], where)
         attach(model, adapter["lora"]["settings"])
         missing, unexpected = model.load_state_dict(adapter["model"], strict=False)
         if unexpected or adapter_weights(dict.fromkeys(missing)):
