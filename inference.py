@@ -138,6 +138,8 @@ class Session:
         name, *value = text.split(maxsplit=1) or [""]
         if name and name not in known:
             raise UserError(f"/set NAME VALUE: no such setting as {name}{did_you_mean(name, known)}")
+        if value and name in ("steps", "block") and not self.generator.model.config.mask_token:
+            raise UserError(f"{name} is for models of masked diffusion (train.py --loss diffusion)")
         if value:
             self.config = dataclasses.replace(self.config, **{name: known[name].parse(value[0])})
         for shown in [name] if name else known:

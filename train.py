@@ -391,7 +391,8 @@ def train_with_log(run: Run, argv: list[str]) -> None:
             log.close()
     if engine.is_main and state.step:
         best = run.best_path
-        reached = f"best validation loss {state.best_val_loss:.4f} ({best})"
+        what = "bound" if config.loss == "diffusion" else "loss"
+        reached = f"best validation {what} {state.best_val_loss:.4f} ({best})"
         reached = reached if math.isfinite(state.best_val_loss) else "not evaluated yet"
         ended_by = "".join(f", {name} reached" for name in limits_reached(config, state))
         print(f"step {state.step:,}{ended_by}, {reached}; log: {log.path}")

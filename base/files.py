@@ -28,6 +28,10 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error.filename = error.filename or str(path)  # a full disk does not say what it has no room for
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # make the rename durable too; Windows cannot open folders

@@ -391,6 +391,21 @@ def test_what_cannot_work_is_refused_before_the_first_step(prepared, call, monke
         ("documents", ["--mask_documents", "true"], None),
         ("pretrain", ["--dpo_beta", "0.2"], "dpo_beta has no effect with loss next_token"),
         ("pretrain", ["--lora_rank", "4"], "lora_rank has no effect without --use_lora true"),
+        ("pretrain", ["--muon_momentum", "0.9"], "muon_momentum has no effect without --optimizer muon"),
+        (
+            "pretrain",
+            ["--attention", "full,full,full,sparse"],
+            "attention: n_layer is 2, so there is no layer for full, sparse",
+        ),
+        ("pretrain", ["--attention_window", "0,0,8"], "attention_window: n_layer is 2, so there is no layer for 8"),
+        ("pretrain", ["--attention_window", "16"], "attention_window has no effect where it is block_size (16)"),
+        ("pretrain", ["--attention_window", "15"], None),
+        (
+            "pretrain",
+            ["--attention", "sparse", "--sparse_block_size", "4", "--sparse_top_k", "4"],
+            "sparse_top_k 4: as many blocks as block_size (16) has, which is full attention",
+        ),
+        ("pretrain", ["--attention", "sparse", "--sparse_block_size", "4", "--sparse_top_k", "3"], None),
         ("pretrain", ["--min_lr", "0", "--lr_decay_iters", "2", "--from_checkpoint", "start.pt"], "learning rate is 0"),
     ],
 )
@@ -404,7 +419,7 @@ def test_what_has_no_effect_is_warned_of(prepared, call, stage, options, says):
         ok(call, *base, "--max_steps", "2")
         Path("checkpoint/pretrain_last.pt").rename("start.pt")
     result = ok(call, *base, "--from_checkpoint", "", "--max_steps", "3", *options)
-    words = ("effect", "sample_prompt", "is 0", "max_steps")
+    words = ("effect", "sample_prompt", "is 0", "max_steps", "no layer", "full attention")
     warnings = [line for line in result.err.splitlines() if any(word in line for word in words)]
     assert len(warnings) == (says is not None) and (says or "") in "".join(warnings)
 
@@ -508,6 +523,21 @@ def test_the_command_to_go_on_goes_on(prepared, call, options, more):
     steps = [record["step"] for record in read_log(newest_log(prepared), "train")]
     assert steps[0] == ended + 1 and len(steps) >= more
     assert go_on(call, again)
+
+
+def test_a_run_that_is_far_beyond_its_limit_goes_on_from_where_it_is(prepared, call):
+    base = ["train.py", "-t", "pretrain", *TINY, *FAST]
+    ok(call, *base, "--max_steps", "30")
+    result = ok(call, *base, "--max_steps", "5", "--from_checkpoint", "pretrain_last")
+    assert "at step 30 of 5 (max_steps): --max_steps 60" in result.err
+    ok(call, *go_on(call, result))
+    assert [record["step"] for record in read_log(newest_log(prepared), "train")] == list(range(31, 61))
+
+
+@pytest.mark.parametrize("name", ["", ".", " ", "..", "a/b"])
+def test_a_stage_needs_a_name(prepared, call, name):
+    result = call("train.py", "-t", "pretrain", *TINY, *FAST, "--stage", name)
+    assert result.status == 1 and "stage must be a plain name" in result.err and not Path("checkpoint").exists()
 
 
 def test_a_problem_goes_on_too(work, call):

@@ -8,6 +8,7 @@ import json
 import lzma
 import math
 import random
+import re
 import shlex
 import time
 import zipfile
@@ -873,6 +874,24 @@ def test_of_few_samples_one_is_for_validation(call, work):
     assert [len(side) for side in sides("sft")] == [2, 1]
 
 
+@pytest.mark.parametrize(("text", "encoding", "candidates"), [
+    ("User: hello\nBot: 你好\n" * 100, "gbk", {"gb18030": "Bot: 你好", "cp949": "Bot: 콱봤"}),
+    ("I have 一只猫 and it 喜欢 eating 鱼\n" * 100, "gbk", {"gb18030": "and it 喜欢 eating 鱼"}),
+    ("Le garçon a mangé des pâtes à la crème.\n" * 20, "cp1252", {}),  # no other reads it
+    ("你好，世界。今天天气很好，我们去公园散步。\n" * 30, "gbk", {}),
+    ("Привет, как дела? Сегодня хорошая погода.\n" * 20, "cp1251", {}),
+])  # fmt: skip
+def test_an_encoding_that_cannot_be_told_is_left_to_who_can_read(call, work, text, encoding, candidates):
+    """What each would read is shown where most of a text is ASCII; the first is one that reads it without an error."""
+    (work / "a.txt").write_bytes(text.encode(encoding))
+    result = call("data.py", "a.txt", "--block_size", "16")
+    assert result.status == 1 and all(f"{name} ({shown})" in result.err for name, shown in candidates.items())
+    assert ("take the encoding that reads right" in result.err) is bool(candidates)
+    named = re.search(r"--encoding (\S+)", result.err)[1]
+    assert named == ("gb18030" if encoding == "gbk" else encoding)
+    assert call("data.py", "a.txt", "--block_size", "16", "--encoding", named).status == 0
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(call, work, monkeypatch):
     import errno
 
@@ -884,7 +903,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(call, work, monkeypatch):
     (work / "a.txt").write_text(make_text(), encoding="utf-8")
     monkeypatch.setattr(TokenFileWriter, "_write", fail)
     result = call("data.py", "a.txt", "--block_size", "16")
-    assert result.status == 1 and result.err == "error: No space left on device\n"
+    assert result.status == 1 and result.err == "error: dataset/pretrain_val.bin: No space left on device\n"
     assert not list(work.glob("dataset/*"))
 
 

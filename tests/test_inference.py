@@ -340,6 +340,14 @@ def test_piped_questions_in_another_encoding_are_refused_with_advice_that_works(
         assert refused.status == 1 and refused.out == "" and f"--encoding {encoding}\n" in refused.err
         assert piped("ab\ncd\n".encode(encoding), *args, "--encoding", encoding).status == 0
     assert "no such encoding" in piped(b"ab\n", *args, "--encoding", "gbq").err
+    for asked, contents, advice in (
+        ("utf-16", "ab\ncd\n".encode("utf-16-le"), "looks like utf-16-le: --encoding utf-16-le"),
+        ("utf-16", b"ab\ncd\n", "it is UTF-8: leave out --encoding"),
+        ("utf-16", "你好\n".encode(), "it is UTF-8: leave out --encoding"),
+        ("utf-32", "ab\n".encode("utf-32-le"), "--encoding utf-32-le and utf-32-be take one without"),
+    ):
+        refused = piped(contents, *args, "--encoding", asked)
+        assert refused.status == 1 and refused.out == "" and advice in refused.err and refused.err.count("\n") == 1
 
 
 def test_the_encoding_of_a_real_pipe_is_named(checkpoint):

@@ -211,6 +211,8 @@ def decode_blocks(source: Source, blocks: Iterable[bytes], is_certain: bool) -> 
             text = (bare if is_bare else decoder).decode(block, final=not block)
         except UnicodeDecodeError as error:
             raise wrong_encoding(source, error, offset - n_undecoded) from None
+        except UnicodeError:  # UTF-16 or UTF-32 that does not say which of both its bytes comes first
+            raise without_byte_order(source, block) from None
         if (b"\0" in block) if is_utf8_now else ("\0" in text):
             raise not_text(source, block)
         offset += len(block)
@@ -232,9 +234,9 @@ def wrong_encoding(source: Source, error: UnicodeDecodeError, offset: int) -> Us
     """What to say of text that cannot be decoded, with the encoding that it probably has."""
     data, at = error.object, error.start
     problem = f"{source.name}: not {source.encoding.upper()} text: byte 0x{data[at]:02x} at {offset + at}"
-    likely = likely_encoding(data[max(0, at - 2000) :][:20000])
+    likely = likely_encodings(data[max(0, at - 2000) :][:20000])
     if source.encoding != "utf-8":
-        name = f"iconv -f {likely} -t utf-8" if likely else "iconv"
+        name = f"iconv -f {likely[0]} -t utf-8" if likely else "iconv"
         return UserError(f"{problem}; if it has another encoding than the other files, convert it first ({name})")
     for name, marks in BYTE_ORDER_MARKS.items():
         if data.startswith(marks):
@@ -245,7 +247,24 @@ def wrong_encoding(source: Source, error: UnicodeDecodeError, offset: int) -> Us
     n_bad = decoded.count("\ufffd")
     if sum(not character.isascii() for character in decoded) > 10 * n_bad:  # some damage rather than another encoding
         return UserError(f"{problem}; it is damaged there")
-    return UserError(f"{problem}; it looks like {likely}: --encoding {likely}" if likely else problem)
+    if len(likely) > 1:
+        start = data.rfind(b"\n", 0, at) + 1
+        line, before = data[start:][:200].split(b"\n")[0], data[start:at]
+        places = [max(0, len(before.decode(name, "replace")) - 8) for name in likely]
+        read = [line.decode(name, "replace")[i : i + 20].strip() for name, i in zip(likely, places, strict=True)]
+        shown = ", ".join(f"{name} ({text})" for name, text in zip(likely, read, strict=True))
+        return UserError(f"{problem}; take the encoding that reads right, of {shown}: --encoding {likely[0]}")
+    return UserError(f"{problem}; it looks like {likely[0]}: --encoding {likely[0]}" if likely else problem)
+
+
+def without_byte_order(source: Source, data: bytes) -> UserError:
+    """What to say of a text in UTF-16 or UTF-32 that does not begin with its byte order mark."""
+    problem = f"{source.name}: not {source.encoding.upper()} text, which begins with a byte order mark"
+    if b"\0" not in data and (data.isascii() or is_utf8(data)):
+        return UserError(f"{problem}; it is UTF-8: leave out --encoding")
+    if source.encoding == "utf-16" and b"\0" in data:
+        return not_text(source, data)  # which says what it looks like
+    return UserError(f"{problem}; --encoding {source.encoding}-le and {source.encoding}-be take one without")
 
 
 def is_utf8(data: bytes) -> bool:
@@ -268,12 +287,24 @@ def not_text(source: Source, data: bytes) -> UserError:
     return UserError(f"{source.name}: a binary file, not text: it contains NUL bytes")
 
 
-def likely_encoding(data: bytes) -> str:
-    """The encoding that a text probably has, by the `charset-normalizer` library; empty if it knows none."""
+def likely_encodings(data: bytes) -> list[str]:
+    """The encoding that a text probably has, by the `charset-normalizer` library; empty if it knows none.
+
+    Several, of which a person can tell the right one at sight, where most of the text is ASCII: by a few characters of
+    another script the library cannot.
+    """
     import charset_normalizer
 
-    best = charset_normalizer.from_bytes(data, cp_isolation=ENCODINGS).best()
-    return best.encoding.replace("_", "-") if best else ""
+    found = charset_normalizer.from_bytes(data, cp_isolation=ENCODINGS)
+    names = [match.encoding.replace("_", "-") for match in found]
+    if not names or len(data.translate(None, bytes(range(0x80)))) > len(data) / 2:
+        return names[:1]
+    is_chinese = True
+    try:
+        codecs.getincrementaldecoder("gb18030")().decode(data)  # the last character may be cut
+    except UnicodeDecodeError:
+        is_chinese = False
+    return list(dict.fromkeys(["gb18030"] * is_chinese + names[:3]))
 
 
 def lines(source: Source, progress: Progress = lambda n: None) -> Iterator[str]:

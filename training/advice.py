@@ -1,5 +1,6 @@
 """What to type next, for messages: every command here does what the message says when it is typed as it stands."""
 
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -55,9 +56,9 @@ def limits_reached(config: TrainConfig, state: Any) -> dict[str, Any]:
     """Fields that end a run here, by name, each with a value that lets it go on. state: a training.setup.State."""
     reached: dict[str, Any] = {}
     if config.max_steps and state.step >= config.max_steps:
-        reached["max_steps"] = 2 * config.max_steps
+        reached["max_steps"] = 2 * state.step
     if config.decay_over == "time" and state.seconds >= 60 * config.max_minutes:
-        reached["max_minutes"] = 2 * config.max_minutes
+        reached["max_minutes"] = 2 * max(config.max_minutes, math.ceil(state.seconds / 60))
     if config.patience and state.evals_without_gain >= config.patience:
         reached["patience"] = 2 * config.patience
     if config.target_val_loss is not None and state.best_val_loss <= config.target_val_loss:

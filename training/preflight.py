@@ -255,11 +255,30 @@ def fields_without_effect(run: Any) -> list[str]:
         found.append(f"mask_documents has no effect: no <|bos|> or <|eos|> delimits documents in {texts[0].file.path}")
     if config.on_spike == "rollback" and len(datasets) > 1:
         found.append("on_spike: where the curriculum goes on to its next file, the loss may jump as in a spike")
+    if config.optimizer != "muon":
+        found += [f"{name} has no effect without --optimizer muon" for name in sorted(changed) if name[:5] == "muon_"]
     if config.on_spike == "none":
         fields = ("max_rollbacks", "rollback_lr_factor")
         found += [f"{name} has no effect without --on_spike rollback" for name in fields if name in changed]
     if config.pack_samples and not any(isinstance(dataset, Samples) for dataset in datasets):
         found.append("pack_samples has no effect: it is for fine-tuning samples")
+    return found
+
+
+def layers_without_effect(shape: Any) -> list[str]:
+    """What a model's fields say of layers that it does not have, or that they do not change: one line each."""
+    found = []
+    for name in ("attention", "attention_window"):
+        if len(values := getattr(shape, name)) > shape.n_layer:
+            rest = ", ".join(map(str, values[shape.n_layer :]))
+            found.append(f"{name}: n_layer is {shape.n_layer}, so there is no layer for {rest}")
+    if any(window >= shape.block_size for window in shape.attention_window):
+        found.append(f"attention_window has no effect where it is block_size ({shape.block_size:,}) or longer")
+    if shape.sparse_top_k and shape.sparse_block_size * shape.sparse_top_k >= shape.block_size:
+        found.append(
+            f"sparse_top_k {shape.sparse_top_k}: as many blocks as block_size ({shape.block_size:,}) has, which is "
+            "full attention"
+        )
     return found
 
 
@@ -289,6 +308,7 @@ def warnings(run: Any, needed: float, available: float | None) -> list[str]:
             found.append(
                 f"{dataset.file.path}: {n_overlong} samples longer than block_size + 1 are {action} (overlong)"
             )
+    found += layers_without_effect(model.config)
     shape, width = model.config, max(model.rope_widths)
     turn = 2 * math.pi * shape.rope_theta ** (1 - 2 / width) if width else math.inf  # of the slowest pair, in tokens
     if shape.block_size > turn and shape.rope_theta < 10_000:
@@ -306,11 +326,12 @@ def warnings(run: Any, needed: float, available: float | None) -> list[str]:
     if config.planned_for and any(file.header.get("preparation") != config.planned_for for file in files):
         found.append(f"the plan was made for other data than {files[0].path} holds now: run plan.py again")
     if config.max_steps and run.state.step >= config.max_steps:
-        twice = 2 * config.max_steps
+        twice = 2 * run.state.step
         return [*found, f"the run is at step {run.state.step} of {config.max_steps} (max_steps): --max_steps {twice}"]
     if config.decay_over == "time" and run.state.seconds >= 60 * config.max_minutes:
         used, limit = run.state.seconds / 60, config.max_minutes
-        return [*found, f"the run has used {used:.3g} of {limit:g} minutes (max_minutes): --max_minutes {2 * limit:g}"]
+        more = f"--max_minutes {2 * max(limit, math.ceil(used)):g}"
+        return [*found, f"the run has used {used:.3g} of {limit:g} minutes (max_minutes): {more}"]
     if config.max_steps and config.warmup_iters >= config.max_steps:
         found.append(
             f"warmup_iters ({config.warmup_iters}) is not below max_steps ({config.max_steps}): all steps are warm-up"

@@ -69,9 +69,9 @@ def write_tensors(path: str | Path, value: Any) -> None:
             raise
         reason = getattr(cause, "strerror", None) or "the disk is full?"
         free = shutil.disk_usage(Path(path).parent).free
+        kept = "; the previous file is unchanged" if Path(path).exists() else ""
         raise SaveError(
-            f"{path}: not written ({reason}): it needs about {size_of(value):,} bytes, {free:,} are free; "
-            "the previous file is unchanged"
+            f"{path}: not written ({reason}): it needs about {size_of(value):,} bytes, {free:,} are free{kept}"
         ) from None
 
 
