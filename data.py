@@ -43,7 +43,8 @@ from text import corpus
 from text.baselines import compression_baselines, token_baselines
 from text.cleaning import Cleaner, CleaningConfig
 from text.corpus import BadLines
-from text.formats import Source, check_encoding, parse_fields
+from text.encodings import check_encoding
+from text.formats import Source, parse_fields
 from text.inspection import inspect
 from text.scan import SPLIT_BY, CorpusScan, progress_bar, scan_corpus, some_names
 from text.splitting import Split

@@ -31,19 +31,19 @@ from tqdm import tqdm
 from base.configuration import Parser, UserError, escape_control_characters, escape_for, run_main
 from base.devices import find_device
 from base.files import atomic_write
-from base.logs import group_by_config, is_number, seed_of, series
 from data import check_fields_seen
 from evaluation import choices
 from evaluation.copied import describe_copied
 from evaluation.questions import Answer, Turn, ask, check_sight, turns_of
-from evaluation.statistics import compare, mean_interval, verdict
+from evaluation.runs import tables
+from evaluation.statistics import compare, verdict
 from evaluation.text import BOUND, Units, check_attention, judge_pieces, judge_windows, read_ids
 from layers.rope import ROPE_SCALING
 from model import GPT
-from plot_loss import join_runs
 from serving.text_generator import TextGenerator, load_full_checkpoint, load_text_generator, unknown_note
 from text.corpus import find_sources, read_conversations
-from text.formats import Source, check_encoding, parse_fields, printable_name
+from text.encodings import check_encoding
+from text.formats import Source, parse_fields, printable_name
 from text.tokenizer import Tokenizer, normalise
 from training.run_log import print_table
 from weights import lora
@@ -359,38 +359,11 @@ def evaluate_choices(args: Namespace) -> None:
 
 def evaluate_runs(args: Namespace) -> None:
     """A table for each group of runs that differ by their seed alone: last and best validation loss, and their mean."""
-    runs = {name: run for name, run in join_runs(args.runs).items() if len(series(run["val"], "val_loss")[0])}
-    if not runs:
-        raise UserError(f"{args.runs[0]}: no validation loss in it yet")
-    headers = {name: run["header"][0] if run["header"] else {} for name, run in runs.items()}
-    for number, group in enumerate(group_by_config(headers)):
-        seeds = [str(seed_of(headers[name])) for name in group]
-        steps = [runs[name]["train"][-1]["step"] for name in group]
-        last = [runs[name]["val"][-1].get("val_loss") for name in group]
-        losses = np.array(  # (runs, last and best)
-            [
-                (loss if is_number(loss) else math.nan, series(runs[name]["val"], "val_loss")[1].min())
-                for name, loss in zip(group, last, strict=True)
-            ]
-        )
-        rows = [("run", "seed", "steps", "last val loss", "best val loss")]
-        for name, seed, step, values in zip(group, seeds, steps, losses, strict=True):
-            rows.append((name, seed, str(step), *("not finite" if math.isnan(v) else f"{v:.4f}" for v in values)))
-        if len(group) > 1 and not np.isnan(losses).any():
-            summaries = [mean_interval(column) for column in losses.T]
-            rows.append(("mean", "", "", *(f"{mean:.4f}" for mean, _, _ in summaries)))
-            rows.append(("standard deviation", "", "", *(f"{deviation:.4f}" for _, deviation, _ in summaries)))
-            intervals = (f"{mean - half:.4f} to {mean + half:.4f}" for mean, _, half in summaries)
-            rows.append(("95% interval of the mean", "", "", *intervals))
+    for number, (rows, notes) in enumerate(tables(args.runs)):
         print("\n" * bool(number), end="")
         print_table(rows)
-        if len(group) > 1 and np.isnan(losses).any():
-            tell("warning: a run has diverged: no mean, which would be that of the others alone")
-        if min(steps) < 0.99 * max(steps):
-            tell(f"warning: runs of different length, {min(steps):,} to {max(steps):,} steps: not only seeds differ")
-        twice = {seed for seed in seeds if seeds.count(seed) > 1}
-        if twice:
-            tell(f"warning: several runs have the seed {min(twice)}: they say nothing about how much runs differ")
+        for note in notes:
+            tell(f"warning: {note}")
 
 
 # ------------------------------------------------------------------------------------------------------ options

@@ -34,7 +34,8 @@ from base.configuration import (
     run_main,
 )
 from serving.text_generator import GenerationConfig, TextGenerator, load_text_generator, unknown_note
-from text.formats import CHUNK, Source, check_encoding, decode_blocks
+from text.encodings import check_encoding
+from text.formats import CHUNK, Source, decode_blocks
 from text.tokenizer import Messages
 from weights import lora
 from weights.checkpointing import load_checkpoint, save_checkpoint

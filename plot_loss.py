@@ -18,67 +18,10 @@ from typing import Any
 import numpy as np
 
 from base.configuration import Parser, UserError, run_main
-from base.logs import EmptyLog, expert_loads, group_by_config, is_number, is_step, read_log, series, smooth
+from base.logs import EmptyLog, expert_loads, group_by_config, is_number, join_runs, series, smooth
 
 PREDICTION = re.compile(r"predicted (\d+\.\d+) \((\d+\.\d+) to (\d+\.\d+), ")  # as plan.py writes it into a config
 PANELS = (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_s", "tokens/s"))
-
-
-def join_runs(paths: list[str]) -> dict[str, dict[str, list[dict]]]:
-    """Records by the name of the run; the log of a resumed run replaces the rest of its earlier log.
-
-    Logs without a step, as of a run that was over when it was resumed, are left out with a warning, unless all are.
-    """
-    runs, empty = {}, []
-    for path in paths:
-        try:
-            records = read_log(path)
-        except EmptyLog as error:
-            empty.append(error)
-            continue
-        header = records["header"][0] if records["header"] else {}
-        start = header.get("resumed_from_step")
-        start = start if is_step(start) else 0
-        stage = str(header.get("stage") or "")
-        earlier = [name for name, run in runs.items() if start and goes_on(run, header, start)]
-        if earlier:
-            run, spikes = runs[earlier[-1]], records.get("spike", [])
-            back_to = [spike["back_to"] for spike in spikes if is_step(spike.get("back_to"))]  # may be before its start
-            for kind in ("train", "val"):
-                kept = [record for record in run[kind] if record["step"] <= min([start, *back_to])]
-                run[kind] = kept + records[kind]
-            run["header"], run["spike"] = records["header"], run.get("spike", []) + spikes
-        else:
-            stem = Path(path).stem
-            is_unique = [Path(other).stem for other in dict.fromkeys(paths)].count(stem) == 1
-            runs[stem if is_unique else str(Path(path).with_suffix(""))] = {**records, "stage": stage}
-    if not runs:
-        raise empty[0]
-    for error in empty:
-        warnings.warn(f"{error}: left out", stacklevel=2)
-    return runs
-
-
-def goes_on(run: dict[str, Any], header: dict[str, Any], start: int) -> bool:
-    """Whether a log's header, resumed from the step start, is that of a run: by its stage, seed, network and folder.
-
-    What a resumed run may change, as its learning rates, makes no difference, nor what a log does not say.
-    """
-    before = run["header"][0] if run["header"] else {}
-    was, now = (part if isinstance(part := h.get("train_config"), dict) else {} for h in (before, header))
-    interval = was.get("log_interval")
-    last = run["train"][-1]["step"] + (interval if is_step(interval) and interval else 1)  # at least where it stopped
-    shapes = [part if isinstance(part := h.get("model_config"), dict) else {} for h in (before, header)]
-    folders = [Path(str(was.get("save_checkpoint_to"))).name, Path(str(now.get("from_checkpoint"))).parent.name]
-    is_elsewhere = was.get("save_checkpoint_to") and now.get("from_checkpoint") and folders[0] != folders[1]
-    fields = shapes[0].keys() & shapes[1].keys() - {"dropout"}
-    return (
-        run["stage"] == str(header.get("stage") or "")
-        and last > start
-        and not is_elsewhere
-        and was.get("random_seed") == now.get("random_seed")
-        and all(shapes[0][name] == shapes[1][name] for name in fields)
-    )
 
 
 def draw(paths: list[str], output: str, log_x: bool, log_y: bool, band: bool = False) -> None:

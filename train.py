@@ -390,8 +390,7 @@ def train_with_log(run: Run, argv: list[str]) -> None:
         finally:
             log.close()
     if engine.is_main and state.step:
-        best = run.best_path
-        what = "bound" if config.loss == "diffusion" else "loss"
+        best, what = run.best_path, "bound" if config.loss == "diffusion" else "loss"
         reached = f"best validation {what} {state.best_val_loss:.4f} ({best})"
         reached = reached if math.isfinite(state.best_val_loss) else "not evaluated yet"
         ended_by = "".join(f", {name} reached" for name in limits_reached(config, state))

@@ -3,6 +3,7 @@
 text        the loss on a text: in windows spread over it, or of every token with context before it
 questions   answers to questions, compared with those expected
 choices     C-Eval, CMMLU, MMLU: which option is the likeliest
+runs        the losses of runs with other seeds, and their mean
 copied      what of the answers stands word for word in the training text
 statistics  standard errors, intervals, and whether a difference is one
 """

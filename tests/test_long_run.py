@@ -16,7 +16,7 @@ import pytest
 from conftest import DATA, FAST, ROOT, TINY, default_signals, read_log, start_script
 from processes import fork, newest_log
 
-import plot_loss
+from base import logs
 from weights.checkpointing import load_checkpoint
 
 ARGUMENTS = ["-t", "pretrain", *TINY, *FAST, *DATA, "--gradient_accumulation_steps", "1", "--stage", "run"]
@@ -62,7 +62,7 @@ def test_a_log_can_be_bounded(prepared, call):
     parts = [log, log.with_name(log.name + ".1")]
     assert all(part.stat().st_size < 21_000 for part in parts)
     assert all(len(read_log(part, "header")) == 1 for part in parts)
-    steps = [record["step"] for record in plot_loss.read_log(str(log))["train"]]
+    steps = [record["step"] for record in logs.read_log(str(log))["train"]]
     assert steps == list(range(steps[0], 201)) and 40 < len(steps) < 200  # the older ones are gone
 
 

@@ -4,6 +4,7 @@ import pytest
 from conftest import start_script
 
 import plot_loss
+from base import logs
 from base.configuration import UserError
 
 
@@ -36,7 +37,7 @@ def test_a_resumed_log_takes_over_from_its_first_step(work):
     write_log(work / "a.log", range(1, 41))
     write_log(work / "b.log", range(31, 61), resumed=30)
     write_log(work / "c.log", range(1, 11))
-    runs = plot_loss.join_runs([str(work / name) for name in ("a.log", "b.log", "c.log")])
+    runs = logs.join_runs([str(work / name) for name in ("a.log", "b.log", "c.log")])
     assert list(runs) == ["a", "c"]
     assert [record["step"] for record in runs["a"]["train"]] == list(range(1, 61))
     assert [record["step"] for record in runs["a"]["val"]] == [10, 20, 30, 40, 50, 60]
@@ -50,7 +51,7 @@ def test_a_resumed_log_that_went_back_before_its_start_takes_over_from_there(wor
     with open(work / "b.log", "a", encoding="utf-8") as file:
         again = (work / "c.log").read_text(encoding="utf-8").splitlines(keepends=True)
         file.writelines([json.dumps(spike) + "\n", *(line for line in again if '"header"' not in line)])
-    (run,) = plot_loss.join_runs([str(work / "a.log"), str(work / "b.log")]).values()
+    (run,) = logs.join_runs([str(work / "a.log"), str(work / "b.log")]).values()
     assert [record["step"] for record in run["train"]] == list(range(1, 61))
     assert [record["step"] for record in run["val"]] == [10, 20, 30, 40, 50, 60]
 
@@ -58,10 +59,10 @@ def test_a_resumed_log_that_went_back_before_its_start_takes_over_from_there(wor
 def test_a_resumed_log_goes_on_from_that_of_its_own_stage(work):
     write_log(work / "a.log", range(1, 41), stage="pretrain")
     write_log(work / "b.log", range(31, 61), resumed=30, stage="sft")
-    runs = plot_loss.join_runs([str(work / name) for name in ("a.log", "b.log")])
+    runs = logs.join_runs([str(work / name) for name in ("a.log", "b.log")])
     assert list(runs) == ["a", "b"] and len(runs["a"]["train"]) == 40
     write_log(work / "c.log", range(51, 61), resumed=50, stage="pretrain")  # after a log that is not given
-    assert list(plot_loss.join_runs([str(work / name) for name in ("a.log", "c.log")])) == ["a", "c"]
+    assert list(logs.join_runs([str(work / name) for name in ("a.log", "c.log")])) == ["a", "c"]
 
 
 def test_a_resumed_log_goes_on_from_that_of_its_own_run(work, call):
@@ -77,14 +78,14 @@ def test_a_resumed_log_goes_on_from_that_of_its_own_run(work, call):
     resumed["train_config"]["learning_rate"], resumed["model_config"]["dropout"] = 1e-4, 0.3
     write_log(work / "c.log", range(41, 61), resumed=40, **resumed)
     names = [str(work / f"{name}.log") for name in "abc"]
-    runs = plot_loss.join_runs(names)
+    runs = logs.join_runs(names)
     assert list(runs) == ["a", "b"] and [len(run["train"]) for run in runs.values()] == [60, 60]
     assert runs["a"]["header"][0]["train_config"]["learning_rate"] == 1e-4
     result = call("evaluate.py", "--runs", *names)  # each in a table of its own: their rates differ
     assert "| a   | 1    | 60" in result.out and "| b   | 2    | 60" in result.out
     for other in (header(3, "one", "one/x_last.pt"), header(1, "one", "two/x_last.pt"), header(1, "one", shape=3)):
         write_log(work / "c.log", range(41, 61), resumed=40, **other)
-        assert list(plot_loss.join_runs([names[0], names[2]])) == ["a", "c"], other
+        assert list(logs.join_runs([names[0], names[2]])) == ["a", "c"], other
 
 
 @pytest.mark.parametrize(("last", "is_one"), [(200, True), (201, True), (161, False)])
@@ -93,7 +94,7 @@ def test_a_run_that_logs_every_few_steps_joins_its_resumption(work, last, is_one
     config = {"train_config": {"log_interval": 50, "random_seed": 1}}
     write_log(work / "a.log", [1, 50, 100, 150, last], **config)
     write_log(work / "b.log", [250, 300], resumed=211, **config)
-    runs = plot_loss.join_runs([str(work / "a.log"), str(work / "b.log")])
+    runs = logs.join_runs([str(work / "a.log"), str(work / "b.log")])
     assert list(runs) == (["a"] if is_one else ["a", "b"])
 
 
@@ -110,10 +111,10 @@ def test_logs_without_a_step_are_left_out_with_a_warning(work, call):
 def test_a_log_in_two_parts_is_read_from_the_older_one_on(work):
     write_log(work / "a.log.1", range(1, 21))
     write_log(work / "a.log", range(21, 41))
-    assert [record["step"] for record in plot_loss.read_log("a.log")["train"]] == list(range(1, 41))
+    assert [record["step"] for record in logs.read_log("a.log")["train"]] == list(range(1, 41))
     (work / "a.log.1").write_text("no log\n")
     with pytest.raises(UserError, match=r"a\.log\.1: line 1 is not a log record"):
-        plot_loss.read_log("a.log")
+        logs.read_log("a.log")
 
 
 class Axis:
@@ -166,7 +167,7 @@ def test_smoothing_is_a_centred_mean():
 def test_half_a_last_line_is_left_out(work):
     path = write_log(work / "a.log", range(1, 11))
     path.write_text(path.read_text() + '{"type": "train", "st')
-    assert len(plot_loss.read_log(str(path))["train"]) == 10
+    assert len(logs.read_log(str(path))["train"]) == 10
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_logs_of_one_name_in_two_folders_are_two_curves(call, work):
     for folder in ("a", "b"):
         (work / folder).mkdir()
         write_log(work / folder / "train_1.log", range(1, 41))
-    assert list(plot_loss.join_runs(["a/train_1.log", "b/train_1.log"])) == ["a/train_1", "b/train_1"]
+    assert list(logs.join_runs(["a/train_1.log", "b/train_1.log"])) == ["a/train_1", "b/train_1"]
     assert call("plot_loss.py", "-n", "a/train_1.log", "b/train_1.log", "-o", "two.png").status == 0
     assert call("plot_loss.py", "-n", "a/train_1.log", "-o", "one.png").status == 0
     assert (work / "two.png").read_bytes() != (work / "one.png").read_bytes()
@@ -245,7 +246,7 @@ def test_an_odd_value_is_left_out_and_the_rest_is_drawn(call, work, kind, values
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     result = call("plot_loss.py", "a.log", "-o", "odd.png")
     assert (result.status, result.out, result.err) == (0, "odd.png\n", "")
-    runs = plot_loss.read_log(path)
+    runs = logs.read_log(path)
     assert len(plot_loss.series(runs["train"], "loss")[0]) == 50 - (kind == "train" and "loss" in values)
     if "expert_load" in values:
         assert [step for step, _ in plot_loss.expert_loads(runs["val"])] == [20, 30, 40, 50]

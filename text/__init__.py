@@ -1,6 +1,7 @@
 """The data pipeline: raw text to batches of token ids.
 
 formats         files to text and records: compression, encodings, JSON, CSV, Parquet
+encodings       which encoding a text has, and what to say where it is another
 recognition     what a file is, told by its contents
 records         what the fields of a record mean: texts, conversations, preferences
 corpus          folders and files to documents, conversations and preference pairs

@@ -28,18 +28,11 @@ from typing import Any, BinaryIO
 
 from base.configuration import UserError
 from base.prefetching import prefetch
+from text.encodings import is_utf8, not_text, without_byte_order, wrong_encoding
 from text.records import FIELDS, FIELDS_OF_MESSAGES, rename_fields
 
 CHUNK = 1 << 20  # bytes read at a time
 LONGEST_RECORD = 1 << 26  # characters of a line or an object; a longer one is refused, as it is held whole
-# encodings that text in the wild has beside UTF-8: Chinese, Japanese, Korean, Cyrillic, Western European, Windows'
-ENCODINGS = ["gb18030", "big5", "cp932", "euc_jp", "cp949", "cp1251", "koi8_r", "cp1252"]
-BYTE_ORDER_MARKS = {  # that of UTF-32 begins like that of UTF-16
-    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
-    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
-}
-NOT_IN_TEXT = bytes(set(range(32)) - set(b"\t\n\f\r"))  # control characters
-NOT_ENCODINGS = {"undefined", "punycode", "idna", "unicode_escape", "raw_unicode_escape", "utf-7"}  # of text files
 OFFICE = ("[Content_Types].xml", "mimetype")  # members of .docx, .xlsx, .epub, .odt: zip archives, too
 
 Progress = Callable[[int], None]
@@ -210,11 +203,11 @@ def decode_blocks(source: Source, blocks: Iterable[bytes], is_certain: bool) -> 
             is_bare = is_utf8_now and not came_after_r and b"\r" not in block
             text = (bare if is_bare else decoder).decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raise wrong_encoding(source, error, offset - n_undecoded) from None
+            raise wrong_encoding(source.name, source.encoding, error, offset - n_undecoded) from None
         except UnicodeError:  # UTF-16 or UTF-32 that does not say which of both its bytes comes first
-            raise without_byte_order(source, block) from None
+            raise without_byte_order(source.name, source.encoding, block) from None
         if (b"\0" in block) if is_utf8_now else ("\0" in text):
-            raise not_text(source, block)
+            raise not_text(source.name, block)
         offset += len(block)
         if text and is_first:
             is_first, text = False, text.removeprefix("\ufeff")
@@ -228,83 +221,6 @@ def newline_decoder(encoding: str) -> tuple[codecs.IncrementalDecoder, io.Increm
     """Decoders of bytes to text, piece by piece: as it is, and around that one another that makes line ends \\n."""
     bare = codecs.getincrementaldecoder(encoding)()
     return bare, io.IncrementalNewlineDecoder(bare, translate=True)
-
-
-def wrong_encoding(source: Source, error: UnicodeDecodeError, offset: int) -> UserError:
-    """What to say of text that cannot be decoded, with the encoding that it probably has."""
-    data, at = error.object, error.start
-    problem = f"{source.name}: not {source.encoding.upper()} text: byte 0x{data[at]:02x} at {offset + at}"
-    likely = likely_encodings(data[max(0, at - 2000) :][:20000])
-    if source.encoding != "utf-8":
-        name = f"iconv -f {likely[0]} -t utf-8" if likely else "iconv"
-        return UserError(f"{problem}; if it has another encoding than the other files, convert it first ({name})")
-    for name, marks in BYTE_ORDER_MARKS.items():
-        if data.startswith(marks):
-            return UserError(f"{problem}; it is {name.upper()}: --encoding {name}")
-    if b"\0" in data or data.startswith(b"%PDF"):
-        return not_text(source, data)
-    decoded = data.decode("utf-8", "replace")
-    n_bad = decoded.count("\ufffd")
-    if sum(not character.isascii() for character in decoded) > 10 * n_bad:  # some damage rather than another encoding
-        return UserError(f"{problem}; it is damaged there")
-    if len(likely) > 1:
-        start = data.rfind(b"\n", 0, at) + 1
-        line, before = data[start:][:200].split(b"\n")[0], data[start:at]
-        places = [max(0, len(before.decode(name, "replace")) - 8) for name in likely]
-        read = [line.decode(name, "replace")[i : i + 20].strip() for name, i in zip(likely, places, strict=True)]
-        shown = ", ".join(f"{name} ({text})" for name, text in zip(likely, read, strict=True))
-        return UserError(f"{problem}; take the encoding that reads right, of {shown}: --encoding {likely[0]}")
-    return UserError(f"{problem}; it looks like {likely[0]}: --encoding {likely[0]}" if likely else problem)
-
-
-def without_byte_order(source: Source, data: bytes) -> UserError:
-    """What to say of a text in UTF-16 or UTF-32 that does not begin with its byte order mark."""
-    problem = f"{source.name}: not {source.encoding.upper()} text, which begins with a byte order mark"
-    if b"\0" not in data and (data.isascii() or is_utf8(data)):
-        return UserError(f"{problem}; it is UTF-8: leave out --encoding")
-    if source.encoding == "utf-16" and b"\0" in data:
-        return not_text(source, data)  # which says what it looks like
-    return UserError(f"{problem}; --encoding {source.encoding}-le and {source.encoding}-be take one without")
-
-
-def is_utf8(data: bytes) -> bool:
-    """Whether bytes that are not all ASCII are valid UTF-8, the last character possibly cut."""
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(data)
-    except UnicodeDecodeError:
-        return False
-    return not data.isascii()
-
-
-def not_text(source: Source, data: bytes) -> UserError:
-    """What to say of a file that is no text, or in which every other byte is zero."""
-    if data.startswith(b"%PDF"):
-        return UserError(f"{source.name}: a PDF, not text; convert it first, for example with pdftotext")
-    for encoding, zeros, letters in (("utf-16-le", data[1::2], data[0::2]), ("utf-16-be", data[0::2], data[1::2])):
-        n_controls = len(letters) - len(letters.translate(None, NOT_IN_TEXT))
-        if zeros.count(0) > len(data) / 8 and n_controls < len(data) / 100:
-            return UserError(f"{source.name}: not UTF-8 text; it looks like {encoding}: --encoding {encoding}")
-    return UserError(f"{source.name}: a binary file, not text: it contains NUL bytes")
-
-
-def likely_encodings(data: bytes) -> list[str]:
-    """The encoding that a text probably has, by the `charset-normalizer` library; empty if it knows none.
-
-    Several, of which a person can tell the right one at sight, where most of the text is ASCII: by a few characters of
-    another script the library cannot.
-    """
-    import charset_normalizer
-
-    found = charset_normalizer.from_bytes(data, cp_isolation=ENCODINGS)
-    names = [match.encoding.replace("_", "-") for match in found]
-    if not names or len(data.translate(None, bytes(range(0x80)))) > len(data) / 2:
-        return names[:1]
-    is_chinese = True
-    try:
-        codecs.getincrementaldecoder("gb18030")().decode(data)  # the last character may be cut
-    except UnicodeDecodeError:
-        is_chinese = False
-    return list(dict.fromkeys(["gb18030"] * is_chinese + names[:3]))
 
 
 def lines(source: Source, progress: Progress = lambda n: None) -> Iterator[str]:
@@ -498,15 +414,3 @@ def parse_fields(pairs: list[str]) -> dict[str, str]:
             )
         rename[theirs] = ours
     return rename
-
-
-def check_encoding(name: str) -> None:
-    """Raises UserError unless Python knows a text encoding by this name."""
-    try:
-        "a".encode(name)
-        if codecs.lookup(name).name in NOT_ENCODINGS:
-            raise LookupError(name)
-    except (LookupError, UnicodeError):
-        raise UserError(
-            f"--encoding {name}: no such encoding; utf-8, gbk, gb18030, big5, latin-1, utf-16, cp1251, ..."
-        ) from None

@@ -1,0 +1,48 @@
+"""Runs that differ by their seed alone: their losses, and the interval of their mean.
+
+for rows, notes in tables(["train_1.log", "train_2.log"]): ...     # a group of runs, and what to know of it
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from base.configuration import UserError
+from base.logs import group_by_config, is_number, join_runs, seed_of, series
+from evaluation.statistics import mean_interval
+
+
+def tables(logs: list[str]) -> Iterator[tuple[list[tuple[str, ...]], list[str]]]:
+    """Rows and notes of each group of runs; raises UserError where no log has a validation loss.
+
+    A run's last loss is nan where it has diverged: then there is no mean, which would be that of the others alone.
+    """
+    runs = {name: run for name, run in join_runs(logs).items() if len(series(run["val"], "val_loss")[0])}
+    if not runs:
+        raise UserError(f"{logs[0]}: no validation loss in it yet")
+    headers = {name: run["header"][0] if run["header"] else {} for name, run in runs.items()}
+    for group in group_by_config(headers):
+        seeds = [str(seed_of(headers[name])) for name in group]
+        steps = [runs[name]["train"][-1]["step"] for name in group]
+        last = [runs[name]["val"][-1].get("val_loss") for name in group]
+        best = [series(runs[name]["val"], "val_loss")[1].min() for name in group]
+        losses = np.array([last_loss if is_number(last_loss) else math.nan for last_loss in last])
+        losses = np.stack([losses, best], axis=1)  # (runs, last and best)
+        rows = [("run", "seed", "steps", "last val loss", "best val loss")]
+        for name, seed, step, values in zip(group, seeds, steps, losses, strict=True):
+            rows.append((name, seed, str(step), *("not finite" if math.isnan(v) else f"{v:.4f}" for v in values)))
+        notes = []
+        if len(group) > 1 and np.isnan(losses).any():
+            notes.append("a run has diverged: no mean, which would be that of the others alone")
+        elif len(group) > 1:
+            summaries = [mean_interval(column) for column in losses.T]
+            rows.append(("mean", "", "", *(f"{mean:.4f}" for mean, _, _ in summaries)))
+            rows.append(("standard deviation", "", "", *(f"{deviation:.4f}" for _, deviation, _ in summaries)))
+            intervals = (f"{mean - half:.4f} to {mean + half:.4f}" for mean, _, half in summaries)
+            rows.append(("95% interval of the mean", "", "", *intervals))
+        if min(steps) < 0.99 * max(steps):
+            notes.append(f"runs of different length, {min(steps):,} to {max(steps):,} steps: not only seeds differ")
+        if twice := {seed for seed in seeds if seeds.count(seed) > 1}:
+            notes.append(f"several runs have the seed {min(twice)}: they say nothing about how much runs differ")
+        yield rows, notes
