@@ -29,6 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from base.configuration import (
+    BOOLEANS,
     Parser,
     UserError,
     command_line,
@@ -48,14 +49,15 @@ from text.formats import Source, parse_fields
 from text.inspection import inspect
 from text.scan import SPLIT_BY, CorpusScan, progress_bar, scan_corpus, some_names
 from text.splitting import Split
-from text.token_files import HEADER_SIZE, TokenFile, TokenFileWriter, arguments_for_all, read_header
-from text.tokenizer import (
-    BPETokenizer,
-    CharTokenizer,
-    Messages,
-    Tokenizer,
-    remove_special_tokens,
+from text.token_files import (
+    HEADER_SIZE,
+    TokenFile,
+    TokenFileWriter,
+    arguments_for_all,
+    how_images_are_read,
+    read_header,
 )
+from text.tokenizer import BPETokenizer, CharTokenizer, Messages, Tokenizer, remove_special_tokens
 from text.tokenizer_files import load_tokenizer
 
 BPE_SAMPLE = 50_000_000  # characters that BPE merges are learned from
@@ -79,7 +81,7 @@ def write_token_files(
     files: the token files appear when it is closed.
     """
     split = Split(scan, args.val_fraction)
-    stage, has_samples = scan.stage, scan.stage != "pretrain"
+    stage, has_samples, image_last = scan.stage, scan.stage != "pretrain", BOOLEANS[args.image_last]
     paths = {name: Path(args.output) / f"{stage}_{name}.bin" for name in ("train", "val")}
     sources = [source.describe() for source in scan.sources]
     header_size = HEADER_SIZE + 2 * len(json.dumps(sources)) // 4096 * 4096
@@ -91,7 +93,8 @@ def write_token_files(
         compression = executor.submit(compression_baselines, scan.compression_sample) if not has_samples else None
         if has_samples:
             records = (r for s in scan.sources for r in corpus.chat_records(s, bad_lines, progress, scan.image_size))
-            n_records = write_chats(records, split, tokenizer, writers, (args.image_size // args.patch_size) ** 2)
+            n_patches = (args.image_size // args.patch_size) ** 2
+            n_records = write_chats(records, split, tokenizer, writers, n_patches, image_last)
         else:
             documents = (d for s in scan.sources for d in scan.documents(s, bad_lines, progress))
             n_records = write_documents(documents, split, tokenizer, writers)
@@ -112,7 +115,7 @@ def write_token_files(
             "dropped": dict(scan.cleaner.dropped),
             "sources": sources,
             "baselines": {**baselines, **(compression.result() if compression else {})},
-            **({"image_size": args.image_size, "patch_size": args.patch_size} if stage == "vision" else {}),
+            **(how_images_are_read({**vars(args), "image_last": image_last}) if stage == "vision" else {}),
             **shared,
         }
         for name, writer in writers.items():
@@ -147,12 +150,16 @@ def write_chats(
     tokenizer: Tokenizer,
     writers: dict[str, TokenFileWriter],
     n_patches: int = 0,
+    image_last: bool = True,
 ) -> int:
-    """Encode conversations, or the two of a preference pair; returns their number. n_patches: of an image."""
+    """Encode conversations, or the two of a preference pair; returns their number.
+
+    n_patches: of an image; image_last: where it stands.
+    """
     record = -1
     for record, conversations in enumerate(records):
         for messages in conversations if split.is_kept[record] else ():
-            ids, mask = tokenizer.encode_chat(messages, n_patches)
+            ids, mask = tokenizer.encode_chat(messages, n_patches, image_last)
             image = next((message["image"] for message in messages if "image" in message), None)
             answers = [m for m in messages if m["role"] == "assistant" and m.get("weight", 1)]
             n_characters = sum(len(message["content"]) for message in answers)
@@ -346,6 +353,8 @@ def make_parser() -> Parser:
     add("--block_size", metavar="N", type=int, help="context window to check lengths against [config/model.json]")
     add("--image_size", metavar="N", type=int, help="width and height that images get [config/vision.json]")
     add("--patch_size", metavar="N", type=int, help="those of the patches they are read in [config/vision.json]")
+    switch = {"metavar": "true|false", "choices": BOOLEANS, "default": "true"}
+    add("--image_last", **switch, help="images stand after their questions, not before [true]")
     add("--max_bad_lines", metavar="N", type=int, default=10, help="bad records to skip before giving up [10]")
     add("--inspect", metavar="FILE", help="print statistics and samples of a token file")
     return parser
@@ -376,17 +385,8 @@ def default_files(output: Path) -> list[str]:
 def options_given(parser: Parser, args: argparse.Namespace, overrides: dict[str, Any]) -> list[str]:
     """The options of a command that prepares the same data again with another tokenizer."""
     options = []
-    for name in (
-        "encoding",
-        "plain_text",
-        "val_fraction",
-        "split_by",
-        "output",
-        "block_size",
-        "image_size",
-        "patch_size",
-        "max_bad_lines",
-    ):
+    names = ("encoding", "plain_text", "val_fraction", "split_by", "output", "block_size", "max_bad_lines")
+    for name in (*names, "image_size", "patch_size", "image_last"):
         value = getattr(args, name)
         if value != parser.get_default(name):
             options += [f"--{name}"] if value is True else [f"--{name}", str(value)]
@@ -397,8 +397,9 @@ def options_given(parser: Parser, args: argparse.Namespace, overrides: dict[str,
 
 def choose_image_size(args: argparse.Namespace, has_images: bool) -> None:
     """Put the sizes of config/vision.json where none are given, 0 where there are no images; raises UserError."""
-    if not has_images and (args.image_size, args.patch_size) != (None, None):
-        raise UserError("--image_size and --patch_size are for questions about images, which are not among the files")
+    if not has_images and (args.image_size, args.patch_size, args.image_last) != (None, None, "true"):
+        names = "--image_size, --patch_size and --image_last"
+        raise UserError(f"{names} are for questions about images, which are not among the files")
     values = read_json(find_config("vision")) if has_images else {"image_size": 0, "patch_size": 1}
     for name in ("image_size", "patch_size"):
         setattr(args, name, values[name] if getattr(args, name) is None else getattr(args, name))

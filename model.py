@@ -128,6 +128,7 @@ class ModelConfig(Config):
         0, "width and height that images get, in pixels; 0: text alone", minimum=0, maximum=4096, section="Vision"
     )
     patch_size: int = option(8, "width and height of a patch of an image, in pixels", minimum=1, maximum=4096)
+    image_last: bool = option(True, "an image stands after its question, so that its patches see what is asked")
     n_vision_layer: int = option(
         0, "blocks of full attention over the patches, before the text; 0: a projection alone", minimum=0, maximum=1000
     )

@@ -277,7 +277,8 @@ def conversation_ids(generator: TextGenerator, messages: Messages, for_answer: b
     """Token ids (T,) of a conversation as it stands; for_answer: ready for the answer. Raises BadRequest."""
     if for_answer:
         return chat_prompt(generator, messages)
-    return generator.tokenizer.encode_chat(messages, generator.model.config.n_patches)[0].tolist()
+    config = generator.model.config
+    return generator.tokenizer.encode_chat(messages, config.n_patches, config.image_last)[0].tolist()
 
 
 def image_among(messages: Messages, ids: list[int], generator: TextGenerator) -> np.ndarray | None:

@@ -137,7 +137,8 @@ class TextGenerator:
         def ids_without(n_turns: int) -> list[int]:
             start = asked[n_turns] if n_turns else 0
             kept = [message for message in messages[:start] if message["role"] == "system"] + messages[start:]
-            return self.tokenizer.encode_chat(kept, self.model.config.n_patches)[0].tolist()
+            config = self.model.config
+            return self.tokenizer.encode_chat(kept, config.n_patches, config.image_last)[0].tolist()
 
         ids = ids_without(0)
         if len(ids) <= limit or len(asked) < 2:

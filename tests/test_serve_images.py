@@ -249,11 +249,13 @@ def test_conversations_with_and_without_images_get_together_what_each_gets_alone
 
 
 def test_a_beginning_about_the_same_image_alone_is_used_again(client, local):
-    text = "tell me " * 9  # with the image more than a piece
+    turns = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "tell me " * 8}]  # more than a piece
     config = GenerationConfig(temperature=0.0, max_length=100)
     for file, is_reused in ((PICTURES[4], False), (PICTURES[5], False), (PICTURES[4], True)):
-        reply = ask(client, about(file, text), logit_bias={}, max_tokens=100 - len(local.prompt_ids(text)) - 4)
-        assert text_of(reply) == "".join(local.answer(text, config, image=read_image(file, 8)))
+        history = [{"role": "user", "content": "b", "image": read_image(file, 8)}, turns[0]]
+        n_tokens = len(local.prompt_ids(turns[1]["content"], history, room=0))
+        reply = ask(client, [*about(file, "b"), *turns], logit_bias={}, max_tokens=100 - n_tokens)
+        assert text_of(reply) == "".join(local.answer(turns[1]["content"], config, history, room=0))
         assert (reply.usage.prompt_tokens_details.cached_tokens > 0) is is_reused
 
 
@@ -261,7 +263,7 @@ def test_tokenize_shows_what_the_model_reads(server, local):
     for file in (PICTURES[0], contents(Image.fromarray(gradient(40, 30)), "JPEG")):
         read = server.post("/tokenize", messages=about(file), add_generation_prompt=True).json
         assert read["tokens"] == local.prompt_ids("hello", image=read_image(file, 8))
-        assert read["pieces"] == ["<|InstructMark|>", *[""] * 4, *"hello", "<|ResponseMark|>"]
+        assert read["pieces"] == ["<|InstructMark|>", *"hello", *[""] * 4, "<|ResponseMark|>"]
         shown = base64.b64decode(read["image"].removeprefix("data:image/png;base64,"))
         assert np.array_equal(read_image(shown, 8), read_image(file, 8))  # so it can be sent in its place
 

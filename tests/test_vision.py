@@ -26,14 +26,15 @@ from inference import Session
 from model import GPT, ModelConfig
 from serving.text_generator import GenerationConfig, TextGenerator, load_text_generator
 from text.batches import TrainBatches
+from text.template import TEMPLATES
 from text.token_files import TokenFile
-from text.tokenizer import PADDING, BPETokenizer
+from text.tokenizer import PADDING, BPETokenizer, CharTokenizer
 from training import memory
 from training.engine import Engine
 from training.optimizer import muon_matrices, rows_of_fused_matrices
 from training.setup import build_run
 from vision.encoder import patches
-from weights.checkpointing import load_checkpoint
+from weights.checkpointing import load_checkpoint, save_checkpoint
 
 SIZE, PATCH = 16, 4
 N = (SIZE // PATCH) ** 2
@@ -252,7 +253,7 @@ def coloured(work, call):
 
 
 def test_a_trained_model_answers_by_what_it_sees(coloured, call):
-    result = call("train.py", "-t", "vision", *SHAPE, *FAST, "--max_steps", "120")
+    result = call("train.py", "-t", "vision", *SHAPE, *FAST, "--max_steps", "200")
     assert result.status == 0, result.err
     result = call(
         "evaluate.py", "--questions", "vision_held_out.jsonl", "-m", "checkpoint/vision.pt", "--out", "a.jsonl"
@@ -315,7 +316,7 @@ def test_the_drawn_attention_is_what_the_answer_looks_at(coloured, call, monkeyp
     with torch.no_grad():
         generator.model(torch.tensor([[*ids, *drawn[:-1]]]), images=torch.from_numpy(image)[None])
     seen = seen[1:]  # without the encoder's own block
-    patches_at = slice(1, 5)  # after the mark of the question
+    patches_at = slice(len(ids) - 5, len(ids) - 1)  # before the mark of the answer
     expected = torch.stack([weights[first:, patches_at] for weights in seen])
     torch.testing.assert_close(torch.from_numpy(looks).flatten(2), expected)
 
@@ -497,6 +498,49 @@ def test_an_adapter_of_a_model_that_sees(coloured, call):
 def test_images_of_another_size_are_refused(coloured, call, options, words):
     result = call("train.py", "-t", "vision", *SHAPE, *FAST, *options)
     assert result.status == 1 and words in result.err and result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("template", ["nano", "chatml"])
+def test_an_image_stands_after_its_question_or_before(template):
+    """After all that is asked, a system message included, and before what ends the question."""
+    tokenizer = CharTokenizer("".join(map(chr, [10, *range(32, 127)])))
+    tokenizer.template = TEMPLATES[template]
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "ab", "image": 0}]
+    messages += [{"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}]
+    text = TEMPLATES[template].text(messages)
+    plain = tokenizer.encode(text, special=True).tolist()
+    assert tokenizer.encode_chat([{k: v for k, v in m.items() if k != "image"} for m in messages])[0].tolist() == plain
+    mark = TEMPLATES[template].user[0]
+    starts = {True: text.index("ab") + 2, False: text.rindex(mark, 0, text.index("ab")) + len(mark)}
+    for image_last, start in starts.items():
+        ids, mask = tokenizer.encode_chat(messages, 3, image_last)
+        first, second = (tokenizer.encode(part, special=True).tolist() for part in (text[:start], text[start:]))
+        assert ids.tolist() == [*first, *[tokenizer.vocab_size] * 3, *second]
+        assert mask.any() and not mask[ids == tokenizer.vocab_size].any()
+
+
+def test_a_model_of_an_earlier_version_reads_images_before_questions(coloured, call):
+    """Its checkpoint does not say where they stand, nor do its token files."""
+    ahead = ["--image_size", "8", "--patch_size", "4", "--image_last", "false"]
+    assert call("data.py", "vision.jsonl", "--block_size", "48", *ahead).status == 0
+    assert call("train.py", "-t", "vision", *SHAPE, *FAST, "--image_last", "false").status == 0
+    checkpoint = load_checkpoint("checkpoint/vision_last.pt")
+    assert checkpoint["model_config"].pop("image_last") is False
+    save_checkpoint("old.pt", checkpoint)
+    generator = load_text_generator("old.pt", "cpu", True)
+    ids = generator.prompt_ids("ab", image=np.zeros((3, 8, 8), np.uint8))
+    assert ids[1:5] == [generator.tokenizer.vocab_size] * 4 and not generator.model.config.image_last
+    assert call("data.py", "vision.jsonl", "--block_size", "48", *ahead[:4]).status == 0  # images come last now
+    go_on = ["train.py", "-t", "vision", *FAST, "--from_checkpoint", "old.pt", "--max_steps", "8"]
+    result = call(*go_on)
+    assert result.status == 1 and "in patches of 4, after their questions, which this model does not" in result.err
+    script, *options = shlex.split(re.search("`python (.*?)`", result.err)[1])
+    assert options[-2:] == ["--image_last", "false"] and call(Path(script).name, *options).status == 0
+    file = TokenFile("dataset/vision_train.bin")
+    assert file.header["image_last"] is False
+    assert call(*go_on).status == 0
+    result = call("data.py", "sft.jsonl", "--image_last", "false")
+    assert result.status == 1
 
 
 def test_the_advice_on_sizes_works(coloured, call):

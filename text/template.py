@@ -43,8 +43,11 @@ class ChatTemplate:
     system_in_question: bool = False  # a system message stands inside the turn of the next question
     strips: bool = False  # white space around messages is removed
 
-    def runs(self, messages: Messages) -> Iterator[Run]:
-        """The parts of a conversation in order; one that ends with a question ends where the answer begins."""
+    def runs(self, messages: Messages, image_last: bool = True) -> Iterator[Run]:
+        """The parts of a conversation in order; one that ends with a question ends where the answer begins.
+
+        image_last: an image stands after its question, not before it.
+        """
         if self.begin:
             yield Run([(self.begin, True)])
         if self.default_system and messages and messages[0]["role"] != "system":
@@ -64,12 +67,13 @@ class ChatTemplate:
             elif message["role"] == "system" and self.system_in_question:
                 system += pieces
             elif message["role"] == "user":
-                first, rest = pieces[:1], [*system, *pieces[1:]]
-                if message.get("image") is not None:  # it comes first in the question
-                    yield Run(first)
+                pieces[1:1] = system
+                if message.get("image") is not None:
+                    place = len(pieces) - 1 if image_last else 1
+                    yield Run(pieces[:place])
                     yield Run([], is_image=True)
-                    first = []
-                yield Run(first + rest)
+                    pieces = pieces[place:]
+                yield Run(pieces)
                 system = []
             else:
                 yield Run(pieces)

@@ -32,6 +32,19 @@ COUNT_CHUNK = 1 << 16  # tokens per call of bincount; fits the CPU cache
 DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64}
 
 
+def how_images_are_read(values: dict[str, Any]) -> dict[str, Any]:
+    """The sizes of images and where they stand, by a token file's header, or by the fields of a model.
+
+    Files of an earlier version do not say where: before their questions.
+    """
+    return {name: values.get(name, False) for name in ("image_size", "patch_size", "image_last")}
+
+
+def describe_images(values: dict[str, Any]) -> str:
+    place = "after" if values["image_last"] else "before"
+    return f"images of {values['image_size']} pixels in patches of {values['patch_size']}, {place} their questions"
+
+
 class TokenFileWriter:
     """Writes one split in a single pass and bounded memory: tokens directly, the loss mask via a temporary file."""
 

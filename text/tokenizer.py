@@ -81,17 +81,20 @@ class Tokenizer(ABC):
         first = np.array([self.bos] if begins and self.bos is not None else [], self.dtype)
         return np.concatenate([first, *parts, np.array([self.eos] * ends, self.dtype)])
 
-    def encode_chat(self, messages: Messages, n_patches: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def encode_chat(
+        self, messages: Messages, n_patches: int = 0, image_last: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Apply the chat template to a conversation; returns token ids (T,) and loss mask (T,).
 
         With our own template each turn is <|InstructMark|>question<|ResponseMark|>answer<|eos|>; a system message is
         prepended to the next question. The loss mask is 1 on answers and the token that ends them (but for those with
         "weight": 0): the model learns to answer and to stop, not to ask.
         A conversation whose last message is from the user ends where the answer begins: a prompt to complete.
-        n_patches: of an image; as many places with the id vocab_size, which is no token's, stand for each.
+        n_patches: of an image; as many places with the id vocab_size, which is no token's, stand for each, behind its
+        question, or with image_last False before it.
         """
         ids, mask = [], []
-        for run in self.template.runs(messages):
+        for run in self.template.runs(messages, image_last):
             ids += [self.vocab_size] * (n_patches * run.is_image)
             for part in self._encode_pieces(run.pieces):
                 ids += part.tolist()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from base.configuration import UserError, command_line
 from model import GPT
 from text.batches import Batch, Pairs, collate_pairs
+from text.token_files import describe_images, how_images_are_read
 from text.tokenizer import Tokenizer
 from training.diffusion import DiffusionLoss
 from training.engine import Engine, Loss
@@ -94,13 +95,11 @@ class DistillationLoss:
 
 def check_teacher_images(teacher: GPT, path: str, data: list[Any]) -> None:
     """Raises UserError where the data has images that a teacher does not read as the student does."""
-    names = "image_size", "patch_size"
     for file in [dataset.file for dataset in data if dataset.file.images is not None]:
-        has, reads = ([values[name] for name in names] for values in (file.header, teacher.config.to_dict()))
+        has, reads = how_images_are_read(file.header), how_images_are_read(teacher.config.to_dict())
         if has != reads:
-            sees = "reads images of {} pixels in patches of {}".format(*reads) if reads[0] else "reads text alone"
-            images = "images of {} pixels in patches of {}".format(*has)
-            raise UserError(f"teacher: {path} {sees}, and {file.path} has {images}: name another teacher")
+            sees = f"reads {describe_images(reads)}" if reads["image_size"] else "reads text alone"
+            raise UserError(f"teacher: {path} {sees}, and {file.path} has {describe_images(has)}: name another teacher")
 
 
 def make_distillation(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[Any]) -> DistillationLoss:

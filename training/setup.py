@@ -244,7 +244,7 @@ CONTEXT_FIELDS = ("block_size", "rope_scaling", "rope_factor")
 
 
 # what a model of text alone gets when it learns to see
-VISION_FIELDS = {"image_size", "patch_size", "n_vision_layer"}
+VISION_FIELDS = {"image_size", "patch_size", "image_last", "n_vision_layer"}
 
 
 def context_changes(config: TrainConfig, explicit: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, Any]:

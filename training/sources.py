@@ -19,7 +19,7 @@ from problems.config import SHAPE, ProblemConfig, find_problem, parse_length
 from problems.instances import HeldOut, InstanceSampler, TrainInstances, exact_match
 from problems.tasks import Problem
 from text.batches import TrainBatches, ValidationBatches
-from text.token_files import TokenFile
+from text.token_files import TokenFile, describe_images, how_images_are_read
 from text.tokenizer import CharTokenizer, Tokenizer
 from text.tokenizer_files import load_tokenizer
 from training.advice import preparing, preparing_again
@@ -177,18 +177,20 @@ def check_vocabulary(file: TokenFile, tokenizer: Tokenizer, config: TrainConfig)
 
 
 def check_images(file: TokenFile, shape: ModelConfig, config: TrainConfig) -> None:
-    """Raises UserError where a file has images, and of other sizes than the model reads."""
-    names = "image_size", "patch_size"
-    prepared, read = ([values.get(name) for name in names] for values in (file.header, shape.to_dict()))
-    if file.images is None or prepared == read:
+    """Raises UserError where a file has images, and of other sizes than the model reads, or in another place."""
+    if file.images is None:
         return
-    sizes = " ".join(f"--{name} {value}" for name, value in zip(names, read, strict=True))
+    prepared, read = how_images_are_read(file.header), how_images_are_read(shape.to_dict())
+    if prepared == read:
+        return
+    sizes = " ".join(f"--{name} {str(value).lower()}" for name, value in read.items())
     advice = f"run `{preparing_again(file, config.from_checkpoint or config.tokenizer_path)} {sizes}`"
     if not shape.image_size:
-        advice = f"--image_size {prepared[0]} --patch_size {prepared[1]} gives a new model an encoder for them"
+        sizes = " ".join(f"--{name} {str(value).lower()}" for name, value in prepared.items())
+        advice = f"{sizes} gives a new model an encoder for them"
     raise UserError(
-        f"{file.path}: images of {prepared[0]} pixels in patches of {prepared[1]}, which this model does not read "
-        f"(image_size {read[0]}, patch_size {read[1]}); {advice}"
+        f"{file.path}: {describe_images(prepared)}, which this model does not read "
+        f"(image_size {read['image_size']}, patch_size {read['patch_size']}, image_last {read['image_last']}); {advice}"
     )
 
 
