@@ -18,10 +18,11 @@ class EmptyLog(UserError):
     """A log that has no loss of a training step yet."""
 
 
-def read_log(path: str | Path) -> dict[str, list[dict[str, Any]]]:
+def read_log(path: str | Path, needs_loss: bool = True) -> dict[str, list[dict[str, Any]]]:
     """The records of a log by type: header, train, val. A last line that is still being written is left out.
 
-    Raises UserError where the file is missing or is not a log, EmptyLog where no training step has a loss yet.
+    Raises UserError where the file is missing or is not a log, EmptyLog where there is no training step in it yet, or
+    with needs_loss none that has a finite loss.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: {'not a file' if Path(path).exists() else 'no such log'}")
@@ -44,20 +45,21 @@ def read_log(path: str | Path) -> dict[str, list[dict[str, Any]]]:
                         ) from None
     if not records["train"]:
         raise EmptyLog(f"{path}: no training steps in it yet")
-    if not len(series(records["train"], "loss")[0]):
+    if needs_loss and not len(series(records["train"], "loss")[0]):
         raise EmptyLog(f"{path}: no loss in it that is a finite number")
     return records
 
 
-def join_runs(paths: list[str]) -> dict[str, dict[str, list[dict]]]:
+def join_runs(paths: list[str], needs_loss: bool = True) -> dict[str, dict[str, list[dict]]]:
     """Records by the name of the run; the log of a resumed run replaces the rest of its earlier log.
 
     Logs without a step, as of a run that was over when it was resumed, are left out with a warning, unless all are.
+    needs_loss: as in read_log().
     """
     runs, empty = {}, []
     for path in paths:
         try:
-            records = read_log(path)
+            records = read_log(path, needs_loss)
         except EmptyLog as error:
             empty.append(error)
             continue
@@ -94,14 +96,14 @@ def goes_on(run: dict[str, Any], header: dict[str, Any], start: int) -> bool:
     interval = was.get("log_interval")
     last = run["train"][-1]["step"] + (interval if is_step(interval) and interval else 1)  # at least where it stopped
     shapes = [part if isinstance(part := h.get("model_config"), dict) else {} for h in (before, header)]
-    folders = [Path(str(was.get("save_checkpoint_to"))).name, Path(str(now.get("from_checkpoint"))).parent.name]
-    is_elsewhere = was.get("save_checkpoint_to") and now.get("from_checkpoint") and folders[0] != folders[1]
+    folders = was.get("save_checkpoint_to"), now.get("from_checkpoint") and Path(str(now["from_checkpoint"])).parent
+    is_elsewhere = all(folders) and len({Path(str(folder)).resolve().name for folder in folders}) > 1
     fields = shapes[0].keys() & shapes[1].keys() - {"dropout"}
     return (
         run["stage"] == str(header.get("stage") or "")
         and last > start
         and not is_elsewhere
-        and was.get("random_seed") == now.get("random_seed")
+        and all(was.get(name) == now.get(name) for name in ("random_seed", "use_lora"))
         and all(shapes[0][name] == shapes[1][name] for name in fields)
     )
 

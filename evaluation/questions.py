@@ -8,6 +8,7 @@ A conversation is asked turn by turn, each with the true history before it: what
 does not make it fail at a later one.
 """
 
+import math
 import re
 import sys
 import unicodedata
@@ -96,10 +97,12 @@ def ask(generator: TextGenerator, turn: Turn) -> Answer:
     try:
         history = [{**m, "image": generator.open_image(m["image"])} if "image" in m else m for m in turn.history]
         image = generator.open_image(turn.image) if turn.image else None
-        room = len(generator.tokenizer.encode(normalise(turn.expected)))
+        room = len(generator.tokenizer.encode(normalise(turn.expected))) + 1  # and for its end
+        if generator.model.config.mask_token:  # which fills in whole blocks
+            room = math.ceil(room / generator.answer_block) * generator.answer_block
         whole = [*history, {"role": "user", "content": turn.question, "image": image}]
-        n_tokens = len(generator.chat_ids(whole, sys.maxsize))
-        is_cut = bool(history) and n_tokens > generator.model.config.block_size - room
+        sizes = [len(generator.chat_ids(whole, n)) for n in (sys.maxsize, generator.model.config.block_size - room)]
+        is_cut = sizes[1] < sizes[0]
         pieces = generator.answer(turn.question, GenerationConfig(temperature=0.0), history, image=image, room=room)
         return Answer(turn, "".join(pieces), is_cut=is_cut)
     except UserError as error:

@@ -4,6 +4,7 @@ for rows, notes in tables(["train_1.log", "train_2.log"]): ...     # a group of 
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,11 +15,15 @@ from evaluation.statistics import mean_interval
 
 
 def tables(logs: list[str]) -> Iterator[tuple[list[tuple[str, ...]], list[str]]]:
-    """Rows and notes of each group of runs; raises UserError where no log has a validation loss.
+    """Rows and notes of each group of runs; raises UserError where no log has a validation yet.
 
-    A run's last loss is nan where it has diverged: then there is no mean, which would be that of the others alone.
+    Losses are nan where a run has diverged: then there is no mean, which would be that of the others alone.
     """
-    runs = {name: run for name, run in join_runs(logs).items() if len(series(run["val"], "val_loss")[0])}
+    runs = join_runs(logs, needs_loss=False)
+    for name in [name for name, run in runs.items() if not run["val"]]:
+        del runs[name]
+        if runs:
+            warnings.warn(f"{name}: no validation loss in it yet: left out", stacklevel=2)
     if not runs:
         raise UserError(f"{logs[0]}: no validation loss in it yet")
     headers = {name: run["header"][0] if run["header"] else {} for name, run in runs.items()}
@@ -26,9 +31,9 @@ def tables(logs: list[str]) -> Iterator[tuple[list[tuple[str, ...]], list[str]]]
         seeds = [str(seed_of(headers[name])) for name in group]
         steps = [runs[name]["train"][-1]["step"] for name in group]
         last = [runs[name]["val"][-1].get("val_loss") for name in group]
-        best = [series(runs[name]["val"], "val_loss")[1].min() for name in group]
+        best = [series(runs[name]["val"], "val_loss")[1].min(initial=math.inf) for name in group]
         losses = np.array([last_loss if is_number(last_loss) else math.nan for last_loss in last])
-        losses = np.stack([losses, best], axis=1)  # (runs, last and best)
+        losses = np.stack([losses, np.where(np.isinf(best), math.nan, best)], axis=1)  # (runs, last and best)
         rows = [("run", "seed", "steps", "last val loss", "best val loss")]
         for name, seed, step, values in zip(group, seeds, steps, losses, strict=True):
             rows.append((name, seed, str(step), *("not finite" if math.isnan(v) else f"{v:.4f}" for v in values)))

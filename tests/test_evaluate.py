@@ -219,19 +219,22 @@ def test_a_training_text_is_searched_in_bounded_memory(work):
 
 @pytest.mark.parametrize("n_answer", [1, 5])
 def test_turns_are_left_out_only_where_they_do_not_fit_with_the_answer(call, chat, monkeypatch, n_answer):
-    """A window of 32, as in training: what of a conversation fits into 33 tokens, its end included, is asked whole."""
+    """A window of 32, as in training: what of a conversation fits into it, its end included, is asked whole."""
     seen = []
     monkeypatch.setattr(GPT, "generate", lambda self, idx, *_, **__: iter(seen.append(idx[0].tolist()) or ()))
     for n in range(1, 30):
         turns = [("user", "a" * n), ("assistant", "b"), ("user", "c"), ("assistant", "d" * n_answer)]
         messages = [{"role": role, "content": content} for role, content in turns]
         whole, last = (chat.tokenizer.encode_chat(part)[0].tolist() for part in (messages[:3], messages[2:3]))
-        fits = len(whole) + n_answer + 1 <= 33
+        fits = len(whole) + n_answer + 1 <= 32
         messages[1]["weight"] = 0
         result = ask(call, [{"messages": messages}], "--out", "said.jsonl")
         said = json.loads(Path("said.jsonl").read_text(encoding="utf-8"))
         assert seen.pop() == (whole if fits else last) and said.get("without_oldest_turns", False) is not fits
         assert ("1 of 1 questions without their oldest turns" in result.err) is not fits
+    messages = [("system", "a"), ("user", "b"), ("assistant", "c" * 29)]  # too long: but there is no turn to leave out
+    result = ask(call, [{"messages": [{"role": role, "content": content} for role, content in messages]}])
+    assert "oldest turns" not in result.err and chat.tokenizer.decode(seen.pop()).startswith("<|InstructMark|>a\nb")
 
 
 def test_answers_replace_nothing_but_earlier_answers(call, chat):
@@ -315,7 +318,7 @@ def test_questions_are_read_as_data_py_reads_them(call, chat, work):
         (work / "q.jsonl.gz").write_bytes(gzip.compress((text * 9).encode(encoding)))
         command = ("evaluate.py", "-m", "m.pt", "--questions", "q.jsonl.gz", "--fields", "question=Q", "answer=A")
         refused = call(*command)
-        assert refused.status == 1 and f"--encoding {encoding}\n" in refused.err
+        assert refused.status == 1 and encoding in refused.err.split("--encoding ")[1]
         assert call(*command, "--encoding", encoding).out.endswith("\nheld-out exact match: 100.0% (9/9)\n")
     unnamed = call(*command[:-3], "--encoding", "utf-16")
     assert unnamed.status == 1 and "--fields question=NAME answer=NAME" in unnamed.err
@@ -618,7 +621,8 @@ def test_a_text_is_read_as_data_py_reads_it(call, work):
     (work / "gbk.txt").write_bytes(text.replace("\n", "\r\n").encode("gbk"))
     refused = call("evaluate.py", "gbk.txt", "-m", "m.pt")
     assert refused.status == 1 and "gbk.txt: not UTF-8 text: byte 0xc4 at 4; " in refused.err
-    assert overall(call, "gbk.txt", "--encoding", re.search(r"--encoding (\S+)", refused.err)[1]) == expected
+    assert "gb18030 (abc 你好 def" in refused.err
+    assert overall(call, "gbk.txt", "--encoding", "gb18030") == expected
     (work / "t.txt.gz").write_bytes(gzip.compress(text.encode()))
     assert overall(call, "t.txt.gz") == expected
     write_jsonl(work / "t.jsonl", [{"body": text}])
@@ -755,6 +759,12 @@ def test_runs_of_one_config_are_put_together_and_those_of_others_apart(call, wor
     result = call("evaluate.py", "--runs", "a.log", "b.log", "c.log")
     assert "| b   | 2    | 30    | not finite    | 2.2000" in result.out and "mean" not in result.out
     assert result.err.startswith("warning: a run has diverged: no mean")
+    write_run("b.log", 2, [math.nan] * 3)
+    result = call("evaluate.py", "--runs", "a.log", "b.log", "c.log")
+    assert "| b   | 2    | 30    | not finite    | not finite" in result.out and "mean" not in result.out
+    write_run("b.log", 2, [])
+    result = call("evaluate.py", "--runs", "b.log", "a.log", "c.log")
+    assert result.err == "warning: b: no validation loss in it yet: left out\n" and "mean" in result.out
     write_run("b.log", 2, [3, 2.2, 2.1], n_steps=60)
     result = call("evaluate.py", "--runs", "a.log", "b.log", "c.log")
     assert "mean" in result.out and "warning: runs of different length, 30 to 60 steps" in result.err

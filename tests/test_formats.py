@@ -878,17 +878,18 @@ def test_of_few_samples_one_is_for_validation(call, work):
     ("User: hello\nBot: 你好\n" * 100, "gbk", {"gb18030": "Bot: 你好", "cp949": "Bot: 콱봤"}),
     ("I have 一只猫 and it 喜欢 eating 鱼\n" * 100, "gbk", {"gb18030": "and it 喜欢 eating 鱼"}),
     ("Le garçon a mangé des pâtes à la crème.\n" * 20, "cp1252", {}),  # no other reads it
+    ("Die Bücher liegen über dem Stuhl\n" * 20, "cp1252", {"cp1252": "Die Bücher liegen üb"}),
     ("你好，世界。今天天气很好，我们去公园散步。\n" * 30, "gbk", {}),
     ("Привет, как дела? Сегодня хорошая погода.\n" * 20, "cp1251", {}),
 ])  # fmt: skip
 def test_an_encoding_that_cannot_be_told_is_left_to_who_can_read(call, work, text, encoding, candidates):
-    """What each would read is shown where most of a text is ASCII; the first is one that reads it without an error."""
+    """What each would read is shown where most of a text is ASCII, and none is recommended."""
     (work / "a.txt").write_bytes(text.encode(encoding))
     result = call("data.py", "a.txt", "--block_size", "16")
     assert result.status == 1 and all(f"{name} ({shown})" in result.err for name, shown in candidates.items())
-    assert ("take the encoding that reads right" in result.err) is bool(candidates)
-    named = re.search(r"--encoding (\S+)", result.err)[1]
-    assert named == ("gb18030" if encoding == "gbk" else encoding)
+    named = re.search(r"--encoding (\w+)", result.err)[1]
+    assert named == ("NAME" if candidates else "gb18030" if encoding == "gbk" else encoding)
+    named = next(iter(candidates), named)
     assert call("data.py", "a.txt", "--block_size", "16", "--encoding", named).status == 0
 
 

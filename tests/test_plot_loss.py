@@ -83,9 +83,23 @@ def test_a_resumed_log_goes_on_from_that_of_its_own_run(work, call):
     assert runs["a"]["header"][0]["train_config"]["learning_rate"] == 1e-4
     result = call("evaluate.py", "--runs", *names)  # each in a table of its own: their rates differ
     assert "| a   | 1    | 60" in result.out and "| b   | 2    | 60" in result.out
-    for other in (header(3, "one", "one/x_last.pt"), header(1, "one", "two/x_last.pt"), header(1, "one", shape=3)):
+    lora = header(1, "one")
+    lora["train_config"]["use_lora"] = True
+    for other in (
+        header(3, "one", "one/x_last.pt"),
+        header(1, "one", "two/x_last.pt"),
+        header(1, "one", shape=3),
+        lora,
+    ):
         write_log(work / "c.log", range(41, 61), resumed=40, **other)
         assert list(logs.join_runs([names[0], names[2]])) == ["a", "c"], other
+
+
+def test_a_folder_is_the_same_however_it_is_named(work):
+    for name, start in (("a", ""), ("b", str(work / "x_last.pt"))):
+        config = {"train_config": {"save_checkpoint_to": ".", "from_checkpoint": start}}
+        write_log(work / f"{name}.log", range(1, 41) if name == "a" else range(41, 61), 40 * (name == "b"), **config)
+    assert list(logs.join_runs(["a.log", "b.log"])) == ["a"]
 
 
 @pytest.mark.parametrize(("last", "is_one"), [(200, True), (201, True), (161, False)])

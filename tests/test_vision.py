@@ -538,9 +538,11 @@ def test_a_model_of_an_earlier_version_reads_images_before_questions(coloured, c
     assert options[-2:] == ["--image_last", "false"] and call(Path(script).name, *options).status == 0
     file = TokenFile("dataset/vision_train.bin")
     assert file.header["image_last"] is False
-    assert call(*go_on).status == 0
+    for value, status in (("true", 1), ("false", 0)):
+        assert call(*go_on, "--image_last", value).status == status
+    write_jsonl(coloured / "sft.jsonl", [{"question": "q", "answer": "a"}])
     result = call("data.py", "sft.jsonl", "--image_last", "false")
-    assert result.status == 1
+    assert result.status == 1 and "--image_last are for questions about images" in result.err
 
 
 def test_the_advice_on_sizes_works(coloured, call):

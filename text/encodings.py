@@ -40,7 +40,7 @@ def wrong_encoding(file: str, encoding: str, error: UnicodeDecodeError, offset: 
         places = [max(0, len(before.decode(name, "replace")) - 8) for name in likely]
         read = [line.decode(name, "replace")[i : i + 20].strip() for name, i in zip(likely, places, strict=True)]
         shown = ", ".join(f"{name} ({text})" for name, text in zip(likely, read, strict=True))
-        return UserError(f"{problem}; take the encoding that reads right, of {shown}: --encoding {likely[0]}")
+        return UserError(f"{problem}; --encoding NAME, with the name of what reads right: {shown}")
     return UserError(f"{problem}; it looks like {likely[0]}: --encoding {likely[0]}" if likely else problem)
 
 
@@ -49,9 +49,10 @@ def without_byte_order(file: str, encoding: str, data: bytes) -> UserError:
     problem = f"{file}: not {encoding.upper()} text, which begins with a byte order mark"
     if b"\0" not in data and (data.isascii() or is_utf8(data)):
         return UserError(f"{problem}; it is UTF-8: leave out --encoding")
-    if encoding == "utf-16" and b"\0" in data:
+    if codecs.lookup(encoding).name == "utf-16" and b"\0" in data:
         return not_text(file, data)  # which says what it looks like
-    return UserError(f"{problem}; --encoding {encoding}-le and {encoding}-be take one without")
+    name = codecs.lookup(encoding).name
+    return UserError(f"{problem}; --encoding {name}-le and {name}-be take one without")
 
 
 def is_utf8(data: bytes) -> bool:
@@ -91,7 +92,7 @@ def likely_encodings(data: bytes) -> list[str]:
         codecs.getincrementaldecoder("gb18030")().decode(data)  # the last character may be cut
     except UnicodeDecodeError:
         is_chinese = False
-    return list(dict.fromkeys(["gb18030"] * is_chinese + names[:3]))
+    return list(dict.fromkeys(names[:3] + ["gb18030"] * is_chinese))
 
 
 def check_encoding(name: str) -> None:

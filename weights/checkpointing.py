@@ -229,6 +229,9 @@ def check_layout(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     for name, kind in REQUIRED.items():
         if not isinstance(checkpoint.get(name), kind):
             raise UserError(f"{path}: damaged checkpoint: {name} is missing or not of type {kind.__name__}")
+    shape = checkpoint["model_config"]
+    if shape.get("image_size") and "image_last" not in shape:  # of an earlier version
+        shape["image_last"] = False
     return checkpoint
 
 
@@ -374,8 +377,6 @@ def load_model(checkpoint: dict[str, Any], where: str | Path, sdp_kernel: str = 
                 "n_expert_per_token 1 of an earlier version, whose router was never trained (its gate was always 1): "
                 "train it again"
             )
-        if values.get("image_size") and "image_last" not in values:  # of an earlier version
-            values["image_last"] = False
         as_trained = ModelConfig(**values)  # which fills in rope_trained_length where an older checkpoint lacks it
         config = ModelConfig(**{**as_trained.to_dict(), **changes})
     except UserError as error:
