@@ -58,7 +58,8 @@ def limits_reached(config: TrainConfig, state: Any) -> dict[str, Any]:
     if config.max_steps and state.step >= config.max_steps:
         reached["max_steps"] = 2 * state.step
     if config.decay_over == "time" and state.seconds >= 60 * config.max_minutes:
-        reached["max_minutes"] = 2 * max(config.max_minutes, math.ceil(state.seconds / 60))
+        used = state.seconds / 60  # the last step may have ended a little later
+        reached["max_minutes"] = 2 * (config.max_minutes if used < 1.5 * config.max_minutes else math.ceil(used))
     if config.patience and state.evals_without_gain >= config.patience:
         reached["patience"] = 2 * config.patience
     if config.target_val_loss is not None and state.best_val_loss <= config.target_val_loss:

@@ -27,7 +27,7 @@ from layers.sparse_attention import SparseAttention
 from model import GPT, SDP_KERNELS, ModelConfig
 from text.batches import Samples, Windows
 from text.token_files import TokenFile
-from training.advice import preparing_all
+from training.advice import limits_reached, preparing_all
 from training.engine import Engine
 from training.losses import FIELDS_OF_LOSSES
 from training.memory import CPU_RANGE, memory_estimate, trainable_count
@@ -325,12 +325,13 @@ def warnings(run: Any, needed: float, available: float | None) -> list[str]:
     files = [dataset.file for dataset in getattr(batches, "datasets", ())]
     if config.planned_for and any(file.header.get("preparation") != config.planned_for for file in files):
         found.append(f"the plan was made for other data than {files[0].path} holds now: run plan.py again")
-    if config.max_steps and run.state.step >= config.max_steps:
-        twice = 2 * run.state.step
-        return [*found, f"the run is at step {run.state.step} of {config.max_steps} (max_steps): --max_steps {twice}"]
-    if config.decay_over == "time" and run.state.seconds >= 60 * config.max_minutes:
+    enough = limits_reached(config, run.state)
+    if "max_steps" in enough:
+        where = f"at step {run.state.step} of {config.max_steps} (max_steps)"
+        return [*found, f"the run is {where}: --max_steps {enough['max_steps']}"]
+    if "max_minutes" in enough:
         used, limit = run.state.seconds / 60, config.max_minutes
-        more = f"--max_minutes {2 * max(limit, math.ceil(used)):g}"
+        more = f"--max_minutes {enough['max_minutes']:g}"
         return [*found, f"the run has used {used:.3g} of {limit:g} minutes (max_minutes): {more}"]
     if config.max_steps and config.warmup_iters >= config.max_steps:
         found.append(
