@@ -81,7 +81,7 @@ def write_token_files(
     files: the token files appear when it is closed.
     """
     split = Split(scan, args.val_fraction)
-    stage, has_samples, image_last = scan.stage, scan.stage != "pretrain", BOOLEANS[args.image_last]
+    stage, has_samples = scan.stage, scan.stage != "pretrain"
     paths = {name: Path(args.output) / f"{stage}_{name}.bin" for name in ("train", "val")}
     sources = [source.describe() for source in scan.sources]
     header_size = HEADER_SIZE + 2 * len(json.dumps(sources)) // 4096 * 4096
@@ -94,7 +94,7 @@ def write_token_files(
         if has_samples:
             records = (r for s in scan.sources for r in corpus.chat_records(s, bad_lines, progress, scan.image_size))
             n_patches = (args.image_size // args.patch_size) ** 2
-            n_records = write_chats(records, split, tokenizer, writers, n_patches, image_last)
+            n_records = write_chats(records, split, tokenizer, writers, n_patches, args.image_last)
         else:
             documents = (d for s in scan.sources for d in scan.documents(s, bad_lines, progress))
             n_records = write_documents(documents, split, tokenizer, writers)
@@ -115,7 +115,7 @@ def write_token_files(
             "dropped": dict(scan.cleaner.dropped),
             "sources": sources,
             "baselines": {**baselines, **(compression.result() if compression else {})},
-            **(how_images_are_read({**vars(args), "image_last": image_last}) if stage == "vision" else {}),
+            **(how_images_are_read(vars(args)) if stage == "vision" else {}),
             **shared,
         }
         for name, writer in writers.items():
@@ -353,8 +353,8 @@ def make_parser() -> Parser:
     add("--block_size", metavar="N", type=int, help="context window to check lengths against [config/model.json]")
     add("--image_size", metavar="N", type=int, help="width and height that images get [config/vision.json]")
     add("--patch_size", metavar="N", type=int, help="those of the patches they are read in [config/vision.json]")
-    switch = {"metavar": "true|false", "choices": BOOLEANS, "default": "true"}
-    add("--image_last", **switch, help="images stand after their questions, not before [true]")
+    switch = {"metavar": "true|false", "choices": BOOLEANS}
+    add("--image_last", **switch, help="images stand after their questions, not before [config/vision.json]")
     add("--max_bad_lines", metavar="N", type=int, default=10, help="bad records to skip before giving up [10]")
     add("--inspect", metavar="FILE", help="print statistics and samples of a token file")
     return parser
@@ -396,13 +396,14 @@ def options_given(parser: Parser, args: argparse.Namespace, overrides: dict[str,
 
 
 def choose_image_size(args: argparse.Namespace, has_images: bool) -> None:
-    """Put the sizes of config/vision.json where none are given, 0 where there are no images; raises UserError."""
-    if not has_images and (args.image_size, args.patch_size, args.image_last) != (None, None, "true"):
+    """Put what config/vision.json says where nothing is given, size 0 where there are no images; raises UserError."""
+    if not has_images and (args.image_size, args.patch_size, args.image_last) != (None, None, None):
         names = "--image_size, --patch_size and --image_last"
         raise UserError(f"{names} are for questions about images, which are not among the files")
     values = read_json(find_config("vision")) if has_images else {"image_size": 0, "patch_size": 1}
     for name in ("image_size", "patch_size"):
         setattr(args, name, values[name] if getattr(args, name) is None else getattr(args, name))
+    args.image_last = BOOLEANS[args.image_last] if args.image_last else values.get("image_last", True)
     if has_images and (not 1 <= args.patch_size <= args.image_size <= 4096 or args.image_size % args.patch_size):
         sizes = f"{args.image_size} and {args.patch_size}"
         raise UserError(f"--image_size must be a multiple of --patch_size, both from 1 to at most 4096; got {sizes}")

@@ -91,11 +91,11 @@ def goes_on(run: dict[str, Any], header: dict[str, Any], start: int) -> bool:
 
     What a resumed run may change, as its learning rates, makes no difference, nor what a log does not say.
     """
-    before = run["header"][0] if run["header"] else {}
-    was, now = (part if isinstance(part := h.get("train_config"), dict) else {} for h in (before, header))
+    headers = run["header"][0] if run["header"] else {}, header
+    was, now = (part(h, "train_config") for h in headers)
     interval = was.get("log_interval")
     last = run["train"][-1]["step"] + (interval if is_step(interval) and interval else 1)  # at least where it stopped
-    shapes = [part if isinstance(part := h.get("model_config"), dict) else {} for h in (before, header)]
+    shapes = [part(h, "model_config") for h in headers]
     folders = was.get("save_checkpoint_to"), now.get("from_checkpoint") and Path(str(now["from_checkpoint"])).parent
     is_elsewhere = all(folders) and len({Path(str(folder)).resolve().name for folder in folders}) > 1
     fields = shapes[0].keys() & shapes[1].keys() - {"dropout"}
@@ -115,8 +115,7 @@ def group_by_config(headers: dict[str, dict[str, Any]]) -> list[list[str]]:
     """
     groups: dict[str, list[str]] = {}
     for name, header in headers.items():
-        config = header.get("train_config")
-        config = {k: v for k, v in config.items() if k not in OF_ONE_RUN} if isinstance(config, dict) else {}
+        config = {k: v for k, v in part(header, "train_config").items() if k not in OF_ONE_RUN}
         key = json.dumps([config, header.get("model_config")], sort_keys=True)
         groups.setdefault(key, []).append(name)
     return list(groups.values())
@@ -124,8 +123,12 @@ def group_by_config(headers: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 def seed_of(header: dict[str, Any]) -> Any:
     """The random seed of a run; None where its header names none."""
-    config = header.get("train_config")
-    return config.get("random_seed") if isinstance(config, dict) else None
+    return part(header, "train_config").get("random_seed")
+
+
+def part(record: dict[str, Any], name: str) -> dict[str, Any]:
+    """A dict in a record; empty where it is none."""
+    return value if isinstance(value := record.get(name), dict) else {}
 
 
 def is_number(value: Any) -> bool:

@@ -1,6 +1,8 @@
 """Runs that differ by their seed alone: their losses, and the interval of their mean.
 
-for rows, notes in tables(["train_1.log", "train_2.log"]): ...     # a group of runs, and what to know of it
+    for rows, notes in tables(["train_1.log", "train_2.log"]): ...     # a group of runs, and what to know of it
+
+Whether two configs differ is told by how far their means lie apart, beside how far runs of one config do.
 """
 
 import math
@@ -19,21 +21,20 @@ def tables(logs: list[str]) -> Iterator[tuple[list[tuple[str, ...]], list[str]]]
 
     Losses are nan where a run has diverged: then there is no mean, which would be that of the others alone.
     """
-    runs = join_runs(logs, needs_loss=False)
-    for name in [name for name, run in runs.items() if not run["val"]]:
-        del runs[name]
-        if runs:
-            warnings.warn(f"{name}: no validation loss in it yet: left out", stacklevel=2)
+    joined = join_runs(logs, needs_loss=False)
+    runs = {name: run for name, run in joined.items() if run["val"]}
     if not runs:
         raise UserError(f"{logs[0]}: no validation loss in it yet")
+    for name in [name for name in joined if name not in runs]:
+        warnings.warn(f"{name}: no validation loss in it yet: left out", stacklevel=2)
     headers = {name: run["header"][0] if run["header"] else {} for name, run in runs.items()}
     for group in group_by_config(headers):
         seeds = [str(seed_of(headers[name])) for name in group]
         steps = [runs[name]["train"][-1]["step"] for name in group]
-        last = [runs[name]["val"][-1].get("val_loss") for name in group]
-        best = [series(runs[name]["val"], "val_loss")[1].min(initial=math.inf) for name in group]
-        losses = np.array([last_loss if is_number(last_loss) else math.nan for last_loss in last])
-        losses = np.stack([losses, np.where(np.isinf(best), math.nan, best)], axis=1)  # (runs, last and best)
+        losses = np.full((len(group), 2), math.nan)  # last and best
+        for row, name in zip(losses, group, strict=True):
+            last, finite = runs[name]["val"][-1].get("val_loss"), series(runs[name]["val"], "val_loss")[1]
+            row[:] = last if is_number(last) else math.nan, finite.min() if len(finite) else math.nan
         rows = [("run", "seed", "steps", "last val loss", "best val loss")]
         for name, seed, step, values in zip(group, seeds, steps, losses, strict=True):
             rows.append((name, seed, str(step), *("not finite" if math.isnan(v) else f"{v:.4f}" for v in values)))

@@ -536,8 +536,9 @@ def test_a_run_that_is_far_beyond_its_limit_goes_on_from_where_it_is(prepared, c
 
 @pytest.mark.parametrize("name", ["", ".", " ", "..", "a/b"])
 def test_a_stage_needs_a_name(prepared, call, name):
-    result = call("train.py", "-t", "pretrain", *TINY, *FAST, "--stage", name)
-    assert result.status == 1 and "stage must be a plain name" in result.err and not Path("checkpoint").exists()
+    for command in (("train.py", "-t", "pretrain", *TINY), ("problem.py", "sort")):
+        result = call(*command, *FAST, "--stage", name)
+        assert result.status == 1 and "stage must be a plain name" in result.err and not Path("checkpoint").exists()
 
 
 def test_a_problem_goes_on_too(work, call):

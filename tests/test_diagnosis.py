@@ -144,8 +144,12 @@ def test_a_step_or_two_that_are_skipped_are_no_divergence(interval):
         assert found.keys() == ({"diverges"} if n_missing >= 3 else set())
 
 
+def test_a_log_without_a_finite_loss_breaks_no_rule():
+    assert diagnosis.diverges(made_up([None] * 5)) is None
+
+
 @pytest.mark.parametrize(("config", "takes", "leaves_out"), [
-    ({}, ["take pretrain.pt", "more text, --dropout 0.2, a smaller model"], ["lora"]),
+    ({}, ["take pretrain.pt", "more data, --dropout 0.2, a smaller model"], ["lora"]),
     ({"stage": "sft", "from_checkpoint": "x.pt"}, ["take sft.pt", "--dropout 0.2 or"], ["smaller model"]),
     ({"use_lora": True}, ["pretrain_lora.pt", "--lora_dropout 0.1, a lower lora_rank"], [" --dropout", "smaller"]),
     ({"loss": "dpo", "from_checkpoint": "x.pt"}, ["with more data or fewer steps"], ["dropout", "smaller"]),

@@ -344,7 +344,7 @@ def test_piped_questions_in_another_encoding_are_refused_with_advice_that_works(
         ("utf-16", "ab\ncd\n".encode("utf-16-le"), "looks like utf-16-le: --encoding utf-16-le"),
         ("utf-16", b"ab\ncd\n", "it is UTF-8: leave out --encoding"),
         ("utf-16", "你好\n".encode(), "it is UTF-8: leave out --encoding"),
-        ("utf-32", "ab\n".encode("utf-32-le"), "--encoding utf-32-le and utf-32-be take one without"),
+        ("utf32", "ab\n".encode("utf-32-le"), "--encoding utf-32-le and utf-32-be take one without"),
     ):
         refused = piped(contents, *args, "--encoding", asked)
         assert refused.status == 1 and refused.out == "" and advice in refused.err and refused.err.count("\n") == 1

@@ -540,6 +540,11 @@ def test_a_model_of_an_earlier_version_reads_images_before_questions(coloured, c
     assert file.header["image_last"] is False
     for value, status in (("true", 1), ("false", 0)):
         assert call(*go_on, "--image_last", value).status == status
+    (coloured / "config").mkdir()
+    (coloured / "config" / "vision.json").write_text('{"image_size": 8, "patch_size": 4, "image_last": false}')
+    for given, stands_last in (([], False), (["--image_last", "true"], True)):
+        assert call("data.py", "vision.jsonl", "--block_size", "48", *given).status == 0
+        assert TokenFile("dataset/vision_train.bin").header["image_last"] is stands_last
     write_jsonl(coloured / "sft.jsonl", [{"question": "q", "answer": "a"}])
     result = call("data.py", "sft.jsonl", "--image_last", "false")
     assert result.status == 1 and "--image_last are for questions about images" in result.err

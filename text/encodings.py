@@ -46,22 +46,22 @@ def wrong_encoding(file: str, encoding: str, error: UnicodeDecodeError, offset: 
 
 def without_byte_order(file: str, encoding: str, data: bytes) -> UserError:
     """What to say of a text in UTF-16 or UTF-32 that does not begin with its byte order mark."""
-    problem = f"{file}: not {encoding.upper()} text, which begins with a byte order mark"
-    if b"\0" not in data and (data.isascii() or is_utf8(data)):
-        return UserError(f"{problem}; it is UTF-8: leave out --encoding")
-    if codecs.lookup(encoding).name == "utf-16" and b"\0" in data:
-        return not_text(file, data)  # which says what it looks like
     name = codecs.lookup(encoding).name
+    problem = f"{file}: not {name.upper()} text, which begins with a byte order mark"
+    if b"\0" not in data and is_text(data, "utf-8"):
+        return UserError(f"{problem}; it is UTF-8: leave out --encoding")
+    if name == "utf-16" and b"\0" in data:
+        return not_text(file, data)  # which says what it looks like
     return UserError(f"{problem}; --encoding {name}-le and {name}-be take one without")
 
 
-def is_utf8(data: bytes) -> bool:
-    """Whether bytes that are not all ASCII are valid UTF-8, the last character possibly cut."""
+def is_text(data: bytes, encoding: str) -> bool:
+    """Whether bytes are text in an encoding, the last character possibly cut."""
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(data)
+        codecs.getincrementaldecoder(encoding)().decode(data)
     except UnicodeDecodeError:
         return False
-    return not data.isascii()
+    return True
 
 
 def not_text(file: str, data: bytes) -> UserError:
@@ -87,12 +87,7 @@ def likely_encodings(data: bytes) -> list[str]:
     names = [match.encoding.replace("_", "-") for match in found]
     if not names or len(data.translate(None, bytes(range(0x80)))) > len(data) / 2:
         return names[:1]
-    is_chinese = True
-    try:
-        codecs.getincrementaldecoder("gb18030")().decode(data)  # the last character may be cut
-    except UnicodeDecodeError:
-        is_chinese = False
-    return list(dict.fromkeys(names[:3] + ["gb18030"] * is_chinese))
+    return list(dict.fromkeys(names[:3] + ["gb18030"] * is_text(data, "gb18030")))
 
 
 def check_encoding(name: str) -> None:

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 
 from base.configuration import UserError
 from base.prefetching import prefetch
-from text.encodings import is_utf8, not_text, without_byte_order, wrong_encoding
+from text.encodings import is_text, not_text, without_byte_order, wrong_encoding
 from text.records import FIELDS, FIELDS_OF_MESSAGES, rename_fields
 
 CHUNK = 1 << 20  # bytes read at a time
@@ -192,7 +192,7 @@ def decode_blocks(source: Source, blocks: Iterable[bytes], is_certain: bool) -> 
     for block in itertools.chain(blocks, [b""]):
         if not (is_certain or block.isascii()):
             is_certain = True
-            if is_utf8(block):
+            if is_text(block, "utf-8"):
                 state, (bare, decoder), is_utf8_now = decoder.getstate(), newline_decoder("utf-8"), True
                 decoder.setstate(state)
         undecoded, came_after_r = decoder.getstate()  # the second: 1 if \r came last

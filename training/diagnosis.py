@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from base.logs import expert_loads, is_number, is_step, series, smooth
+from base.logs import expert_loads, is_number, is_step, part, series, smooth
 from training.losses import COMPARES_POLICIES
 from training.spikes import Spikes
 
@@ -93,11 +93,6 @@ class Log:
         return " ".join(f"--{name} {rate:.2g}" for name, rate in lowered.items())
 
 
-def part(record: dict[str, Any], name: str) -> dict[str, Any]:
-    """A dict in a record; empty where it is none."""
-    return value if isinstance(value := record.get(name), dict) else {}
-
-
 # ------------------------------------------------------------------------------------------------------ the loss
 
 # A model at the unigram entropy has learnt how frequent the tokens are, and nothing of what follows what. Every model
@@ -137,9 +132,9 @@ WORSE_THAN_GUESSING, SHARE_WORSE, RISE, SHARE_LOST = 1.0, 0.1, 0.2, 0.25
 
 def diverges(log: Log) -> str | None:
     """The training loss itself goes up, and stays up until the end."""
-    if not log.minimises_a_loss:
+    if not log.minimises_a_loss or not len(log.steps):
         return None
-    if sum(record["step"] > log.steps[-1] for record in log.train) >= 3:  # one that is skipped is no divergence
+    if sum(r["step"] > log.steps[-1] for r in log.train) >= 3:  # one skipped step is no divergence
         return (
             f"it diverged: no finite loss since step {log.steps[-1]:,} (learning rate {log.rate_at(log.steps[-1])}); "
             f"{log.lower_rate(0.3)}, more warmup_iters, or float32"
@@ -212,8 +207,8 @@ def overfits(log: Log) -> str | None:
     if log.last_loss > at_best - margin / 2:
         return None
     name = f"{log.header.get('stage') or 'STAGE'}{'_lora' if log.setting('use_lora') else ''}.pt"
-    ways = ["more data" if log.setting("loss") in COMPARES_POLICIES else "more text"]
-    if log.setting("loss") not in COMPARES_POLICIES:  # which take none
+    ways = ["more data"]
+    if log.setting("loss") not in COMPARES_POLICIES:  # which take no dropout
         ways.append("--lora_dropout 0.1" if log.setting("use_lora") else "--dropout 0.2")
     if log.setting("use_lora"):
         ways.append("a lower lora_rank")

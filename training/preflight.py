@@ -226,6 +226,8 @@ def check_outputs(config: Any, engine: Engine) -> None:
 
     What this process does not write, it does not check: other hosts may lack the libraries and the folder.
     """
+    if not config.stage.strip(". "):  # it names the files
+        raise UserError(f"stage must be a plain name, got {config.stage!r}")
     if engine.is_main:
         check_sinks(config.log_to)
     folders = [("save_checkpoint_to", Path(config.save_checkpoint_to))] * (engine.is_main or engine.writes_shards)

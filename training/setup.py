@@ -177,8 +177,6 @@ def read_configs(training: str | None, model: str | None, overrides: dict[str, A
     defaults |= vision  # a preset that sees may be trained from any model that does: what it says is for a new encoder
     try:
         config = TrainConfig(**{"stage": path.stem, **values})
-        if not config.stage.strip(". "):
-            raise UserError(f"stage must be a plain name, got {config.stage!r}")
     except UserError as error:
         raise UserError(f"{path}, with the command line: {error}") from None
     if not config.dataset_path:

@@ -43,10 +43,8 @@ REQUIRED = {
 }
 
 
-TRAINING_FIELDS = {"stage", "loss", "from_checkpoint", "dataset_path", "learning_rate", "max_steps", "max_minutes"}
-
-
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+TRAINING_FIELDS = {"stage", "loss", "from_checkpoint", "dataset_path", "learning_rate", "max_steps", "max_minutes"}
 
 
 class SaveError(UserError):

@@ -155,8 +155,8 @@ def load_adapter(adapter: dict[str, Any], model: GPT, where: str | Path) -> None
     if adapter["lora"].get("fingerprint") != fingerprint(model):
         base = adapter["lora"].get("base")
         raise UserError(f"{where}: this adapter was trained on another base model ({base}), or on other weights of it")
+    check_weights(adapter["model"], where)
     try:
-        check_weights(adapter["model"], where)
         attach(model, adapter["lora"]["settings"])
         missing, unexpected = model.load_state_dict(adapter["model"], strict=False)
         if unexpected or adapter_weights(dict.fromkeys(missing)):
