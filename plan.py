@@ -7,7 +7,8 @@
 
 Takes a tenth of the time beforehand, 15 minutes at most: to count n-grams, to measure the speed of networks of several
 widths, and for a short run (the probe) on the text itself, to which a scaling law is fitted (planning/law.py). Of all
-sizes and windows the plan takes the one whose loss the law says is lowest when the time is over. plan.png shows it.
+sizes and windows the plan takes the one whose loss the law says is lowest when the time is over, or earlier, where
+reading a short text more often would only teach it by heart. plan.png shows it.
 """
 
 import argparse
@@ -36,10 +37,14 @@ from planning.text import Text, open_text
 from training.run_log import print_table
 
 SHARE, LONGEST = 0.1, 15 * 60  # of the time, and seconds at most, that planning takes
-KNOWN_EPOCHS = 10  # readings of a text; the law's runs have 6.5 at most
+KNOWN_EPOCHS = 32  # readings of a text: the law's runs have no more
 ENOUGH_TOKENS, LEAST_TOKENS = 60_000, 30_000  # of a probe: 80 steps, 40 steps
 WRITING = 2  # seconds of that for the table and the picture
-WEIGHTS_PER_TOKEN = 2  # of the text, at most: larger networks learn it by heart, of which the law knows nothing
+WEIGHTS_PER_TOKEN = 2  # of the text, at most: the law's runs on what people wrote have 3.5
+TOLERATED = 0.01  # of the loss, lost to overfitting, before a plan ends earlier than it could
+READINGS = 1.1 ** np.arange(100)  # of a text, after which a plan may end: 1, 1.1, 1.21, ... 12,528
+NOTICED = 0.005  # of the loss: a smaller gain is none
+LONG = 60  # minutes of training for which compiling pays
 SHOWN_MINUTES = (3, 10, 30, 120, 480)
 
 
@@ -58,7 +63,7 @@ def prepare_text(args: argparse.Namespace) -> Text:
     job = subprocess.run([sys.executable, str(Path(__file__).with_name("data.py")), *args.text, *kind])
     if job.returncode:  # data.py has said why
         raise UserError(
-            "nothing is planned; if it takes options of data.py, call that yourself; once the text is prepared: "
+            "nothing is planned; a text that takes options of data.py is prepared by it first, and planned for then: "
             f"{repeated(args, path)}"
         )
     if not path.is_file() or path.stat().st_mtime_ns == before:
@@ -123,7 +128,7 @@ class Candidate:
     """A shape, what it can read in the time, and the loss that the law predicts for the end."""
 
     shape: Shape
-    minutes: float
+    minutes: float  # that it takes: all there are, or fewer
     tokens: float
     loss: float  # nats per token: the middle, and an interval of nine in ten
     low: float
@@ -131,20 +136,27 @@ class Candidate:
 
 
 def candidates(law: Law, machine: Machine, text: Text, minutes: float, unique: float | None = None) -> list[Candidate]:
-    """All shapes that text and time allow, best first. unique: tokens of the text, were it longer than it is."""
-    unique, shapes = unique or text.unique, []
+    """All shapes that text and time allow, best first. unique: tokens of the text, were it longer than it is.
+
+    A run that would read the text more than once ends where its loss is lowest, if the whole time would cost more than
+    TOLERATED of the loss: what overfitting does is not known so well that less would be a reason.
+    """
+    unique, found = unique or text.unique, []
     for shape in (Shape(n_embd, window) for n_embd in DEPTHS for window in WINDOWS):
-        tokens = machine.seconds(minutes) * machine.tokens_per_s(shape)
-        is_long_enough = unique >= 10 * shape.window and tokens >= 10 * tokens_per_step(tokens)
-        if is_long_enough and shape.n_weights <= WEIGHTS_PER_TOKEN * unique:
-            shapes.append((shape, tokens))
-    if not shapes:
+        most = machine.seconds(minutes) * machine.tokens_per_s(shape)
+        is_long_enough = unique >= 10 * shape.window and most >= 10 * tokens_per_step(most)
+        if not is_long_enough or shape.n_weights > WEIGHTS_PER_TOKEN * unique:
+            continue
+        tokens = np.append(most, unique * READINGS[unique * READINGS < most])
+        runs = np.array([(shape.n_weights, D, shape.window, unique, math.nan) for D in tokens])
+        shares = law.predict(runs)
+        i = int(shares[:, 0].argmin())
+        i = 0 if shares[0, 0] <= (1 + TOLERATED) * shares[i, 0] else i
+        takes = machine.minutes(shape, tokens[i]) if i else minutes
+        loss = text.baselines["unigram"] * np.minimum(1, shares[i])  # no worse than single characters' shares
+        found.append(Candidate(shape, takes, float(tokens[i]), *loss.tolist()))
+    if not found:
         raise UserError(f"command line: {minutes:g} minutes are too short here for the smallest network; give more")
-    runs = np.array([(shape.n_weights, tokens, shape.window, unique, math.nan) for shape, tokens in shapes])
-    losses = text.baselines["unigram"] * np.minimum(1, law.predict(runs))  # no worse than single characters' shares
-    found = [
-        Candidate(shape, minutes, tokens, *loss) for (shape, tokens), loss in zip(shapes, losses.tolist(), strict=True)
-    ]
     return sorted(found, key=lambda candidate: candidate.loss)
 
 
@@ -156,12 +168,13 @@ def run_probe(
     Two sizes, or one for two lengths, in the same time predict no better (bench/NOTES.md): what counts is how far the
     probe goes, and at the size in question.
     """
-    best = candidates(law, machine, text, minutes)[0].shape
+    first = candidates(law, machine, text, minutes)[0]
+    best = first.shape
     seconds = clock.left() - WRITING - 0.5  # half a second to build it
     evaluated = 100 * fields["eval_iters"] * best.window / 3  # what that takes, in tokens: a third of training
     for n_embd in [width for width in reversed(DEPTHS) if width <= best.n_embd]:
         shape = Shape(n_embd, best.window)
-        tokens = seconds * machine.tokens_per_s(shape) - evaluated
+        tokens = min(seconds * machine.tokens_per_s(shape) - evaluated, first.tokens)  # no more than the plan itself
         if tokens >= ENOUGH_TOKENS:
             break
     if tokens < LEAST_TOKENS:
@@ -177,7 +190,7 @@ def study(
 ) -> tuple[Machine, Law, Probe | None]:
     """The machine's speed, the law of the text, and the short run that it is fitted to; sets eval_iters in fields."""
     clock.update("counting n-grams")
-    prior = Prior.load().given(text.ngram_share)
+    prior = Prior.load().given(text.shares)
     machine = measure_machine(text, fields, minutes, imported + 1, 0.25 * clock.seconds, clock)
     before = Law.of_prior(prior)
     first = candidates(before, machine, text, minutes)[0]
@@ -203,18 +216,22 @@ def eval_iters(tokens: float, window: int) -> int:
 
 
 def plan_fields(
-    text: Text, best: Candidate, fields: dict[str, Any], machine: Machine, prediction: str
+    text: Text, best: Candidate, fields: dict[str, Any], machine: Machine, minutes: float, prediction: str
 ) -> dict[str, Any]:
-    """The config of a plan."""
+    """The config of a plan: it decays with the time, or, where it ends before the minutes there are, with the steps."""
     micro_batch, _ = fit_memory(text, best.shape, fields, best.tokens)
     values = recipe(best.shape, best.tokens, micro_batch)
-    steps = values.pop("max_steps")
+    steps = values["max_steps"]
+    if best.minutes < minutes:
+        values |= {"decay_over": "steps"}
+        fields = fields | {"compile": "auto" if best.minutes >= LONG else "false"}
+    else:
+        values |= {"decay_over": "time", "max_steps": None}
     return {
-        **values,
+        **{name: value for name, value in values.items() if value is not None},
         **{name: value for name, value in fields.items() if value != "auto"},
         **text.fields,
-        "decay_over": "time",
-        "max_minutes": round(machine.limit(best.minutes) / 60, 3),
+        "max_minutes": round(machine.limit(minutes) / 60, 3),
         "eval_interval": max(1, steps // 5),
         "log_interval": max(1, steps // 2000),
         "prediction": prediction,
@@ -231,23 +248,30 @@ def amount(number: float) -> str:
 
 
 def duration(minutes: float) -> str:
+    if minutes < 0.5:
+        return f"{60 * minutes:.2g} s"
     return f"{minutes / 60:.3g} h" if minutes >= 60 else f"{minutes:.3g} min"
 
 
-def print_plans(text: Text, law: Law, machine: Machine, fields: dict[str, Any], chosen: Candidate) -> None:
+def print_plans(
+    text: Text, law: Law, machine: Machine, fields: dict[str, Any], chosen: Candidate, minutes_given: float
+) -> None:
     """The table: what each time would give, and what trivial models and compressors reach beside it."""
     bits = text.tokens_per_character / math.log(2)
     rows = [("time", "layers x width, window", "weights", "tokens (epochs)", "loss", "bits/character", "memory")]
-    any_beyond = False
-    for minutes in sorted({*SHOWN_MINUTES, chosen.minutes}):
-        best = chosen if minutes == chosen.minutes else candidates(law, machine, text, minutes)[0]
+    any_beyond = any_shorter = False
+    for minutes in sorted({*SHOWN_MINUTES, minutes_given}):
+        best = chosen if minutes == minutes_given else candidates(law, machine, text, minutes)[0]
         epochs = best.tokens / text.unique
         any_beyond |= epochs > KNOWN_EPOCHS
+        any_shorter |= best.minutes < minutes
         shape = best.shape
         _, memory = fit_memory(text, shape, fields, best.tokens)
         rows.append(
             (
-                duration(minutes) + (" <-" if best is chosen else ""),
+                duration(minutes)
+                + (f", {duration(best.minutes)} used" if best.minutes < minutes else "")
+                + (" <-" if best is chosen else ""),
                 f"{shape.n_layer} x {shape.n_embd}, {shape.window}",
                 amount(shape.n_weights + text.vocab_size * shape.n_embd),
                 f"{amount(best.tokens)} ({f'{epochs:,.0f}*' if epochs > KNOWN_EPOCHS else f'{epochs:.2g}'})",
@@ -262,24 +286,30 @@ def print_plans(text: Text, law: Law, machine: Machine, fields: dict[str, Any], 
         lines.append(f"lzma {text.baselines['lzma_bits_per_character']:.2f}")
     print(f"beside it: {', '.join(lines)}; intervals: nine in ten; memory: without Python's and torch's own")
     if any_beyond:
-        print(f"* after {KNOWN_EPOCHS} epochs a network may learn the text by heart, of which the law knows nothing")
+        print(f"* the law was fitted to runs of up to {KNOWN_EPOCHS} epochs, and knows nothing of more")
+    if any_shorter:
+        print("used: from then on, by the law, a network would learn this text by heart, and its loss rise")
 
 
-def advice_on_data(law: Law, machine: Machine, text: Text, chosen: Candidate) -> str:
+def advice_on_data(law: Law, machine: Machine, text: Text, minutes: float, chosen: Candidate) -> str:
     """Whether twice the text would help more than twice the time."""
-    longer = candidates(law, machine, text, 2 * chosen.minutes)[0].loss
-    larger = candidates(law, machine, text, chosen.minutes, 2 * text.unique)[0].loss
+    longer = candidates(law, machine, text, 2 * minutes)[0].loss
+    larger = candidates(law, machine, text, minutes, 2 * text.unique)[0].loss
+    if chosen.minutes < minutes or longer > (1 - NOTICED) * chosen.loss:
+        return f"more time would not help; twice the text would give {larger:.3f}"
     gains = f"twice the time would give {longer:.3f}, twice the text {larger:.3f}"
     if larger < longer:
         return f"more text would help more than more time: {gains}"
     return gains
 
 
-def draw_plan(output: Path, law: Law, machine: Machine, text: Text, chosen: Candidate, trial: Probe | None) -> None:
+def draw_plan(
+    output: Path, law: Law, machine: Machine, text: Text, chosen: Candidate, minutes_given: float, trial: Probe | None
+) -> None:
     """The loss over the time for the plan's size and those beside it."""
     widths, curves = [*DEPTHS], {}
     here = widths.index(chosen.shape.n_embd)
-    minutes = np.geomspace(max(chosen.minutes / 50, machine.start_up / 50), 16 * chosen.minutes, 60)
+    minutes = np.geomspace(max(chosen.minutes / 50, machine.start_up / 50), 16 * minutes_given, 60)
     for n_embd in [chosen.shape.n_embd, *widths[max(0, here - 2) : here], *widths[here + 1 : here + 3]]:
         shape = replace(chosen.shape, n_embd=n_embd)
         if shape.n_weights > WEIGHTS_PER_TOKEN * text.unique:
@@ -348,34 +378,38 @@ def main() -> None:
     if text.unique < least:
         raise UserError(f"{text.train}: {text.unique:,} tokens are too few to plan for; the least is {least:,.0f}")
     clock = Clock(max(1.0, min(60 * minutes * SHARE, LONGEST) - imported))
-    fields = {"device": args.device, "compile": "auto" if minutes >= 60 else "false", "eval_iters": 1}
+    fields = {"device": args.device, "compile": "auto" if minutes >= LONG else "false", "eval_iters": 1}
     try:
         machine, law, trial = study(text, fields, minutes, imported, clock)
     except KeyboardInterrupt:
         clock.bar.close()
-        kept = f"{output} is as it was; the text stays prepared"
-        print(f"stopped: what was measured is lost, {kept}: {repeated(args, text.train)}")
+        kept = f"{output} is as it was" if output.exists() else "there is no plan"
+        print(f"stopped: what was measured is lost, {kept}; the text stays prepared: {repeated(args, text.train)}")
         raise
     chosen = candidates(law, machine, text, minutes)[0]
-    print_plans(text, law, machine, fields, chosen)
+    print_plans(text, law, machine, fields, chosen, minutes)
     if trial is None:
-        print("no time for a short run on this text (5 minutes have it): the losses are what other texts make likely")
-    print(advice_on_data(law, machine, text, chosen))
+        print("too little time for a short run on this text (5 minutes are enough): losses as texts like it have them")
+    else:
+        shape, reached = trial.shape, f"{trial.loss:.4f} after {trial.tokens:,} tokens"
+        print(f"a short run, {shape.n_layer} x {shape.n_embd}, {shape.window}, reached {reached}")
+    print(advice_on_data(law, machine, text, minutes, chosen))
 
     interval = f"{chosen.low:.3f} to {chosen.high:.3f}"
     prediction = f"predicted {chosen.loss:.3f} ({interval}, {chosen.tokens / 1e6:.3g}M tokens)"
+    values = plan_fields(text, chosen, fields, machine, minutes, prediction)
     if output.exists():  # an earlier plan
         os.replace(output, f"{output}.bak")
     with atomic_write(output) as file:
-        file.write(json.dumps(plan_fields(text, chosen, fields, machine, prediction), indent=2).encode())
-    draw_plan(picture_of(output), law, machine, text, chosen, trial)
+        file.write(json.dumps(values, indent=2).encode())
+    draw_plan(picture_of(output), law, machine, text, chosen, minutes, trial)
     print(f"{prediction}; planned in {imported + clock.seconds - clock.left():.0f} s -> {output}, {picture_of(output)}")
     command = ["-t", "plan" if output == Path("config/plan.json") else str(output)]
     if not args.run:
         print(f"to train it: {command_line('train.py', *command)}")
         return
     sys.stdout.flush()
-    script = str(Path(__file__).with_name("train.py"))
+    script = str(Path(sys.argv[0]).with_name("train.py"))  # as this one was typed: its messages repeat it
     os.execv(sys.executable, [sys.executable, script, *command])  # takes this process's place, signals and all
 
 

@@ -399,7 +399,7 @@ def train_with_log(run: Run, argv: list[str]) -> None:
             early = ", stopped before its time" if run.stopped else ""
             worse = f", at the end {run.val_loss:.3f}" if run.val_loss > 1.001 * state.best_val_loss else ""
             reached = f"reached {state.best_val_loss:.3f}{worse}"
-            print(f"{config.prediction}; {reached} ({state.tokens / 1e6:.3g}M tokens{early})")
+            print(f"{preflight.prediction(run)}; {reached} ({state.tokens / 1e6:.3g}M tokens{early})")
         if math.isfinite(peak := engine.peak_memory()):
             print(f"memory at the peak: {peak / 1e9:.2f} GB, estimated {header['memory_estimate_mb'] / 1e3:.2f}")
         print(f"to go on: {going_on(run, argv)}")

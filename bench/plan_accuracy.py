@@ -2,6 +2,7 @@
 
     python bench/plan_accuracy.py tinyshakespeare.txt world.txt --minutes 2 5
     python bench/plan_accuracy.py tinyshakespeare.txt --minutes 2 --grid        also twelve configs made by hand
+    python bench/plan_accuracy.py world.txt --minutes 10 --keep bench/plans.jsonl   for bench/law_accuracy.py, too
 
 Every plan is made and trained as a user does it, in a folder of its own. The texts should not be among the prior's
 (bench/scaling_runs.py). A run's schedule follows the clock. Where a machine that others share let it read 5% less or
@@ -23,11 +24,14 @@ from pathlib import Path
 from measuring import ROOT, newest_records, show, text_files
 
 from base.configuration import UserError, run_main
+from planning.law import SHARES
 from planning.recipe import Shape
+from planning.text import open_text
 
 NUMBERS = re.compile(
     r"predicted ([\d.]+) \(([\d.]+) to ([\d.]+), ([\d.]+)M tokens\); reached ([\d.]+)[^(]*\(([\d.]+)M tokens"
 )
+PROBE = re.compile(r"a short run, \d+ x (\d+), (\d+), reached ([\d.]+) after ([\d,]+) tokens")
 
 
 def run(script: str, *arguments: str) -> str:
@@ -41,12 +45,13 @@ def run(script: str, *arguments: str) -> str:
 def one_plan(minutes: float) -> dict[str, float | str]:
     """Plan for the text in dataset/ and train it."""
     began = time.perf_counter()
-    run("plan.py", "dataset/pretrain_train.bin", "--minutes", str(minutes))
+    plan = run("plan.py", "dataset/pretrain_train.bin", "--minutes", str(minutes))
     planned = time.perf_counter()
     out = run("train.py", "-t", "plan")
     ended = time.perf_counter()
     predicted, low, high, planned_tokens, reached, tokens = map(float, NUMBERS.search(out).groups())
-    config = json.loads(Path("config/plan.json").read_text())
+    config, text = json.loads(Path("config/plan.json").read_text()), open_text(Path("dataset/pretrain_train.bin"))
+    probe = PROBE.search(plan)
     at_planned = reached
     if abs(tokens / planned_tokens - 1) > 0.05:
         tokens_per_step = config["batch_size"] * config["gradient_accumulation_steps"] * config["block_size"]
@@ -54,7 +59,13 @@ def one_plan(minutes: float) -> dict[str, float | str]:
         run("train.py", "-t", "plan", "--decay_over", "steps", "--max_steps", steps, "--max_minutes", "null")
         at_planned = min(record["val_loss"] for record in newest_records() if record["type"] == "val")
     return {
-        "shape": f"{config['n_layer']} x {config['n_embd']}, {config['block_size']}",
+        "n_embd": config["n_embd"],
+        "window": config["block_size"],
+        "planned_tokens": 1e6 * planned_tokens,
+        "probe": [float(value.replace(",", "")) for value in probe.groups()] if probe else None,
+        "unique": text.unique,
+        "unigram": text.baselines["unigram"],
+        **dict(zip(SHARES, text.shares.tolist(), strict=True)),
         "predicted": predicted,
         "low": low,
         "high": high,
@@ -64,7 +75,7 @@ def one_plan(minutes: float) -> dict[str, float | str]:
         "at_planned": at_planned,
         "law_error": predicted / at_planned - 1,
         "planning": (planned - began) / 60 / minutes,
-        "time": (ended - planned) / 60 / minutes - 1,
+        "time": (ended - planned) / 60 / minutes - 1 if config["decay_over"] == "time" else None,  # None: ends early
     }
 
 
@@ -103,8 +114,11 @@ def main() -> None:
     parser.add_argument("files", nargs="+", help="text files to plan for")
     parser.add_argument("--minutes", type=float, nargs="+", default=[2.0])
     parser.add_argument("--grid", action="store_true", help="beside each plan the best of twelve configs made by hand")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="append to it what every plan has measured")
     args = parser.parse_args()
-    files = text_files(args.files)
+    files, keep = text_files(args.files), args.keep.resolve() if args.keep else None
+    if keep and not keep.parent.is_dir():
+        raise UserError(f"{args.keep}: no such folder")
     header = (
         "text",
         "minutes",
@@ -128,7 +142,7 @@ def main() -> None:
             row = (
                 file.stem,
                 f"{minutes:g}",
-                result["shape"],
+                "{0.n_layer} x {0.n_embd}, {0.window}".format(Shape(result["n_embd"], result["window"])),
                 f"{result['predicted']:.3f} ({result['low']:.3f} to {result['high']:.3f})",
                 f"{result['reached']:.3f}",
                 f"{result['error']:+.1%}",
@@ -136,13 +150,16 @@ def main() -> None:
                 f"{result['law_error']:+.1%}",
                 "yes" if is_inside else "no",
                 f"{result['planning']:.0%}",
-                f"{result['time']:+.1%}",
+                "ends early" if result["time"] is None else f"{result['time']:+.1%}",
             )
             if args.grid:
                 loss, which = best_of_grid(minutes)
                 row += (f"{loss:.3f}: {which}",)
                 result |= {"by_hand": loss}
             os.chdir(ROOT)
+        if keep:
+            with keep.open("a", encoding="utf-8") as output:
+                output.write(json.dumps(result) + "\n")
         print(" | ".join(row), flush=True)
         rows.append(row)
         results.append(result)

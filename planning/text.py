@@ -42,6 +42,22 @@ class Text:
         return ngram_loss(pieces(train, COUNTED), pieces(val, JUDGED), self.vocab_size) / self.baselines["unigram"]
 
     @property
+    def lzma_share(self) -> float:
+        """What lzma leaves of it, by the beginning of the text.
+
+        nan for a text whose preparation did not say, and for a short one, which lzma shrinks less than a longer one.
+        """
+        if self.unique < COUNTED:
+            return math.nan
+        nats = self.baselines.get("lzma_bits_per_character", math.nan) * math.log(2) / self.tokens_per_character
+        return nats / self.baselines["unigram"]
+
+    @property
+    def shares(self) -> np.ndarray:
+        """Both (2,), for law.py."""
+        return np.array([self.ngram_share, self.lzma_share])
+
+    @property
     def fields(self) -> dict[str, Any]:
         """Where a config says that it lies."""
         return {"dataset_path": [[str(self.train), str(self.val)]], "tokenizer_path": str(self.tokenizer)}

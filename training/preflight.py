@@ -324,9 +324,9 @@ def warnings(run: Any, needed: float, available: float | None) -> list[str]:
             f"the model has {model.parameter_count() / n_tokens:.0f} weights per token of data: it will overfit"
         )
     found += unknown_tokens(run)
-    files = [dataset.file for dataset in getattr(batches, "datasets", ())]
-    if config.planned_for and any(file.header.get("preparation") != config.planned_for for file in files):
-        found.append(f"the plan was made for other data than {files[0].path} holds now: run plan.py again")
+    if is_for_other_data(run):
+        path = batches.datasets[0].file.path
+        found.append(f"the plan was made for other data than {path} holds now: run plan.py again")
     enough = limits_reached(config, run.state)
     if "max_steps" in enough:
         where = f"at step {run.state.step} of {config.max_steps} (max_steps)"
@@ -354,6 +354,17 @@ def warnings(run: Any, needed: float, available: float | None) -> list[str]:
             f"the learning rate is 0 from step {config.lr_decay_iters} on (lr_decay_iters, min_lr): nothing is learnt"
         )
     return found
+
+
+def is_for_other_data(run: Any) -> bool:
+    """Was the plan, if there is one, made for other data than it is trained on?"""
+    planned_for, files = run.config.planned_for, [dataset.file for dataset in getattr(run.batches, "datasets", ())]
+    return bool(planned_for) and any(file.header.get("preparation") != planned_for for file in files)
+
+
+def prediction(run: Any) -> str:
+    """What plan.py has predicted for this run, or why that does not count."""
+    return "planned for other data" if is_for_other_data(run) else run.config.prediction
 
 
 def unknown_tokens(run: Any) -> list[str]:
