@@ -314,11 +314,12 @@ def draw_plan(
         shape = replace(chosen.shape, n_embd=n_embd)
         if shape.n_weights > WEIGHTS_PER_TOKEN * text.unique:
             continue
-        tokens = [machine.seconds(m) * machine.tokens_per_s(shape) for m in minutes]
-        runs = np.array([(shape.n_weights, D, shape.window, text.unique, math.nan) for D in tokens])
+        tokens = np.array([machine.seconds(m) * machine.tokens_per_s(shape) for m in minutes])
+        tokens = tokens[tokens <= max(KNOWN_EPOCHS * text.unique, chosen.tokens)]  # beyond, the law knows nothing
+        runs = np.array([(shape.n_weights, D, shape.window, text.unique, math.nan) for D in tokens]).reshape(-1, 5)
         losses = text.baselines["unigram"] * np.minimum(1, law.predict(runs))
         name = f"{shape.n_layer} x {n_embd}: {amount(shape.n_weights + text.vocab_size * n_embd)} weights"
-        curves[name] = np.concatenate([minutes[:, None], losses], axis=1)
+        curves[name] = np.concatenate([minutes[: len(tokens), None], losses], axis=1)
     measured = (machine.minutes(trial.shape, trial.tokens), trial.loss) if trial else None
     draw(output, curves, chosen, measured, text.tokens_per_character / math.log(2))
 

@@ -298,7 +298,7 @@ def test_a_recipe_reads_the_tokens_that_were_planned(tokens):
 
 def test_a_plan_is_a_config_that_trains_and_compares_itself_with_what_it_reached(prepared, call):
     text = prepared / "dataset" / "pretrain.txt"
-    text.write_text(markov_text(60_000), encoding="utf-8")
+    text.write_text(markov_text(400_000), encoding="utf-8")
     assert call("data.py", text, "--tokenizer", "char").status == 0
     result = call("plan.py", "dataset/pretrain_train.bin", "--minutes", "0.5")
     assert result.status == 0, result.err
@@ -308,7 +308,8 @@ def test_a_plan_is_a_config_that_trains_and_compares_itself_with_what_it_reached
     assert "to train it: python train.py -t plan" in result.out
     assert (prepared / "plan.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((prepared / "config" / "plan.json").read_text())
-    assert config["decay_over"] == "time" and 0 < config["max_minutes"] <= 0.5
+    assert config["decay_over"] == ("steps" if "used <-" in result.out else "time")  # slow machines take all the time
+    assert 0.25 < config["max_minutes"] <= 0.5
     assert not list((prepared / "checkpoint").glob("*"))  # probes leave nothing behind
 
     (prepared / "config" / "plan.json").write_text(json.dumps(config | {"max_minutes": 0.02}))
