@@ -272,7 +272,7 @@ def print_plans(
                 duration(minutes)
                 + (f", {duration(best.minutes)} used" if best.minutes < minutes else "")
                 + (" <-" if best is chosen else ""),
-                f"{shape.n_layer} x {shape.n_embd}, {shape.window}",
+                str(shape),
                 amount(shape.n_weights + text.vocab_size * shape.n_embd),
                 f"{amount(best.tokens)} ({f'{epochs:,.0f}*' if epochs > KNOWN_EPOCHS else f'{epochs:.2g}'})",
                 f"{best.loss:.3f} ({best.low:.3f} to {best.high:.3f})",
@@ -392,8 +392,7 @@ def main() -> None:
     if trial is None:
         print("too little time for a short run on this text (5 minutes are enough): losses as texts like it have them")
     else:
-        shape, reached = trial.shape, f"{trial.loss:.4f} after {trial.tokens:,} tokens"
-        print(f"a short run, {shape.n_layer} x {shape.n_embd}, {shape.window}, reached {reached}")
+        print(f"a short run, {trial.shape}, reached {trial.loss:.4f} after {trial.tokens:,} tokens")
     print(advice_on_data(law, machine, text, minutes, chosen))
 
     interval = f"{chosen.low:.3f} to {chosen.high:.3f}"

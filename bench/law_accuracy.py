@@ -17,7 +17,7 @@ import numpy as np
 from measuring import show
 
 from base.configuration import run_main
-from planning.law import SHARES, Law, Prior, Run, Studied, read_runs
+from planning.law import Law, Prior, Run, Studied, read_runs, shares_of
 from planning.recipe import Shape
 
 PLANS = Path(__file__).with_name("plans.jsonl")
@@ -65,7 +65,7 @@ def plans() -> list[tuple[str, ...]]:
     for plan in map(json.loads, PLANS.read_text(encoding="utf-8").splitlines()):
         shape = Shape(plan["n_embd"], plan["window"])
         run = np.array([Run(shape.n_weights, plan["planned_tokens"], shape.window, plan["unique"])])
-        law = Law.of_prior(belief := prior.given(np.array([plan[name] for name in SHARES])))
+        law = Law.of_prior(belief := prior.given(shares_of(plan)))
         if plan["probe"]:
             n_embd, window, loss, tokens = plan["probe"]
             weights = Shape(int(n_embd), int(window)).n_weights
@@ -75,7 +75,7 @@ def plans() -> list[tuple[str, ...]]:
         rows.append(
             (
                 f"{plan['text']}, {plan['minutes']:g} min",
-                f"{shape.n_layer} x {shape.n_embd}, {shape.window}",
+                str(shape),
                 f"{plan['planned_tokens'] / 1e6:.3g}M ({plan['planned_tokens'] / plan['unique']:.2g})",
                 f"{plan['predicted']:.3f}",
                 f"{loss:.3f} ({low:.3f} to {high:.3f})",

@@ -24,7 +24,6 @@ from pathlib import Path
 from measuring import ROOT, newest_records, show, text_files
 
 from base.configuration import UserError, run_main
-from planning.law import SHARES
 from planning.recipe import Shape
 from planning.text import open_text
 
@@ -63,9 +62,7 @@ def one_plan(minutes: float) -> dict[str, float | str]:
         "window": config["block_size"],
         "planned_tokens": 1e6 * planned_tokens,
         "probe": [float(value.replace(",", "")) for value in probe.groups()] if probe else None,
-        "unique": text.unique,
-        "unigram": text.baselines["unigram"],
-        **dict(zip(SHARES, text.shares.tolist(), strict=True)),
+        **text.record,
         "predicted": predicted,
         "low": low,
         "high": high,
@@ -142,7 +139,7 @@ def main() -> None:
             row = (
                 file.stem,
                 f"{minutes:g}",
-                "{0.n_layer} x {0.n_embd}, {0.window}".format(Shape(result["n_embd"], result["window"])),
+                str(Shape(result["n_embd"], result["window"])),
                 f"{result['predicted']:.3f} ({result['low']:.3f} to {result['high']:.3f})",
                 f"{result['reached']:.3f}",
                 f"{result['error']:+.1%}",

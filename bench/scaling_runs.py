@@ -69,11 +69,7 @@ def one_run(name: str, folder: str, n_embd: int, window: int, tokens: float) -> 
         "window": window,
         "asked": tokens,
         "tokens": result.tokens,
-        "unique": text.unique,
-        "vocab": text.vocab_size,
-        "unigram": text.baselines["unigram"],
-        "ngram_share": round(text.ngram_share, 6),
-        "lzma_share": round(text.lzma_share, 6),
+        **text.record,
         "loss": result.loss,
     }
 

@@ -25,7 +25,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -269,6 +269,11 @@ class Law:
         return np.exp([np.where((low < likely) & (likely < high), likely, middle), low, high]).T
 
 
+def shares_of(record: dict[str, Any]) -> np.ndarray:
+    """The shares (2,) of the text that a line of runs.jsonl or bench/plans.jsonl is about, nan where it has none."""
+    return np.array([record.get(name, math.nan) for name in SHARES])
+
+
 def read_runs() -> dict[str, Studied]:
     """The runs of planning/runs.jsonl by text."""
     texts: dict[str, list[Run]] = {}
@@ -278,5 +283,5 @@ def read_runs() -> dict[str, Studied]:
         shape = Shape(run["n_embd"], run["window"])
         loss = run["loss"] / run["unigram"]
         texts.setdefault(run["text"], []).append(Run(shape.n_weights, run["tokens"], shape.window, run["unique"], loss))
-        shares[run["text"]] = np.array([run.get(name, math.nan) for name in SHARES])
+        shares[run["text"]] = shares_of(run)
     return {text: Studied(np.array(runs), shares[text]) for text, runs in texts.items()}

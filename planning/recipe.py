@@ -24,6 +24,9 @@ class Shape:
     n_embd: int
     window: int
 
+    def __str__(self) -> str:
+        return f"{self.n_layer} x {self.n_embd}, {self.window}"
+
     @property
     def n_layer(self) -> int:
         return DEPTHS[self.n_embd]

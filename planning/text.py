@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from base.configuration import UserError, command_line
+from planning.law import SHARES
 from text.token_files import TokenFile
 
 COUNTED, JUDGED, PIECE = 350_000, 40_000, 1000  # tokens of both splits that n-grams are counted in, and of a piece
@@ -56,6 +57,13 @@ class Text:
     def shares(self) -> np.ndarray:
         """Both (2,), for law.py."""
         return np.array([self.ngram_share, self.lzma_share])
+
+    @property
+    def record(self) -> dict[str, float]:
+        """What a line of runs.jsonl or bench/plans.jsonl says of it."""
+        known = {name: round(share, 6) for name, share in zip(SHARES, self.shares.tolist(), strict=True)}
+        known = {name: share for name, share in known.items() if not math.isnan(share)}
+        return {"unique": self.unique, "vocab": self.vocab_size, "unigram": self.baselines["unigram"], **known}
 
     @property
     def fields(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from planning.law import (
     log_loss,
     most_likely,
     read_runs,
+    shares_of,
 )
 from planning.machine import Clock, Machine
 from planning.recipe import DEPTHS, WINDOWS, Shape, recipe, tokens_per_step
@@ -95,15 +96,15 @@ def simulated_shares(theta, generator):
 
 
 UNKNOWN = np.array([math.nan, math.nan])
-GENERATED = {"chain", "chain_small", "people", "records", "sums", "sums_small"}  # stored texts, by programs
+SUDDEN = {"chain_small", "people", "records", "sums_small"}  # stored texts, by programs: their losses fall suddenly
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say_and_the_shares_make_them_narrower():
-    """A prior from 24 texts; then 20 texts with a short run each, and one run twenty times as long."""
+    """A prior from eight texts; then 20 texts with a short run each, and one run twenty times as long."""
     generator = np.random.default_rng(1)
     centre = FIRST_GUESS + 0.15  # not where the prior begins
     draw = lambda: centre + SPREAD * generator.standard_normal(11)  # noqa: E731
-    thetas = [draw() for _ in range(24)]
+    thetas = [draw() for _ in range(8)]
     studied = {
         str(i): Studied(simulated_runs(theta, generator), simulated_shares(theta, generator))
         for i, theta in enumerate(thetas)
@@ -140,7 +141,7 @@ def test_a_prior_that_is_conditional_on_the_shares_is_that_of_many_draws(is_know
         near = drawn[(np.abs(drawn[:, known] - at[known - 11]) < 0.1).all(axis=1)][:, :11]
         given = prior.given(np.where(is_known, np.exp(at), math.nan))
         assert given.dof == DOF + len(known)
-        assert near.mean(0) == pytest.approx(given.mean, abs=0.06)
+        assert near.mean(0) == pytest.approx(given.mean, abs=0.05)
         variance = given.dof / (given.dof - 2) * np.diag(given.covariance)  # of a t distribution
         assert near.var(0) == pytest.approx(variance, rel=0.15)
         untouched = Law.of_prior(given).thetas
@@ -183,11 +184,10 @@ def test_the_runs_of_the_prior_are_what_the_law_says_of_them():
     prior, stored = Prior.of_texts(texts), Prior.load()
     assert prior.mean == pytest.approx(stored.mean, abs=1e-3)
     assert prior.covariance == pytest.approx(stored.covariance, abs=1e-3)
-    written = {name: text for name, text in texts.items() if name not in GENERATED}
-    assert len(written) == len(texts) - len(GENERATED)
-    for text in written.values():
+    assert texts.keys() > SUDDEN
+    for name, text in texts.items():
         theta, _ = most_likely(text.runs, prior.given(text.shares))
-        assert np.abs(log_loss(theta, text.runs) - np.log(text.runs[:, 4])).max() < 0.05
+        assert np.abs(log_loss(theta, text.runs) - np.log(text.runs[:, 4])).max() < (0.2 if name in SUDDEN else 0.05)
 
 
 def test_a_text_that_the_prior_does_not_know_is_predicted_from_its_shares_and_a_short_run():
@@ -203,7 +203,7 @@ def test_a_text_that_the_prior_does_not_know_is_predicted_from_its_shares_and_a_
             errors[is_counted].append(abs(log_loss(theta, longest)[0] - math.log(longest[0, 4])))
         low, high = Law.fit(probe[None], prior.given(text.shares)).predict(longest)[0, 1:]
         inside.append(low < longest[0, 4] < high)
-    assert np.mean(inside) >= 0.75  # of intervals of 90%, on 41 texts, six of them by programs
+    assert np.mean(inside) >= 0.75  # of intervals of 90%, on 46 texts, six of them by programs
     assert np.sqrt(np.mean(np.square(errors[True]))) < 0.7 * np.sqrt(np.mean(np.square(errors[False])))
     assert np.median(errors[True]) < 0.08
 
@@ -258,6 +258,8 @@ def test_the_shares_of_a_text_are_those_of_counting_and_compressing_it(prepared,
         nats = math.log(2) * 8 * len(lzma.compress(text.read_bytes())) / n_characters  # of a character
         tokens = opened.tokens_per_character  # in one of them
         assert math.isnan(opened.lzma_share)  # too short a text
+        kept = json.loads(json.dumps(opened.record, allow_nan=False))
+        assert shares_of(kept) == pytest.approx(opened.shares, abs=1e-6, nan_ok=True)
         monkeypatch.setattr("planning.text.COUNTED", opened.unique)
         assert opened.lzma_share == pytest.approx(nats / (tokens * opened.baselines["unigram"]), rel=0.03)
         assert opened.shares.tolist() == [opened.ngram_share, opened.lzma_share]
