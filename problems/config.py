@@ -45,7 +45,7 @@ class ProblemConfig(Config):
     reverse: bool = option(True, "add, multiply: write results least significant digit first")
     pad: bool = option(True, "add, multiply: pad numbers with leading zeros to equal length")
     scratchpad: bool = option(True, "multiply, parity: write intermediate results before the final one")
-    supervise: bool = option(True, "boolean, brackets: intermediate results are targets too; recall: ask for all keys")
+    supervise: bool = option(True, "boolean, brackets: intermediate results are targets too; recall: ask for more keys")
     noise: int = option(0, "recall: digits without meaning after every pair", minimum=0, maximum=1024)
     leaf_probability: float = option(
         0.2, "boolean: probability that an operand is a literal 0 or 1", minimum=0.0, maximum=1.0

@@ -209,7 +209,10 @@ def recall(rng: np.random.Generator, n: int, length: int, config: Any) -> Instan
     keys = np.argsort(rng.random((n, 26)), axis=1)[:, :length] + ord("a")  # distinct letters
     pairs = np.stack([keys.astype(np.uint32), spell(rng.integers(0, 10, (n, length)))], axis=2)  # (n, length, 2)
     order = np.argsort(rng.random((n, length)), axis=1)
-    queries = np.take_along_axis(pairs, order[:, :, None], axis=1)  # the same pairs in another order
+    # The last key, which is the question, is asked once, the others however often. If every key were asked once, the
+    # answer would be the one value that is left: networks learn to count the values instead of finding the key.
+    order[:, :-1] = np.take_along_axis(order, rng.integers(0, max(1, length - 1), (n, length - 1)), axis=1)
+    queries = np.take_along_axis(pairs, order[:, :, None], axis=1)
     if not config.supervise:
         queries = queries[:, -1:]
     noise = spell(rng.integers(0, 10, (n, length, config.noise)))

@@ -105,6 +105,20 @@ def test_answers_are_what_an_obvious_program_says(name):
         assert set(prompt + answer) <= set(PROBLEMS[name].alphabet)
 
 
+def test_the_answer_of_recall_cannot_be_told_from_what_else_is_asked():
+    """If every key were asked once, the answer would be the value that is left: counting, without finding the key."""
+    left = []
+    for prompt, _ in draw_texts("recall"):
+        keys, asked = prompt[0:16:2], prompt[17::2]
+        assert asked[-1] not in asked[:-1]  # it has to be found among the pairs, which may be far away
+        left.append(sorted(set(keys) - set(asked[:-1])))
+        assert asked[-1] in left[-1]
+    sizes = np.array([len(keys) for keys in left])
+    expected = 1 + 7 * (6 / 7) ** 7  # the key itself, and those of seven that seven draws miss
+    assert abs(sizes.mean() - expected) < 4 * sizes.std() / len(sizes) ** 0.5
+    assert (sizes == 1).mean() < 0.05
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "obvious"),
     [
