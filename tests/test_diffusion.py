@@ -155,6 +155,7 @@ def files(prepared):
 
 def batches_of(file: TokenFile, maker=NoisyTrainBatches, **changes):
     settings = {"block_size": 16, "vocab_size": 64, "batch_size": 8, "seed": 1, "answer_block": 4, "ends": (EOS,)}
+    settings["mask_span"] = 1
     if maker is NoisyTrainBatches:
         settings["accumulation_steps"] = 1
     return maker([file], **{**settings, **changes})
@@ -196,6 +197,31 @@ def test_the_noise_of_validation_is_the_same_whatever_the_seed_and_batch_size(fi
         assert torch.equal(batches[0].rate[:4, :T], batches[1].rate[:4, :T])
 
 
+def test_tokens_of_a_span_are_masked_together_and_each_as_often_as_by_itself(files):
+    """Spans of 1 to 4 tokens, 4 samples of each length on average; at every position half of them is masked."""
+    batches = [batches_of(files["pretrain"], mask_span=4).at(8 * i)[0] for i in range(200)]
+    lengths, begin_with_the_window = [], []
+    for noise in torch.cat([batch.noise for batch in batches]).tolist():
+        runs = [len(list(same)) for _, same in itertools.groupby(noise)]
+        assert len(set(runs[1:-1])) <= 1 and max(runs[0], runs[-1]) <= runs[1]  # whole but for the first and the last
+        lengths.append(runs[1])
+        begin_with_the_window += [runs[0] == runs[1]] * (runs[1] > 1)
+    shares = np.bincount(lengths, minlength=5)[1:] / len(lengths)
+    assert abs(shares - 0.25).max() < 0.05, shares
+    assert np.mean(begin_with_the_window) < 0.5  # (1/2 + 1/3 + 1/4) / 3
+    masked = torch.cat([batch.noise < batch.rate for batch in batches])
+    assert abs(masked.float().mean(0) - 0.5).max() < 0.08
+
+
+def test_validation_masks_every_token_by_itself_whatever_the_span(files):
+    """The bound is that of independent masks."""
+    for file in files.values():
+        spans = [next(iter(batches_of(file, NoisyValidationBatches, n_samples=0, mask_span=span))) for span in (1, 4)]
+        assert torch.equal(spans[0].noise, spans[1].noise) and torch.equal(spans[0].rate, spans[1].rate)
+        masked = spans[0].noise[spans[0].noise != NEVER]
+        assert len(masked.unique()) > 0.99 * len(masked)
+
+
 def test_of_running_text_all_tokens_are_masked_alike_and_are_the_targets_of_a_causal_model(files):
     from text.batches import TrainBatches
 
@@ -232,21 +258,21 @@ def test_a_turn_is_drawn_and_a_long_answer_may_end_after_any_block(files):
     batches = batches_of(files["sft"], block_size=32)
     seen = set()
     for position in range(200):
-        sample = batches.add_noise((tokens, mask), position, 0, cuts=True)
+        sample = batches.add_noise((tokens, mask), position, 0, trains=True)
         masked = np.flatnonzero(sample.noise < 1)
         seen.add((int(masked[0]), len(sample.tokens), int(sample.counted.sum())))
         assert masked.tolist() == list(range(masked[0], len(sample.tokens)))
     assert seen == {(2, 6, 4), (8, 12, 4), (8, 16, 8), (8, 20, 10)}
-    whole = {len(batches.add_noise((tokens, mask), position, 0, cuts=False).tokens) for position in range(50)}
+    whole = {len(batches.add_noise((tokens, mask), position, 0, trains=False).tokens) for position in range(50)}
     assert whole == {6, 20}
 
 
 def test_an_answer_that_begins_where_the_window_ends_is_left_out(files):
     batches = batches_of(files["sft"], block_size=8)
     two = np.array([9, 5, 20, EOS, 9, 5, 6, 7, EOS]), np.array([0, 0, 1, 1, 0, 0, 0, 0, 1])
-    samples = [batches.add_noise(two, position, 0, cuts=True) for position in range(20)]
+    samples = [batches.add_noise(two, position, 0, trains=True) for position in range(20)]
     assert {int(sample.counted.argmax()) for sample in samples} == {2}
-    none = batches.add_noise((np.array([9] * 8 + [EOS]), np.array([0] * 8 + [1])), 0, 0, cuts=True)
+    none = batches.add_noise((np.array([9] * 8 + [EOS]), np.array([0] * 8 + [1])), 0, 0, trains=True)
     assert len(none.tokens) == 8 and not none.counted.any() and (none.noise == NEVER).all()
 
 

@@ -68,7 +68,7 @@ def test_a_compiled_model_is_one_graph(prepared):
     batches = NoisyTrainBatches(
         [file],
         **{"batch_size": 6, "accumulation_steps": 1, "seed": 1, "pad_to": 32, "is_compiled": True, "block_size": 32},
-        **{"vocab_size": vocab_size, "answer_block": 8, "ends": (3,), "pack_samples": True},
+        **{"vocab_size": vocab_size, "answer_block": 8, "mask_span": 1, "ends": (3,), "pack_samples": True},
     )
     model = GPT(ModelConfig(**SHAPE, vocab_size=vocab_size, is_causal=False, mask_token=True))
     torch._dynamo.reset()

@@ -146,6 +146,9 @@ class TrainConfig(Config):
         maximum=1 << 20,
         section="Masked diffusion (loss diffusion)",
     )
+    mask_span: int = option(
+        1, "spans of up to so many tokens are masked as one, of a length drawn per sample; 1: each by itself", minimum=1
+    )
 
     teacher: str = option("", "checkpoint of the teacher", section="Distillation (loss distill)")
     distill_temperature: float = option(2.0, "softmax temperature of teacher and student", above=0.0)

@@ -17,6 +17,7 @@ came before: the loss is the mean over all orders of -log p(text in this order).
 2024, arXiv:2406.03736).
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -42,19 +43,26 @@ class NoisySample(NamedTuple):
     rate: float
 
 
+@functools.cache
+def first_rate(seed: int) -> float:
+    return np.random.default_rng([seed, 2]).random()
+
+
 class NoisyBatches(Batches):
     """Batches with noise: a pure function of a sample's position, as the batches are (text/batches.py).
 
     So a run that is resumed, or distributed, or cut into other micro-batches, masks the same tokens.
     """
 
-    def __init__(self, *arguments: Any, answer_block: int, ends: tuple[int, ...], **shared: Any) -> None:
+    def __init__(
+        self, *arguments: Any, answer_block: int, ends: tuple[int, ...], mask_span: int, **shared: Any
+    ) -> None:
         """answer_block: answers are filled to multiples of it; ends: the tokens that end them."""
         super().__init__(*arguments, **shared)
-        self.answer_block, self.ends = answer_block, ends
+        self.answer_block, self.ends, self.mask_span = answer_block, ends, mask_span
 
-    def add_noise(self, sample: Sample, position: int, seed: int, cuts: bool) -> NoisySample:
-        """Noise and rate of a sample; cuts: a longer answer may end after one of its blocks.
+    def add_noise(self, sample: Sample, position: int, seed: int, trains: bool) -> NoisySample:
+        """Noise and rate of a sample; trains: a longer answer may end after one of its blocks, spans share their noise.
 
         Rates are those of a Weyl sequence, multiples of the golden ratio modulo 1: those of any batch are spread evenly
         over (0, 1], however large it is, which takes out the better part of the loss's variance.
@@ -67,10 +75,11 @@ class NoisyBatches(Batches):
             tokens = tokens[1:]
             start, counted = 0, np.ones(len(tokens))
         else:
-            tokens, counted, start = self.choose_answer(tokens, loss_mask, rng, cuts)
-        noise = np.where(np.arange(len(tokens)) < start, NEVER, rng.random(len(tokens)))
-        offset = np.random.default_rng([seed, 2]).random()
-        return NoisySample(tokens, counted, noise, 1 - (offset + position * GOLDEN) % 1)
+            tokens, counted, start = self.choose_answer(tokens, loss_mask, rng, trains)
+        span = rng.integers(1, self.mask_span + 1) if trains and self.mask_span > 1 else 1
+        noise = np.repeat(rng.random(len(tokens) // span + 2), span)[rng.integers(span) :][: len(tokens)]
+        noise = np.where(np.arange(len(tokens)) < start, NEVER, noise)
+        return NoisySample(tokens, counted, noise, 1 - (first_rate(seed) + position * GOLDEN) % 1)
 
     def choose_answer(
         self, tokens: np.ndarray, loss_mask: np.ndarray, rng: np.random.Generator, cuts: bool
@@ -116,12 +125,12 @@ class NoisyBatches(Batches):
 
 class NoisyTrainBatches(NoisyBatches, TrainBatches):
     def sample(self, position: int) -> NoisySample:
-        return self.add_noise(super().sample(position), position, self.seed, cuts=True)
+        return self.add_noise(super().sample(position), position, self.seed, trains=True)
 
 
 class NoisyValidationBatches(NoisyBatches, ValidationBatches):
     def sample(self, n: int) -> NoisySample:
-        return self.add_noise(super().sample(n), n, seed=0, cuts=False)  # whatever the run's seed
+        return self.add_noise(super().sample(n), n, seed=0, trains=False)  # whatever the run's seed
 
 
 def masked_losses(

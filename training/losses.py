@@ -259,6 +259,7 @@ LOSSES = {
 
 FIELDS_OF_LOSSES = {  # fields that mean something to some losses only
     "answer_block": ("diffusion",),
+    "mask_span": ("diffusion",),
     "teacher": ("distill",),
     "distill_temperature": ("distill",),
     "distill_weight": ("distill",),

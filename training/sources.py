@@ -82,7 +82,8 @@ class TokenFiles:
         makers = TrainBatches, ValidationBatches
         if config.loss == "diffusion":
             makers = NoisyTrainBatches, NoisyValidationBatches
-            shared |= {"answer_block": config.answer_block, "ends": self.tokenizer.stop_tokens}
+            shared |= {"answer_block": config.answer_block, "mask_span": config.mask_span}
+            shared |= {"ends": self.tokenizer.stop_tokens}
         batches = makers[0](train_files, accumulation_steps=steps, pack_samples=pack_samples, **shared)
         validation = makers[1](val_files, n_samples=config.eval_samples, **shared)
 
