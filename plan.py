@@ -12,6 +12,8 @@ reading a short text more often would only teach it by heart. plan.png shows it.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -34,13 +36,16 @@ from planning.machine import Clock, Machine, fit_memory, make_run, measure_machi
 from planning.picture import draw
 from planning.recipe import DEPTHS, WINDOWS, Shape, recipe, tokens_per_step
 from planning.text import Text, open_text
-from training.run_log import print_table
+from text.tokenizer import SMALLEST_BPE
+from training.run_log import amount, print_table
 
 SHARE, LONGEST = 0.1, 15 * 60  # of the time, and seconds at most, that planning takes
+REPETITIVE = 0.1  # of the unigram entropy; among the prior's texts 0.13 is the least that is left
 KNOWN_EPOCHS = 32  # readings of a text: the law's runs have no more
 ENOUGH_TOKENS, LEAST_TOKENS = 60_000, 30_000  # of a probe: 80 steps, 40 steps
 WRITING = 2  # seconds of that for the table and the picture
 WEIGHTS_PER_TOKEN = 2  # of the text, at most: the law's runs on what people wrote have 3.5
+LEAST_TEXT = Shape(min(DEPTHS), min(WINDOWS)).n_weights / WEIGHTS_PER_TOKEN  # tokens
 TOLERATED = 0.01  # of the loss, lost to overfitting, before a plan ends earlier than it could
 READINGS = 1.1 ** np.arange(100)  # of a text, after which a plan may end: 1, 1.1, 1.21, ... 12,528
 NOTICED = 0.005  # of the loss: a smaller gain is none
@@ -57,14 +62,19 @@ def prepare_text(args: argparse.Namespace) -> Text:
         if args.vocab:
             raise UserError("command line: --vocab is for texts; this one has been prepared with a vocabulary")
         return open_text(Path(args.text[0]))
+    sizes = [Path(text).stat().st_size for text in args.text if text.endswith(".txt") and Path(text).is_file()]
+    if len(sizes) == len(args.text) and sum(sizes) < LEAST_TEXT:  # before it takes the place of what is prepared
+        raise UserError(f"{args.text[0]}: {sum(sizes):,} bytes are too few to plan for; the least is {LEAST_TEXT:,.0f}")
     path, kinds = Path("dataset/pretrain_train.bin"), {"": [], "char": ["--tokenizer", "char"]}
     kind = kinds.get(args.vocab, ["--tokenizer", "bpe", "--vocab_size", args.vocab])
     before = path.stat().st_mtime_ns if path.is_file() else None
     job = subprocess.run([sys.executable, str(Path(__file__).with_name("data.py")), *args.text, *kind])
     if job.returncode:  # data.py has said why
+        if not all(Path(text).exists() for text in args.text):
+            raise UserError("nothing is planned")
         raise UserError(
-            "nothing is planned; a text that takes options of data.py is prepared by it first, and planned for then: "
-            f"{repeated(args, path)}"
+            "nothing is planned; where an option of data.py helps, the text is prepared with it first, and planned for "
+            f"then: `{command_line('data.py', *args.text, 'OPTION')}`, `{repeated(args, path)}`"
         )
     if not path.is_file() or path.stat().st_mtime_ns == before:
         raise UserError(f"{args.text[0]}: not running text, as data.py read it; plans are for pretraining")
@@ -139,7 +149,8 @@ def candidates(law: Law, machine: Machine, text: Text, minutes: float, unique: f
     """All shapes that text and time allow, best first. unique: tokens of the text, were it longer than it is.
 
     A run that would read the text more than once ends where its loss is lowest, if the whole time would cost more than
-    TOLERATED of the loss: what overfitting does is not known so well that less would be a reason.
+    TOLERATED of the loss: what overfitting does is not known so well that less would be a reason. It is ranked as if it
+    had lost that, too, or it would win over one for which the time is only just too long.
     """
     unique, found = unique or text.unique, []
     for shape in (Shape(n_embd, window) for n_embd in DEPTHS for window in WINDOWS):
@@ -151,13 +162,14 @@ def candidates(law: Law, machine: Machine, text: Text, minutes: float, unique: f
         runs = np.array([(shape.n_weights, D, shape.window, unique, math.nan) for D in tokens])
         shares = law.predict(runs)
         i = int(shares[:, 0].argmin())
-        i = 0 if shares[0, 0] <= (1 + TOLERATED) * shares[i, 0] else i
+        most_tolerated = (1 + TOLERATED) * shares[i, 0]
+        i = 0 if shares[0, 0] <= most_tolerated else i
         takes = machine.minutes(shape, tokens[i]) if i else minutes
         loss = text.baselines["unigram"] * np.minimum(1, shares[i])  # no worse than single characters' shares
-        found.append(Candidate(shape, takes, float(tokens[i]), *loss.tolist()))
+        found.append((min(shares[0, 0], most_tolerated), Candidate(shape, takes, float(tokens[i]), *loss.tolist())))
     if not found:
         raise UserError(f"command line: {minutes:g} minutes are too short here for the smallest network; give more")
-    return sorted(found, key=lambda candidate: candidate.loss)
+    return [candidate for _, candidate in sorted(found, key=lambda pair: pair[0])]
 
 
 def run_probe(
@@ -210,7 +222,7 @@ def study(
 def eval_iters(tokens: float, window: int) -> int:
     """Hundreds of validation samples per evaluation: of a plan's five evaluations each takes about 1% of its time.
 
-    (A forward pass is a third of a step.) The probe has as many: only losses of the same samples can be compared.
+    (A forward pass is a third of a step.) The probe has as many, and the same samples where its window is the plan's.
     """
     return max(1, round(0.03 * tokens / window / 100))
 
@@ -237,14 +249,6 @@ def plan_fields(
         "prediction": prediction,
         "planned_for": text.header.get("preparation") or "",
     }
-
-
-def amount(number: float) -> str:
-    """A number of weights or tokens in three digits: 812K, 4.72M."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.0f}"
 
 
 def duration(minutes: float) -> str:
@@ -345,29 +349,43 @@ def make_parser() -> Parser:
 def check_arguments(args: argparse.Namespace) -> float:
     """The minutes of training; raises UserError, also where the config or the picture could not be written."""
     if (args.minutes is None) == (args.hours is None):
-        which = "not both" if args.hours else "give one of them"
+        which = "give one of them" if args.hours is None else "not both"
         raise UserError(f"command line: how long may training take? --minutes 30, or --hours 2: {which}")
     minutes = args.minutes if args.hours is None else 60 * args.hours
     if not 0.5 <= minutes <= 60 * 24 * 30:
         raise UserError(f"command line: {minutes:g} minutes: a plan is for half a minute to 30 days")
-    if args.vocab not in ("", "char") and not (args.vocab.isdecimal() and int(args.vocab) >= 256):
-        raise UserError(f"command line: --vocab must be char, or a vocabulary's size of at least 256, got {args.vocab}")
+    if args.vocab not in ("", "char") and not (args.vocab.isdecimal() and int(args.vocab) >= SMALLEST_BPE):
+        least = f"a vocabulary's size of at least {SMALLEST_BPE}"
+        raise UserError(f"command line: --vocab must be char, or {least}, got {args.vocab}")
     find_device(args.device)
     output = Path(args.output)
     if output.suffix != ".json":
         raise UserError(f"{output}: the config to write is a .json file")
-    if output.exists() and not (isinstance(values := read_json(output), dict) and "planned_for" in values):
+    if output.exists() and not is_plan(output):
         raise UserError(f"{output}: not a plan's config; --output names another file")
-    for path in (output, picture_of(output)):
+    picture = picture_of(output)
+    if picture.exists() and not output.exists():  # so it is of no plan that this one replaces
+        raise UserError(
+            f"{picture}: exists, and is of no plan {output}: move it away, or name another config by --output"
+        )
+    for path in (output, picture):
         folder = nearest_place(path.parent)
         if not folder.is_dir() or not os.access(folder, os.W_OK) or (path.exists() and not path.is_file()):
             raise UserError(f"{path}: no file can be written there")
     return minutes
 
 
+def is_plan(path: Path) -> bool:
+    """Whether a file is a config that this script has written: it may be replaced."""
+    with contextlib.suppress(UserError):
+        return isinstance(values := read_json(path), dict) and "planned_for" in values
+    return False
+
+
 def picture_of(output: Path) -> Path:
-    """Where the picture of a plan goes: into this folder."""
-    return Path(output.with_suffix(".png").name)
+    """Where the picture of a plan goes: into this folder if the plan is in config/, else beside it."""
+    picture = output.with_suffix(".png")
+    return Path(picture.name) if output.parent.resolve() == Path("config").resolve() else picture
 
 
 def main() -> None:
@@ -375,9 +393,8 @@ def main() -> None:
     args, _ = make_parser().parse()
     minutes, output = check_arguments(args), Path(args.output)
     text = prepare_text(args)
-    least = Shape(min(DEPTHS), min(WINDOWS)).n_weights / WEIGHTS_PER_TOKEN
-    if text.unique < least:
-        raise UserError(f"{text.train}: {text.unique:,} tokens are too few to plan for; the least is {least:,.0f}")
+    if text.unique < LEAST_TEXT:
+        raise UserError(f"{text.train}: {text.unique:,} tokens are too few to plan for; the least is {LEAST_TEXT:,.0f}")
     clock = Clock(max(1.0, min(60 * minutes * SHARE, LONGEST) - imported))
     fields = {"device": args.device, "compile": "auto" if minutes >= LONG else "false", "eval_iters": 1}
     try:
@@ -388,15 +405,24 @@ def main() -> None:
         print(f"stopped: what was measured is lost, {kept}; the text stays prepared: {repeated(args, text.train)}")
         raise
     chosen = candidates(law, machine, text, minutes)[0]
+    if of := list(
+        itertools.takewhile(lambda argument: not argument.startswith("--"), text.header.get("arguments") or [])
+    ):
+        print(f"{text.train}, of {' '.join(of)}:")
     print_plans(text, law, machine, fields, chosen, minutes)
     if trial is None:
-        print("too little time for a short run on this text (5 minutes are enough): losses as texts like it have them")
+        print("too little time for a short run on this text (a few minutes more do): losses as texts like it have them")
     else:
         print(f"a short run, {trial.shape}, reached {trial.loss:.4f} after {trial.tokens:,} tokens")
     print(advice_on_data(law, machine, text, minutes, chosen))
+    if np.nanmin(text.shares) < REPETITIVE:
+        print(
+            "this text repeats itself: n-grams or lzma leave almost nothing of it, unlike of the law's texts, and "
+            "what validation reads may stand in the training text"
+        )
 
     interval = f"{chosen.low:.3f} to {chosen.high:.3f}"
-    prediction = f"predicted {chosen.loss:.3f} ({interval}, {chosen.tokens / 1e6:.3g}M tokens)"
+    prediction = f"predicted {chosen.loss:.3f} ({interval}, {amount(chosen.tokens)} tokens)"
     values = plan_fields(text, chosen, fields, machine, minutes, prediction)
     if output.exists():  # an earlier plan
         os.replace(output, f"{output}.bak")

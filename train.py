@@ -37,7 +37,7 @@ from training.distributed import check_launcher
 from training.engine import Engine
 from training.losses import PER_TOKEN_LOSSES
 from training.memory import memory_estimate
-from training.run_log import Console, RunLog, StopRequest
+from training.run_log import Console, RunLog, StopRequest, amount
 from training.setup import Run, RunConfig, State, build_run, read_configs
 from training.spikes import check_skipped, has_spiked, roll_back
 from weights.checkpointing import SaveError, keep_previous, previous_of, set_aside
@@ -310,7 +310,7 @@ def save(run: Run, path: Path, log: RunLog) -> None:
             "environment": {"device": run.engine.device.type, "dtype": dtype_name(run.engine.dtype)},
             "tokenizer": run.tokenizer.to_dict(),
             "data": {
-                "sizes": run.source.sizes,
+                **(run.source.contents or {}),
                 "has_questions": run.source.has_questions,
                 "evaluated": run.evaluated,
                 "samples": state.samples,
@@ -391,15 +391,15 @@ def train_with_log(run: Run, argv: list[str]) -> None:
             log.close()
     if engine.is_main and state.step:
         best, what = run.best_path, "bound" if config.loss == "diffusion" else "loss"
-        reached = f"best validation {what} {state.best_val_loss:.4f} ({best})"
-        reached = reached if math.isfinite(state.best_val_loss) else "not evaluated yet"
+        is_evaluated, reached = math.isfinite(state.best_val_loss), f"best validation {what} {state.best_val_loss:.4f}"
+        reached = f"{reached} ({best})" if is_evaluated else "not evaluated yet"
         ended_by = "".join(f", {name} reached" for name in limits_reached(config, state))
         print(f"step {state.step:,}{ended_by}, {reached}; log: {log.path}")
-        if config.prediction and math.isfinite(state.best_val_loss):
-            early = ", stopped before its time" if run.stopped else ""
-            worse = f", at the end {run.val_loss:.3f}" if run.val_loss > 1.001 * state.best_val_loss else ""
-            reached = f"reached {state.best_val_loss:.3f}{worse}"
-            print(f"{preflight.prediction(run)}; {reached} ({state.tokens / 1e6:.3g}M tokens{early})")
+        if config.prediction and is_evaluated:
+            what, when = ("best so far", "last evaluation") if run.stopped else ("reached", "end")
+            worse = f", at the {when} {run.val_loss:.3f}" if run.val_loss > 1.001 * state.best_val_loss else ""
+            read = "stopped before its time, after " * run.stopped + amount(state.tokens)
+            print(f"{config.prediction}; {what} {state.best_val_loss:.3f}{worse} ({read} tokens)")
         if math.isfinite(peak := engine.peak_memory()):
             print(f"memory at the peak: {peak / 1e9:.2f} GB, estimated {header['memory_estimate_mb'] / 1e3:.2f}")
         print(f"to go on: {going_on(run, argv)}")

@@ -328,7 +328,8 @@ def find_config(name: str) -> Path:
         if path.is_file():
             return path
     names = [path.stem for folder in CONFIG_FOLDERS for path in folder.glob("*.json")]
-    raise UserError(f"config {name!r}: neither a file nor a name in config/{did_you_mean(name, names)}")
+    hint = "; `python plan.py TEXT --minutes 30` writes it" if name == "plan" else did_you_mean(name, names)
+    raise UserError(f"config {name!r}: neither a file nor a name in config/{hint}")
 
 
 def check_fields(values: Any, known: dict[str, Field], where: str) -> dict[str, Any]:

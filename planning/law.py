@@ -2,7 +2,7 @@
 
     prior = Prior.load().given(shares)          # what runs on other texts, n-grams and a compressor say of this one
     law = Law.fit(runs, prior)                  # runs (n, 5): short ones, on the text at hand
-    law.predict(further)                        # (n, 3): the median, and the interval of nine in ten
+    law.predict(further)                        # (n, 3): the most likely loss, and the interval of nine in ten
 
 Hoffmann et al. 2022 (arXiv:2203.15556, approach 3) write the loss of N weights after D tokens as E + A / N^alpha +
 B / D^beta: what no model can know of the text, what a small one cannot hold, what a short run does not find out. At our
@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from base.configuration import UserError
 from planning.recipe import Shape
 
 # the logarithms of: E, A, B, C as shares of the unigram entropy (at N = 1M, D = 1M, W = 128), their exponents, R, the
@@ -274,12 +275,22 @@ def shares_of(record: dict[str, Any]) -> np.ndarray:
     return np.array([record.get(name, math.nan) for name in SHARES])
 
 
+def records() -> list[dict[str, Any]]:
+    """The lines of planning/runs.jsonl; raises UserError for one that is none, as where a run was cut off."""
+    found = []
+    for number, line in enumerate(RUNS.read_text(encoding="utf-8").splitlines() if RUNS.exists() else [], 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{RUNS}: line {number} is no run: delete it, or what is left of it") from None
+    return found
+
+
 def read_runs() -> dict[str, Studied]:
     """The runs of planning/runs.jsonl by text."""
     texts: dict[str, list[Run]] = {}
     shares = {}
-    for line in RUNS.read_text(encoding="utf-8").splitlines():
-        run = json.loads(line)
+    for run in records():
         shape = Shape(run["n_embd"], run["window"])
         loss = run["loss"] / run["unigram"]
         texts.setdefault(run["text"], []).append(Run(shape.n_weights, run["tokens"], shape.window, run["unique"], loss))

@@ -75,6 +75,8 @@ def open_text(path: Path) -> Text:
     """The text of a training file NAME_train.bin; raises UserError where it is none, or its other files are missing."""
     if not path.name.endswith("_train.bin"):
         raise UserError(f"{path}: plan.py takes a text, or the training file that data.py made of one: NAME_train.bin")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     val, tokenizer = path.with_name(path.name.removesuffix("_train.bin") + "_val.bin"), path.with_name("tokenizer.json")
     if not tokenizer.is_file():
         raise UserError(f"{tokenizer}: no such file; `{command_line('data.py')}` writes it beside the token files")

@@ -3,7 +3,9 @@
 import functools
 import io
 import random
+import re
 import resource
+import shlex
 import time
 import zipfile
 
@@ -271,6 +273,14 @@ def test_changed_fields_are_listed_and_changed_data_is_refused(prepared, call):
     other = ["--dataset_path", '[["other/pretrain_train.bin", "other/pretrain_val.bin"]]']
     result = call("train.py", *ARGUMENTS, *other, *ON)
     assert result.status == 1 and "dataset_path: the training files have" in result.err
+    # another text in the place of the first: what the run read can be prepared again, by the command that is named
+    first = (prepared / "dataset" / "pretrain_train.bin").read_bytes()
+    assert call("data.py", "more.txt", "--tokenizer", "char").status == 0
+    result = call("train.py", *ARGUMENTS, *ON)
+    again = re.search("prepared by `python data.py (.*)`", result.err).group(1)
+    assert result.status == 1 and call("data.py", *shlex.split(again)).status == 0
+    assert (prepared / "dataset" / "pretrain_train.bin").read_bytes()[-5000:] == first[-5000:]
+    assert trained(call, "--max_steps", "6", *ON).status == 0
 
 
 def test_too_little_memory_is_explained_with_sizes(prepared):

@@ -188,8 +188,16 @@ def arguments_for_all(folder: Path) -> list[str]:
         arguments = read_header(path).get("arguments") or ["FILES"]
         n = next((i for i, text in enumerate(arguments) if text.startswith("--")), len(arguments))
         files |= dict.fromkeys(arguments[:n])
-        options |= {tuple(arguments[n:]): None}
+        options |= dict.fromkeys(option_groups(arguments[n:]))
     return [*files, *itertools.chain(*options)]
+
+
+def option_groups(arguments: list[str]) -> list[tuple[str, ...]]:
+    """Options with their values: ["--a", "1", "--b"] -> [("--a", "1"), ("--b",)]."""
+    groups: list[tuple[str, ...]] = []
+    for text in arguments:
+        groups = [*groups, (text,)] if text.startswith("--") else [*groups[:-1], (*groups[-1], text)]
+    return groups
 
 
 class TokenFile:

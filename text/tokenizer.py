@@ -24,6 +24,7 @@ from base.files import atomic_write
 from text.template import NANO, ChatTemplate, Messages
 
 SPECIAL_TOKENS = ("<|Padding|>", "<|unknown|>", "<|bos|>", "<|eos|>", "<|InstructMark|>", "<|ResponseMark|>")
+SMALLEST_BPE = 256 + len(SPECIAL_TOKENS)  # every byte is a token
 PADDING, UNKNOWN, BOS, EOS, INSTRUCT, RESPONSE = range(len(SPECIAL_TOKENS))
 FORMAT = 1
 UNICODE_SIZE = 0x110000  # code points are below this
@@ -328,10 +329,9 @@ class BPETokenizer(Tokenizer):
         """Learn merges from the texts, for at most vocab_size tokens including the 256 bytes and the special tokens."""
         from tokenizers import models, pre_tokenizers, trainers
 
-        smallest = len(SPECIAL_TOKENS) + 256
-        if vocab_size < smallest:
+        if vocab_size < SMALLEST_BPE:
             raise UserError(
-                f"vocab_size must be at least {smallest} for BPE (256 bytes and {len(SPECIAL_TOKENS)} special)"
+                f"vocab_size must be at least {SMALLEST_BPE} for BPE (256 bytes and {len(SPECIAL_TOKENS)} special)"
             )
         tokenizer = byte_level(models.BPE())
         trainer = trainers.BpeTrainer(

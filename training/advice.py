@@ -20,7 +20,7 @@ RAW_FILES = {  # what data.py prepares by itself, by stage: in its output folder
 def preparing(path: Path, config: TrainConfig) -> str:
     """How a token file that is missing is made."""
     if config.planned_for:
-        return "a plan is trained in the folder in which it was made"
+        return "a plan is trained in the folder in which it was made, on the data that was prepared there"
     stage, folder = path.stem.removesuffix("_train").removesuffix("_val"), path.parent
     if stage not in RAW_FILES or stage == path.stem:
         example = '\'[["dataset/pretrain_train.bin", "dataset/pretrain_val.bin"]]\''
@@ -73,7 +73,10 @@ def going_on(run: Any, argv: list[str]) -> str:
     for name in fields:
         argv = without_flag(argv, f"--{name}")
     added = [part for name, value in fields.items() for part in (f"--{name}", str(value))]
-    return f"{run.engine.launcher} {shlex.join([sys.argv[0], *argv, *added])}"
+    command = f"{run.engine.launcher} {shlex.join([sys.argv[0], *argv, *added])}"
+    if run.config.prediction.startswith("predicted") and run.config.decay_over == "steps" and "max_steps" in fields:
+        command += "  # but the plan ends here: reading on, a network would learn the text by heart"
+    return command
 
 
 def without_flag(argv: list[str], flag: str) -> list[str]:

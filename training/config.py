@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from base.configuration import Config, UserError, option
 from base.devices import DTYPES
@@ -147,7 +148,10 @@ class TrainConfig(Config):
         section="Masked diffusion (loss diffusion)",
     )
     mask_span: int = option(
-        1, "spans of up to so many tokens are masked as one, of a length drawn per sample; 1: each by itself", minimum=1
+        1,
+        "spans of up to so many tokens are masked as one, of a length drawn per sample; 1: each by itself",
+        minimum=1,
+        maximum=1 << 20,
     )
 
     teacher: str = option("", "checkpoint of the teacher", section="Distillation (loss distill)")
@@ -176,6 +180,11 @@ class TrainConfig(Config):
     )
     grpo_clip: float = option(0.2, "grpo: PPO clipping range epsilon", above=0.0, maximum=1.0)
     grpo_beta: float = option(0.01, "grpo: coefficient of the KL penalty against the reference policy", minimum=0.0)
+
+    def resumes(self, checkpoint: dict[str, Any]) -> bool:
+        """Whether a checkpoint is to be resumed; one of another stage only gives the initial weights."""
+        is_same_kind = ("lora" in checkpoint) == self.use_lora
+        return is_same_kind and checkpoint["train_config"].get("stage") == self.stage
 
     def check(self) -> None:
         if self.min_lr > self.learning_rate:

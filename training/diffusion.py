@@ -76,7 +76,7 @@ class NoisyBatches(Batches):
             start, counted = 0, np.ones(len(tokens))
         else:
             tokens, counted, start = self.choose_answer(tokens, loss_mask, rng, trains)
-        span = rng.integers(1, self.mask_span + 1) if trains and self.mask_span > 1 else 1
+        span = rng.integers(min(self.mask_span, len(tokens))) + 1 if trains and self.mask_span > 1 else 1
         noise = np.repeat(rng.random(len(tokens) // span + 2), span)[rng.integers(span) :][: len(tokens)]
         noise = np.where(np.arange(len(tokens)) < start, NEVER, noise)
         return NoisySample(tokens, counted, noise, 1 - (first_rate(seed) + position * GOLDEN) % 1)

@@ -364,7 +364,11 @@ def is_for_other_data(run: Any) -> bool:
 
 def prediction(run: Any) -> str:
     """What plan.py has predicted for this run, or why that does not count."""
-    return "planned for other data" if is_for_other_data(run) else run.config.prediction
+    if run.config.prediction and is_for_other_data(run):
+        return "planned for other data"
+    if run.config.prediction and run.config.from_checkpoint and not run.is_resumed:
+        return "not as it was planned (from_checkpoint)"
+    return run.config.prediction
 
 
 def unknown_tokens(run: Any) -> list[str]:

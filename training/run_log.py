@@ -226,6 +226,14 @@ class StopRequest:
             signal.signal(number, handler)
 
 
+def amount(number: float) -> str:
+    """A number of weights or tokens in three digits: 812K, 4.72M."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
 def print_table(rows: list[tuple[str, ...]]) -> None:
     """Print rows as an aligned Markdown table; the first row is the header."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -154,7 +154,8 @@ def read_configs(training: str | None, model: str | None, overrides: dict[str, A
         known = {**model_fields, **train_fields, **problem_fields}
         values = check_fields(read_json(path), known, str(path))
         data = values.get("stage") or path.stem  # --stage names the checkpoints, not the data
-        if changed := [name for name in overrides if values.get("prediction") and name not in BESIDE_A_PLAN]:
+        changed = [name for name in (*overrides, *["model"] * bool(model)) if name not in BESIDE_A_PLAN]
+        if values.get("prediction") and changed:
             values["prediction"] = f"not as it was planned ({', '.join(changed)})"
         values |= overrides
     if "problem" in values:
@@ -315,7 +316,7 @@ def restore_model(
     learns_to_see = bool(vision.get("image_size")) and not checkpoint["model_config"].get("image_size")
     if learns_to_see and config.use_lora:
         raise UserError(f"{where} reads text alone: train an encoder with all weights first, without --use_lora")
-    if learns_to_see and is_same_run(config, checkpoint):
+    if learns_to_see and config.resumes(checkpoint):
         raise UserError(f"{where} reads text alone: a run that teaches it to see gets another --stage name")
     explicit = {name: value for name, value in explicit.items() if not (learns_to_see and name in vision)}
     changes |= full_attention(config, explicit, checkpoint)
@@ -376,7 +377,7 @@ def build_run(asked: RunConfig, engine: Engine) -> Run:
     if model.vision is not None and all(dataset.file.images is None for dataset in batches.datasets):
         model.vision.requires_grad_(False)  # without gradients it would decay, and DDP wait for it
     datasets = [*batches.datasets, *getattr(validation, "datasets", ())]
-    earlier = checkpoint if checkpoint and is_same_run(config, checkpoint) else None
+    earlier = checkpoint if checkpoint and config.resumes(checkpoint) else None
     dtype_reason = choose_dtype(engine, model, earlier)
     loss = make_loss(config, engine, source.tokenizer, datasets)
     run = Run(config, source, model, batches, validation, engine, loss, adapter, dtype_reason=dtype_reason)
@@ -392,6 +393,7 @@ def build_run(asked: RunConfig, engine: Engine) -> Run:
             for name in (*CONTEXT_FIELDS, "dropout", "n_future", "is_causal")
         }
         run.changes = changed_fields(now, context)
+    config.prediction = preflight.prediction(run)
     return run
 
 
@@ -404,12 +406,6 @@ def choose_reference(config: TrainConfig, checkpoint: dict[str, Any] | None) -> 
     config.reference = before or config.from_checkpoint
 
 
-def is_same_run(config: TrainConfig, checkpoint: dict[str, Any]) -> bool:
-    """Whether a checkpoint is to be resumed; one of another stage only gives the initial weights."""
-    is_same_kind = ("lora" in checkpoint) == config.use_lora
-    return is_same_kind and checkpoint["train_config"].get("stage") == config.stage
-
-
 def resume(run: Run, checkpoint: dict[str, Any]) -> None:
     """Take over optimizer, random states and position of a run; raises UserError where they do not fit this one."""
     config, where = run.config, run.config.from_checkpoint
@@ -420,13 +416,10 @@ def resume(run: Run, checkpoint: dict[str, Any]) -> None:
             f"a run keeps its optimizer (--optimizer {trained_with}); or give this one another --stage name to start "
             "from the weights alone"
         )
+    kept = checkpoint["train_config"].get("prediction", "")
+    if config.prediction and kept and not kept.startswith("predicted"):  # a run that was not as planned stays so
+        config.prediction = kept
     data = checkpoint["data"]
-    if data.get("sizes", run.source.sizes) != run.source.sizes:  # (checkpoints of earlier versions lack them)
-        raise UserError(
-            f"dataset_path: the training files have {run.source.sizes} tokens, those of {where} "
-            f"had {data['sizes']}: a run keeps its data; or give this one another --stage name to start from "
-            "the weights alone"
-        )
     (total,) = run.engine.sum_over_ranks(float(checkpoint["step"]))
     if total != checkpoint["step"] * run.engine.world_size:
         raise UserError(

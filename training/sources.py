@@ -38,6 +38,7 @@ class TokenFiles:
 
     def __init__(self, config: TrainConfig, settings: None, checkpoint: dict[str, Any] | None) -> None:
         self.config = config
+        self.resumed = checkpoint["data"] if checkpoint and config.resumes(checkpoint) else {}  # what that run read
         for path in [Path(path) for pair in config.dataset_path for path in pair]:
             if not path.exists():
                 raise UserError(f"{path}: no such file; {preparing(path, config)}")
@@ -60,6 +61,11 @@ class TokenFiles:
         opened = lambda: [[TokenFile(path, is_verified) for path in pair] for pair in config.dataset_path]  # noqa: E731
         pairs = engine.together(opened)
         train_files, val_files = [train for train, _ in pairs], [val for _, val in pairs]
+        self.contents = {
+            "sizes": [file.header["n_tokens"] for file in train_files],
+            "arguments": [file.header.get("arguments") for file in train_files],
+        }
+        self.check_contents()
         for file in (*train_files, *val_files):
             check_vocabulary(file, self.tokenizer, config)
             check_images(file, shape, config)
@@ -87,7 +93,6 @@ class TokenFiles:
         batches = makers[0](train_files, accumulation_steps=steps, pack_samples=pack_samples, **shared)
         validation = makers[1](val_files, n_samples=config.eval_samples, **shared)
 
-        self.sizes = [file.header["n_tokens"] for file in train_files]  # a resumed run must find the same
         self.evaluated = {
             "validation_tokens": [file.header["n_tokens"] for file in val_files],
             "samples": len(validation.samples),
@@ -101,6 +106,19 @@ class TokenFiles:
         self.has_questions = train_files[-1].starts is not None
         self.has_images = any(file.images is not None for file in train_files)
         return batches, validation
+
+    def check_contents(self) -> None:
+        """Raises UserError where a run that is resumed read other files (earlier versions did not note which)."""
+        sizes, where = self.contents["sizes"], self.config.from_checkpoint
+        if (had := self.resumed.get("sizes", sizes)) == sizes:
+            return
+        prepared = [files for files in self.resumed.get("arguments", []) if files]
+        again = ", ".join(f"`{command_line('data.py', *files, '--tokenizer', where)}`" for files in prepared)
+        raise UserError(
+            f"dataset_path: the training files have {sizes} tokens, those of {where} had {had}: a run keeps its data"
+            + f" (prepared by {again})" * bool(again)
+            + "; or give this one another --stage name to start from the weights alone"
+        )
 
     def check_attention(self, shape: ModelConfig) -> None:
         """Raises UserError where the attention of a model is not what the loss needs."""
@@ -209,7 +227,7 @@ def check_preparation(train: TokenFile, val: TokenFile, config: TrainConfig) -> 
 class ToyProblem:
     """Instances of a toy problem, generated as training goes on: the field `problem`."""
 
-    sizes = None  # training without end
+    contents = None  # training without end
     has_questions = True
     tokens_per_character = None
     baselines = None
