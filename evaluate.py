@@ -34,6 +34,7 @@ from base.files import atomic_write
 from data import check_fields_seen
 from evaluation import choices
 from evaluation.copied import describe_copied
+from evaluation.picture import draw
 from evaluation.questions import Answer, Turn, ask, check_sight, turns_of
 from evaluation.runs import tables
 from evaluation.statistics import compare, verdict
@@ -103,6 +104,8 @@ def load_contestants(args: Namespace) -> list[Contestant]:
             raise UserError(f"{path}: learned positions end at {own['block_size']}: --factor needs RoPE")
         for scaling in dict.fromkeys([own.get("rope_scaling", "none"), *args.scaling]):
             total = own.get("rope_factor", 1.0) * args.factor  # over the window that the frequencies were trained with
+            if args.scaling and total == 1:
+                raise UserError(f"{path}: --scaling changes nothing within the trained window; --factor 4 reads beyond")
             window = math.floor(own["block_size"] * args.factor)
             changes = {"block_size": window, "rope_factor": total, "rope_scaling": scaling}
             model = load_model(checkpoint, path, **changes).to(find_device(args.device))
@@ -140,18 +143,23 @@ def evaluate_text(args: Namespace) -> None:
     ids, characters = read_text(args, contestants)
     sizes = [model.config.block_size for _, model, _ in contestants]
     is_one_tokenizer = len({tokenizer.fingerprint() for _, _, tokenizer in contestants}) == 1
-    n_windows = args.windows or 64
+    n_windows, trained = args.windows or 64, math.floor(sizes[0] / args.factor)
+    has_positions = not any(model.config.mask_token for _, model, _ in contestants)  # its windows have no beginning
+    if args.output and not has_positions:
+        raise UserError("command line: -o: a model of masked diffusion has no loss by position")
     if args.stride is None and is_one_tokenizer and len(set(sizes)) == 1:
         losses, units = {}, []
         for (label, model, tokenizer), tokens in zip(contestants, ids, strict=True):
             of_positions, of_windows = judge_windows(model, tokenizer, tokens, n_windows)
             losses[label] = of_positions.mean(0)  # (block_size,)
             units.append(of_windows)
-        if not any(model.config.mask_token for _, model, _ in contestants):  # whose windows have no beginning
-            trained = math.floor(sizes[0] / args.factor)
+        if has_positions:
             print_perplexities(losses, trained)
-            draw(args.output or "perplexity.png", losses, trained)
-            print(args.output or "perplexity.png")
+            try:
+                draw(picture := args.output or "perplexity.png", losses, trained)
+                print(picture)
+            except OSError as error:  # the result does not depend on it
+                tell(f"warning: {picture}: {error.strerror}: no picture")
         what, n_unread = "window", len(ids[0]) // (len(next(iter(losses.values()))) + 1) - n_windows
     else:
         if args.output or args.windows:
@@ -170,6 +178,8 @@ def evaluate_text(args: Namespace) -> None:
         print(f"overall{label}: {unit.describe(BOUND if model.config.mask_token else 'loss')} ({read})")
     if len(args.model) > 1:
         compare_on_text(args.model, units, is_one_tokenizer, n_unread)
+        if not has_positions:
+            print("(of masked diffusion an upper bound is compared: its loss is lower, nobody knows by how much)")
 
 
 def compare_on_text(paths: list[str], units: list[Units], is_one_tokenizer: bool, n_unread: int) -> None:
@@ -193,28 +203,6 @@ def print_perplexities(losses: dict[str, np.ndarray], trained: int) -> None:
         values = (f"{math.exp(min(700.0, loss[part].mean())):.2f}" for loss in losses.values())  # no overflow
         rows.append((f"{part[0] + 1}-{part[-1] + 1}" + (" (beyond)" if part[0] >= trained else ""), *values))
     print_table(rows)
-
-
-def draw(path: str, losses: dict[str, np.ndarray], trained: int) -> None:
-    """Perplexity over position, a line for each of the losses (block_size,)."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # works without a display
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    span = max(1, trained // 16)
-    for label, values in losses.items():
-        n = min(span, len(values))  # of a text that is shorter than the window there are few
-        smooth = np.convolve(values, np.ones(n) / n, mode="valid")
-        name = (label.removeprefix(", ") or "model").replace("$", r"\$")  # matplotlib reads $...$ as a formula
-        axis.plot(np.arange(len(smooth)) + (n + 1) / 2, np.exp(smooth), label=name)
-    axis.axvline(trained, color="grey", linestyle=":", label="trained window")
-    axis.set(xlabel="position", ylabel="perplexity", yscale="log")
-    axis.grid(alpha=0.25)
-    axis.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------------------------ questions
@@ -255,7 +243,7 @@ def print_answers(args: Namespace, answers: dict[str, list[Answer]], training: l
             said = [answer for answer in given if answer.text is not None]
             pairs = [answer.text for answer in said], [answer.turn.expected for answer in said]
             print(f"copied from {args.copied}: {describe_copied(*pairs, training)}")
-        print("held-out exact match: {} ({})".format(*share_of([answer.is_exact for answer in given])))
+        print("exact match: {} ({})".format(*share_of([answer.is_exact for answer in given])))
     compare_answers(args.model, answers)
 
 
@@ -314,7 +302,10 @@ def has_answers(path: Path) -> bool:
 
 
 def write_records(path: str, records: list[dict[str, Any]]) -> None:
-    """Write JSON lines, whole or not at all."""
+    """Write JSON lines, whole or not at all; those of an earlier run are kept beside them."""
+    if Path(path).is_file():
+        os.replace(path, f"{path}.bak")
+        tell(f"{path}: of an earlier run, kept as {path}.bak")
     with atomic_write(path) as file:
         for record in records:
             file.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
@@ -333,19 +324,23 @@ def evaluate_choices(args: Namespace) -> None:
     results, records = [], []
     for path, generator in generators.items():
         check_attention(generator.model.config, path, has_strides=True)
-        texts = (question.ask(by_letter=True) for question in questions)
-        if note := unknown_note(generator.tokenizer, "".join(texts)):
-            tell(f"in the questions: {note}")
-        letters, answers, n_cut = choices.judge(generator, questions, examples, args.chat)
-        if n_cut:
-            tell(f"{n_cut} of {len(questions)} questions are longer than the window of {path}, which reads their ends")
-        if len(args.model) > 1:
-            print(f"{path}:")
-        print_table(choices.subject_table(questions, letters, answers))
-        results.append((letters, answers))
-        records += map(choices.describe, [path] * len(questions), questions, letters, answers)
-    if args.out:
-        write_records(args.out, records)
+    try:
+        for path, generator in generators.items():
+            texts = (question.ask(by_letter=True) for question in questions)
+            if note := unknown_note(generator.tokenizer, "".join(texts)):
+                tell(f"in the questions: {note}")
+            letters, answers, n_cut = choices.judge(generator, questions, examples, args.chat)
+            if n_cut:
+                read = "which reads their ends, and of options that are longer the beginnings"
+                tell(f"{n_cut} of {len(questions)} questions are longer than the window of {path}, {read}")
+            if len(args.model) > 1:
+                print(f"{path}:")
+            print_table(choices.subject_table(questions, letters, answers))
+            results.append((letters, answers))
+            records += map(choices.describe, [path] * len(questions), questions, letters, answers)
+    finally:  # of the models that were judged
+        if args.out and records:
+            write_records(args.out, records)
     for kind, name in enumerate(("by letter", "by answer")):
         wrong = [1 - np.array(list(map(choices.share_right, questions, result[kind]))) for result in results]
         for path, other in zip(args.model[1:], wrong[1:], strict=True):
@@ -465,8 +460,10 @@ def check_text(args: Namespace) -> None:
         raise UserError(f"command line: --stride must be at least 1, got {args.stride}")
     if len(args.model) > 1 and (args.factor > 1 or args.scaling):
         raise UserError("command line: --factor and --scaling are for a single model")
-    if args.output and (not args.output.endswith(".png") or not Path(args.output).parent.is_dir()):
-        raise UserError(f"{args.output}: must be a picture's name (.png) in a folder that exists")
+    picture = Path(args.output or "perplexity.png")
+    is_one = picture.suffix.lower() == ".png" and picture.parent.is_dir() and not picture.is_dir()
+    if args.stride is None and not is_one:
+        raise UserError(f"{picture}: must be a picture's name (.png) in a folder that exists")
 
 
 def check_asking(args: Namespace) -> None:
@@ -478,11 +475,13 @@ def check_asking(args: Namespace) -> None:
         raise UserError("command line: --shots N (at least 1) and --dev FOLDER go together")
     if args.out:  # looked at before the first question is asked, not when all have been
         place, folder = Path(args.out), Path(args.out).parent
-        if place.is_file() and place.stat().st_size and not has_answers(place):
-            raise UserError(f"{args.out}: exists, and is no earlier --out; name another file")
+        for path in (place, Path(f"{args.out}.bak")):
+            if path.is_file() and path.stat().st_size and not has_answers(path):
+                raise UserError(f"{path}: exists, and is no earlier --out; name another file")
         if not folder.is_dir():
             raise UserError(f"{args.out}: no such folder")
-        if (place.exists() and not place.is_file()) or not os.access(folder, os.W_OK):
+        is_free = all(path.is_file() or not path.exists() for path in (place, Path(f"{args.out}.bak")))
+        if not is_free or not os.access(folder, os.W_OK):
             raise UserError(f"{args.out}: no file can be written there")
 
 

@@ -22,7 +22,7 @@ def read_log(path: str | Path, needs_loss: bool = True) -> dict[str, list[dict[s
     """The records of a log by type: header, train, val. A last line that is still being written is left out.
 
     Raises UserError where the file is missing or is not a log, EmptyLog where there is no training step in it yet, or
-    with needs_loss none that has a finite loss.
+    with needs_loss none that has a finite loss; without it validations are enough.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: {'not a file' if Path(path).exists() else 'no such log'}")
@@ -43,7 +43,7 @@ def read_log(path: str | Path, needs_loss: bool = True) -> dict[str, list[dict[s
                         raise UserError(
                             f"{part}: line {number} is not a log record; logs are the train_*.log files"
                         ) from None
-    if not records["train"]:
+    if not records["train"] and (needs_loss or not records["val"]):
         raise EmptyLog(f"{path}: no training steps in it yet")
     if needs_loss and not len(series(records["train"], "loss")[0]):
         raise EmptyLog(f"{path}: no loss in it that is a finite number")
@@ -86,6 +86,11 @@ def join_runs(paths: list[str], needs_loss: bool = True) -> dict[str, dict[str, 
     return runs
 
 
+def last_step(run: dict[str, Any]) -> int:
+    """The last that its records tell of."""
+    return max(run[kind][-1]["step"] for kind in ("train", "val") if run[kind])
+
+
 def goes_on(run: dict[str, Any], header: dict[str, Any], start: int) -> bool:
     """Whether a log's header, resumed from the step start, is that of a run: by its stage, seed, network and folder.
 
@@ -94,7 +99,7 @@ def goes_on(run: dict[str, Any], header: dict[str, Any], start: int) -> bool:
     headers = run["header"][0] if run["header"] else {}, header
     was, now = (part(h, "train_config") for h in headers)
     interval = was.get("log_interval")
-    last = run["train"][-1]["step"] + (interval if is_step(interval) and interval else 1)  # at least where it stopped
+    last = last_step(run) + (interval if is_step(interval) and interval else 1)  # at least where it stopped
     shapes = [part(h, "model_config") for h in headers]
     folders = was.get("save_checkpoint_to"), now.get("from_checkpoint") and Path(str(now["from_checkpoint"])).parent
     is_elsewhere = all(folders) and len({Path(str(folder)).resolve().name for folder in folders}) > 1

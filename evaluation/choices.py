@@ -195,17 +195,20 @@ def judge(
 ) -> tuple[list[Likely], list[Likely], int]:
     """For each question the log-likelihood of every letter, and of every answer per character.
 
-    And the number of questions that do not fit into the window, of which the model reads the end.
+    And the number of questions that do not fit into the window, of which the model reads the end, and of options that
+    do not the beginning.
     """
     letters, answers, n_cut = [], [], 0
     for question in tqdm(questions, desc="judging", delay=1, leave=False, dynamic_ncols=True, disable=None):
         shots = examples.get(question.subject, [])
-        of_letters, letters_cut = fit(generator, question, shots, True, is_chat)
-        of_answers, answers_cut = fit(generator, question, shots, False, is_chat)
+        of_letters, _, letters_cut = fit(generator, question, shots, True, is_chat)
+        of_answers, read, answers_cut = fit(generator, question, shots, False, is_chat)
         likely = log_likelihoods(generator.model, of_letters + of_answers)
         n = len(question.options)
         letters.append(likely[:n])
-        answers.append(likely[n:] / [max(1, len(option)) for option in question.options])
+        # of an option longer than the window a part is judged, and divided by the characters of this part
+        sizes = [max(1, len(option)) * part for option, part in zip(question.options, read, strict=True)]
+        answers.append(likely[n:] / sizes)
         n_cut += letters_cut or answers_cut
     return letters, answers, n_cut
 
@@ -256,8 +259,10 @@ def percent(share: float, error: float) -> str:
 
 def fit(
     generator: TextGenerator, question: Choice, shots: list[Choice], by_letter: bool, is_chat: bool
-) -> tuple[list[Pair], bool]:
+) -> tuple[list[Pair], list[float], bool]:
     """Token ids of what comes before a reply and of the reply, for every reply; and whether the question was cut.
+
+    Between the two the share of each reply that is read: 1 unless it alone is longer than the window.
 
     Together they have no more tokens than the window: examples that do not fit are left out, the first ones first, then
     the heading, then the beginning of the question.
@@ -270,9 +275,10 @@ def fit(
         replies = question.replies(by_letter)
         pairs = [encode(generator.tokenizer, head, chosen, question, reply, by_letter) for reply in replies]
         if all(len(context) + len(reply) <= room for context, reply in pairs):
-            return pairs, False
+            return pairs, [1.0] * len(pairs), False
     cut = [(context, reply[: room - 1]) for context, reply in pairs]
-    return [(context[len(reply) - room :], reply) for context, reply in cut], True
+    read = [len(short) / len(reply) for (_, short), (_, reply) in zip(cut, pairs, strict=True)]
+    return [(context[len(reply) - room :], reply) for context, reply in cut], read, True
 
 
 def encode_plain(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from base.configuration import UserError
-from base.logs import group_by_config, is_number, join_runs, seed_of, series
+from base.logs import group_by_config, is_number, join_runs, last_step, seed_of, series
 from evaluation.statistics import mean_interval
 
 
@@ -30,7 +30,7 @@ def tables(logs: list[str]) -> Iterator[tuple[list[tuple[str, ...]], list[str]]]
     headers = {name: run["header"][0] if run["header"] else {} for name, run in runs.items()}
     for group in group_by_config(headers):
         seeds = [str(seed_of(headers[name])) for name in group]
-        steps = [runs[name]["train"][-1]["step"] for name in group]
+        steps = [last_step(runs[name]) for name in group]
         losses = np.full((len(group), 2), math.nan)  # last and best
         for row, name in zip(losses, group, strict=True):
             last, finite = runs[name]["val"][-1].get("val_loss"), series(runs[name]["val"], "val_loss")[1]

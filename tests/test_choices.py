@@ -178,7 +178,7 @@ def test_examples_are_the_first_ones_of_the_subject(call, work):
     examples = choices.examples_for(questions, choices.read_choices("dev"), 3)
     seen = []
     for question in questions:
-        pairs, _ = choices.fit(generator, question, examples[question.subject], True, False)
+        pairs, _, _ = choices.fit(generator, question, examples[question.subject], True, False)
         seen.append(re.findall("Answer: ([ABCD])", TOKENIZER.decode(pairs[0][0])))
     assert seen == [["D", "A", "C"]] * 4 + [["A", "B", "C"]] * 4  # files by name: art, then law
     save_rigged(work / "m.pt", model, TOKENIZER)
@@ -193,8 +193,8 @@ def test_what_does_not_fit_is_left_out_from_the_front():
     found = {}
     for size in range(200, 10, -1):
         generator = TextGenerator(rigged_for("A", size), TOKENIZER, torch.device("cpu"), True)
-        pairs, is_cut = choices.fit(generator, question, shots, True, False)
-        assert all(len(context) + len(reply) <= size + 1 for context, reply in pairs)
+        pairs, read, is_cut = choices.fit(generator, question, shots, True, False)
+        assert all(len(context) + len(reply) <= size + 1 for context, reply in pairs) and read == [1.0, 1.0]
         text = TOKENIZER.decode(pairs[0][0])
         assert text.endswith("Answer:")
         parts = tuple(word for word in ("Multiple", "first", "second", "one two") if word in text)
@@ -206,6 +206,18 @@ def test_what_does_not_fit_is_left_out_from_the_front():
         (("one two",), False),
         ((), True),
     ]
+
+
+def test_an_option_longer_than_the_window_is_not_likelier_by_what_is_not_read_of_it():
+    """A model that knows nothing: whatever is read of an option, every token of it is as likely as any other."""
+    vocabulary = TOKENIZER.vocab_size
+    generator = TextGenerator(rigged_for("A", 20), TOKENIZER, torch.device("cpu"), True)
+    generator.model = unigram_model(np.full(vocabulary, 1 / vocabulary), 20)
+    question = choices.Choice("f", "line 1", "law", "one", ["two", "three " * 30 + "one", "one two"], 0)
+    _, ((short, long, other),), n_cut = choices.judge(generator, [question], {}, False)
+    assert n_cut == 1
+    # a space before each reply is a token more: 4 of 3 characters, 8 of 7
+    assert [short, long, other] == pytest.approx([-math.log(vocabulary) * n for n in (4 / 3, 184 / 183, 8 / 7)])
 
 
 def test_options_that_are_equally_likely_share_the_point(call, work):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,9 +237,13 @@ def test_a_trained_model_answers_everywhere(trained, call):
     rows = [{"question": question, "answer": answer} for question, answer in ANSWERS.items()]
     write_jsonl(trained / "held_out.jsonl", rows)
     result = call("evaluate.py", "--questions", "held_out.jsonl", *model)
-    assert "held-out exact match: 100.0% (3/3)" in result.out
+    assert "exact match: 100.0% (3/3)" in result.out
+
+    text = ["evaluate.py", "dataset/pretrain.txt", *model]
+    assert call(*text).status == 0 and not Path("perplexity.png").exists()
 
     refusals = [
+        ([*text, "-o", "p.png"], "a model of masked diffusion has no loss by position"),
         (["inference.py", "-i", *model, "-p", "a", "--draft", "lookup"], "--draft is for models that generate token"),
         (["inference.py", "-i", *model, "-p", "a", "--compile"], "--compile is for models that generate token"),
         (["inference.py", "-i", *model, "-p", "a", "--weights", "auto"], "--weights auto is for models"),

@@ -60,7 +60,7 @@ def test_exact_match_is_counted(call, chat):
     rows.append({"messages": [*history, {"role": "assistant", "content": expected}]})
     result = ask(call, rows)
     assert all(row.get("answer", "x").strip() and expected.strip() for row in rows)
-    assert result.out.splitlines()[-1] == "held-out exact match: 60.0% (3/5)"
+    assert result.out.splitlines()[-1] == "exact match: 60.0% (3/5)"
     assert result.err == "1 of 5 questions without their oldest turns, which do not fit into 32 tokens\n"
     wrong = [line for line in result.out.splitlines() if line.startswith("wrong: ")]
     said = json.dumps(answer(chat, "cc"), ensure_ascii=False)
@@ -85,7 +85,7 @@ def test_every_turn_is_asked_with_the_true_turns_before_it(call, chat, monkeypat
     messages[4]["weight"] = 0  # an answer that is not to be learnt is not asked for
     result = ask(call, [{"messages": messages}, pair("x", "no")], "--out", "said.jsonl")
     assert asked == [("a", ["s"]), ("e", ["s", "a", "b", "c", "d"]), ("x", [])]
-    assert result.out.splitlines()[-1] == "held-out exact match: 33.3% (1/3)"
+    assert result.out.splitlines()[-1] == "exact match: 33.3% (1/3)"
     said = [json.loads(line) for line in Path("said.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["where"] for row in said] == ["line 1, message 3", "line 1, message 7", "line 2"]
     assert [(row["model"], row["answer"], row["exact"]) for row in said] == [
@@ -124,7 +124,7 @@ def test_the_normalised_share_is_printed_before_the_exact_one(call, chat, monkey
     result = ask(call, [pair("a", "yes"), pair("b", "Ｙes!"), pair("c", "no")])
     assert result.out.splitlines()[-2:] == [
         "normalised match (case, spaces, punctuation, full width): 66.7% (2/3)",
-        "held-out exact match: 33.3% (1/3)",
+        "exact match: 33.3% (1/3)",
     ]
 
 
@@ -135,7 +135,7 @@ def test_two_models_are_compared_question_by_question(call, work, monkeypatch):
         save_rigged(work / name, chain_model(tokenizer, text), tokenizer)
     write_jsonl(work / "q.jsonl", [pair("qq", "abc")] * 4 + [pair("qq", "xyz")] * 36)
     result = call("evaluate.py", "--questions", "q.jsonl", "-m", "a.pt", "b.pt", "--show", "0", "--out", "said.jsonl")
-    assert "a.pt:\n" in result.out and "held-out exact match: 10.0% (4/40)" in result.out
+    assert "a.pt:\n" in result.out and "exact match: 10.0% (4/40)" in result.out
     last = result.out.splitlines()[-1]
     low, high = map(float, re.search("95% ([0-9.]+) to ([0-9.]+)$", last).groups())
     assert last.startswith("b.pt is better than a.pt by 80 percentage points, 95% ")
@@ -154,7 +154,7 @@ def test_questions_are_resampled_by_conversation(call, work):
     talks = [[("user", "q"), ("assistant", said)] * 10 for said in ["abc"] * 4 + ["xyz"] * 6]
     write_jsonl(work / "q.jsonl", [{"messages": [{"role": r, "content": c} for r, c in talk]} for talk in talks])
     result = call("evaluate.py", "--questions", "q.jsonl", "-m", "a.pt", "b.pt", "--show", "0")
-    assert "held-out exact match: 60.0% (60/100)" in result.out
+    assert "exact match: 60.0% (60/100)" in result.out
     last = result.out.splitlines()[-1]
     low, high = map(float, re.search("by 20 percentage points, 95% (-?[0-9]+) to ([0-9]+)", last).groups())
     # differences of +1 and -1: standard deviation 0.98 over sqrt(10), times t = 2.26
@@ -242,9 +242,10 @@ def test_answers_replace_nothing_but_earlier_answers(call, chat):
     assert ask(call, rows, "--out", "said.jsonl").status == ask(call, rows, "--out", "said.jsonl").status == 0
     Path("empty.jsonl").touch()
     assert ask(call, rows, "--out", "empty.jsonl").status == 0
-    for file in ("q.jsonl", "m.pt"):
+    Path("other.jsonl.bak").write_text("something else")
+    for file in ("q.jsonl", "m.pt", "other.jsonl.bak"):
         before = Path(file).read_bytes()
-        result = ask(call, rows, "--out", file)
+        result = ask(call, rows, "--out", file.removesuffix(".bak"))
         assert result.status == 1 and f"{file}: exists, and is no earlier --out" in result.err
         assert Path(file).read_bytes() == before
 
@@ -252,7 +253,7 @@ def test_answers_replace_nothing_but_earlier_answers(call, chat):
 def test_a_question_that_is_too_long_is_named_and_wrong(call, chat):
     rows = [pair("aa", answer(chat, "aa")), pair("c" * 40, "d"), pair("bb", answer(chat, "bb"))]
     result = ask(call, rows)
-    assert result.status == 0 and result.out.endswith("\nheld-out exact match: 66.7% (2/3)\n")
+    assert result.status == 0 and result.out.endswith("\nexact match: 66.7% (2/3)\n")
     assert "line 2: wrong, not answered: the question has 42 tokens" in result.err
 
 
@@ -278,6 +279,23 @@ def test_ctrl_c_says_what_was_right_so_far(call, chat, monkeypatch):
     assert result.out.splitlines()[-1] == "stopped after 3 of 4 questions: 33.3% right (1/3)"
 
 
+def test_an_earlier_answers_file_is_kept_beside_one_that_is_cut_off(call, chat, monkeypatch):
+    rows = [pair("aa", "x"), pair("bb", "x"), pair("cc", "x")]
+    assert ask(call, rows, "--out", "said.jsonl").status == 0
+    answers = TextGenerator.answer
+
+    def interrupted(self, prompt, *args, **options):
+        if prompt == "bb":
+            raise KeyboardInterrupt
+        return answers(self, prompt, *args, **options)
+
+    monkeypatch.setattr(TextGenerator, "answer", interrupted)
+    result = ask(call, rows, "--out", "said.jsonl")
+    assert result.status == 130 and "kept as said.jsonl.bak" in result.err
+    assert len(Path("said.jsonl").read_text().splitlines()) == 1
+    assert len(Path("said.jsonl.bak").read_text().splitlines()) == 3
+
+
 def test_a_full_disk_keeps_the_answers_file_back_but_not_the_result(call, chat, monkeypatch):
     def full(path, records):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -285,7 +303,7 @@ def test_a_full_disk_keeps_the_answers_file_back_but_not_the_result(call, chat, 
     monkeypatch.setattr(evaluate, "write_records", full)
     result = ask(call, [pair("aa", answer(chat, "aa"))], "--out", "said.jsonl")
     assert result.status == 1 and "No space left" in result.err
-    assert result.out.endswith("held-out exact match: 100.0% (1/1)\n")
+    assert result.out.endswith("exact match: 100.0% (1/1)\n")
 
 
 def test_wrong_answers_are_exact_in_a_pipe_and_harmless_in_a_terminal(call, chat, monkeypatch):
@@ -306,7 +324,7 @@ def test_wrong_answers_are_shown_as_often_as_asked_for(call, chat):
 
 def test_only_the_first_questions_are_asked(call, chat):
     rows = [pair("aa", answer(chat, "aa")), pair("bb", answer(chat, "bb")), pair("cc", "x")]
-    assert ask(call, rows, "--limit", "2").out.endswith("\nheld-out exact match: 100.0% (2/2)\n")
+    assert ask(call, rows, "--limit", "2").out.endswith("\nexact match: 100.0% (2/2)\n")
     assert ask(call, rows, "--limit", "9").out.endswith(" 66.7% (2/3)\n")
 
 
@@ -319,7 +337,7 @@ def test_questions_are_read_as_data_py_reads_them(call, chat, work):
         command = ("evaluate.py", "-m", "m.pt", "--questions", "q.jsonl.gz", "--fields", "question=Q", "answer=A")
         refused = call(*command)
         assert refused.status == 1 and encoding in refused.err.split("--encoding ")[1]
-        assert call(*command, "--encoding", encoding).out.endswith("\nheld-out exact match: 100.0% (9/9)\n")
+        assert call(*command, "--encoding", encoding).out.endswith("\nexact match: 100.0% (9/9)\n")
     unnamed = call(*command[:-3], "--encoding", "utf-16")
     assert unnamed.status == 1 and "--fields question=NAME answer=NAME" in unnamed.err
     assert "--plain_text" not in unnamed.err
@@ -586,17 +604,18 @@ def test_the_table_says_perplexity_and_ends_with_the_whole(call, work):
     (work / "t.txt").write_text("abc 你\n" * 6, encoding="utf-8")
     ids = torch.from_numpy(CharTokenizer(CHARACTERS).encode("abc 你\n" * 6)[:33].astype(np.int64))[None]
     loss = model(ids[:, :-1], ids[:, 1:])[1].item()
-    result = call("evaluate.py", "t.txt", "-m", "m.pt", "--windows", "1", "--scaling", "yarn")
+    result = call("evaluate.py", "t.txt", "-m", "m.pt", "--windows", "1")
     lines = result.out.splitlines()
-    assert result.err == "" and [cell.strip() for cell in lines[0].split("|")[1:-1]] == [
-        "positions",
-        "perplexity",
-        "perplexity, yarn",
-    ]
-    assert lines[-3] == "perplexity.png"
-    assert lines[-2].startswith(f"overall: loss {loss:.4f}, perplexity {math.exp(loss):.2f}, ")
-    assert lines[-2].endswith(" bits/byte (1 window of about 32 characters)")
-    assert lines[-1].startswith("overall, yarn: loss ")
+    assert result.err == "" and [cell.strip() for cell in lines[0].split("|")[1:-1]] == ["positions", "perplexity"]
+    assert lines[-2] == "perplexity.png"
+    assert lines[-1].startswith(f"overall: loss {loss:.4f}, perplexity {math.exp(loss):.2f}, ")
+    assert lines[-1].endswith(" bits/byte (1 window of about 32 characters)")
+    result = call("evaluate.py", "t.txt", "-m", "m.pt", "--windows", "1", "--scaling", "yarn")
+    assert result.status == 1 and "--scaling changes nothing within the trained window" in result.err
+    (work / "perplexity.png").unlink()
+    (work / "perplexity.png").mkdir()
+    result = call("evaluate.py", "t.txt", "-m", "m.pt", "--windows", "1")
+    assert result.status == 1 and result.err.startswith("error: perplexity.png: must be a picture's name")
 
 
 def test_a_text_of_unknown_characters_gets_a_note(call, work):
