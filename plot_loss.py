@@ -21,6 +21,7 @@ from base.configuration import Parser, UserError, run_main
 from base.logs import EmptyLog, expert_loads, group_by_config, is_number, join_runs, series, smooth
 
 PREDICTION = re.compile(r"predicted (\d+\.\d+) \((\d+\.\d+) to (\d+\.\d+), ")  # as plan.py writes it into a config
+MANY = 6  # runs, from which on they are named beside the picture
 PANELS = (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_s", "tokens/s"))
 
 
@@ -63,20 +64,30 @@ def save_figure(
     axes = figure.subplot_mosaic([["loss"] * len(panels), panels], height_ratios=[2.2, 1])
     # matplotlib hides labels with _ in front, and reads $...$
     labels = {name: f"{run['stage']} {name}".strip("_ ").replace("$", r"\$") for name, run in runs.items()}
-    for i, (name, run) in enumerate(runs.items()):
+    are_many = len(runs) > MANY
+    colours = plt.colormaps["turbo"](np.linspace(0.05, 0.95, len(runs))) if are_many else [f"C{i}" for i in range(MANY)]
+    for colour, (name, run) in zip(colours, runs.items(), strict=False):
         if not band:
-            draw_losses(axes["loss"], run, labels[name], f"C{i}")
-        draw_prediction(axes["loss"], run, labels[name], f"C{i}")
+            draw_losses(axes["loss"], run, labels[name], colour, is_marked=not are_many)
+        if not are_many:
+            draw_prediction(axes["loss"], run, labels[name], colour)
         for field, _ in PANELS:
-            draw_curve(axes[field], *series(run["train"], field), f"C{i}", is_noisy=field == "tokens_per_s")
+            draw_curve(axes[field], *series(run["train"], field), colour, is_noisy=field == "tokens_per_s")
         if "expert_load" in axes:
-            draw_expert_load(axes["expert_load"], run["val"], f"C{i}")
+            draw_expert_load(axes["expert_load"], run["val"], colour)
     if band:
         headers = {name: run["header"][0] if run["header"] else {} for name, run in runs.items()}
         for i, group in enumerate(group_by_config(headers)):
             draw_band(axes["loss"], [runs[name] for name in group], labels[group[0]], f"C{i}")
     axes["loss"].set(xlabel="step", ylabel="loss (nats per token)")
-    axes["loss"].legend()
+    handles, names = axes["loss"].get_legend_handles_labels()
+    if are_many and not band:  # one line each, beside the picture
+        kept = {name.removesuffix(": train"): handle for handle, name in zip(handles, names, strict=True)}
+        kept = {name: handle for name, handle in kept.items() if name in labels.values()}
+        size = max(3.0, min(8.0, 300 / len(kept)))  # points
+        figure.legend(kept.values(), kept, loc="outside right upper", fontsize=size)
+    else:
+        axes["loss"].legend()
     for field, title in PANELS:
         axes[field].set(xlabel="step", title=title)
     axes["tokens_per_s"].set_ylim(bottom=0)
@@ -90,8 +101,8 @@ def save_figure(
     plt.close(figure)
 
 
-def draw_losses(axis: Any, run: dict[str, list[dict]], name: str, colour: str) -> None:
-    """The training loss, smoothed, and the validation loss with its standard error; the best one is marked."""
+def draw_losses(axis: Any, run: dict[str, list[dict]], name: str, colour: Any, is_marked: bool) -> None:
+    """The training loss, smoothed, and the validation loss with its standard error; is_marked: the best one is."""
     draw_curve(axis, *series(run["train"], "loss"), colour, is_noisy=True, label=f"{name}: train")
     steps, losses = series(run["val"], "val_loss")
     if not len(losses):
@@ -99,14 +110,17 @@ def draw_losses(axis: Any, run: dict[str, list[dict]], name: str, colour: str) -
     errors = [record.get("val_loss_se") for record in run["val"] if is_number(record.get("val_loss"))]
     bars = [max(0.0, error) if is_number(error) else 0.0 for error in errors]
     style = {"color": colour, "marker": "o", "markersize": 4, "linestyle": ":"}
-    axis.errorbar(steps, losses, yerr=bars, label=f"{name}: validation", **style)
+    what = "bound of validation" if any(record.get("is_bound") for record in run["val"]) else "validation"
+    axis.errorbar(steps, losses, yerr=bars, label=f"{name}: {what}", **style)
+    if not is_marked:
+        return
     best = int(losses.argmin())
     axis.plot(steps[best], losses[best], marker="*", markersize=16, color=colour, markeredgecolor="black")
     text, place = f"best {losses[best]:.4f} at {steps[best]:,}", (steps[best], losses[best])
     axis.annotate(text, place, xytext=(-8, 14), textcoords="offset points", ha="right")
 
 
-def draw_prediction(axis: Any, run: dict[str, list[dict]], name: str, colour: str) -> None:
+def draw_prediction(axis: Any, run: dict[str, list[dict]], name: str, colour: Any) -> None:
     """Of a planned run the loss that plan.py predicted for its end, and the interval of nine in ten."""
     config = run["header"][0].get("train_config") if run["header"] else None
     prediction = config.get("prediction") if isinstance(config, dict) else None
@@ -116,7 +130,7 @@ def draw_prediction(axis: Any, run: dict[str, list[dict]], name: str, colour: st
         axis.axhspan(low, high, color=colour, alpha=0.08, linewidth=0)
 
 
-def draw_band(axis: Any, runs: list[dict[str, list[dict]]], name: str, colour: str) -> None:
+def draw_band(axis: Any, runs: list[dict[str, list[dict]]], name: str, colour: Any) -> None:
     """The mean of several runs' losses, one standard deviation to both sides, at the steps that all of them have."""
     for kind, field, style in (("train", "loss", "-"), ("val", "val_loss", ":")):
         curves = [dict(zip(*map(np.ndarray.tolist, series(run[kind], field)), strict=True)) for run in runs]
@@ -133,7 +147,7 @@ def draw_band(axis: Any, runs: list[dict[str, list[dict]]], name: str, colour: s
 
 
 def draw_curve(
-    axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, is_noisy: bool, label: str | None = None
+    axis: Any, steps: np.ndarray, values: np.ndarray, colour: Any, is_noisy: bool, label: str | None = None
 ) -> None:
     """A curve; a noisy one is pale, with its moving average over it."""
     if is_noisy:
@@ -142,7 +156,7 @@ def draw_curve(
     axis.plot(steps, values, color=colour, linewidth=2 if is_noisy else 0.9, label=label)
 
 
-def draw_expert_load(axis: Any, records: list[dict], colour: str) -> None:
+def draw_expert_load(axis: Any, records: list[dict], colour: Any) -> None:
     """The load of every expert of every layer, relative to the mean, at the evaluations that have it."""
     loads = expert_loads(records)
     if loads:
@@ -179,7 +193,7 @@ def main() -> None:
     if args.explain:
         explain(names)
         return
-    output = args.output or str(Path(names[0]).with_suffix(".png"))
+    output = args.output or str(Path(names[0]).with_suffix("")) + "_band" * args.band + ".png"
     if not output.endswith(".png"):
         raise UserError(f"{output}: the file name must end in .png")
     if not Path(output).parent.is_dir():

@@ -148,7 +148,7 @@ def test_the_best_validation_loss_is_marked_wherever_it_is():
     axis = Axis()
     losses = {10: 3.0, 20: 2.0, 30: 2.5}
     run = {"train": [{"step": 1, "loss": 3.0}], "val": [{"step": s, "val_loss": v} for s, v in losses.items()]}
-    plot_loss.draw_losses(axis, run, "a", "C0")
+    plot_loss.draw_losses(axis, run, "a", "C0", is_marked=True)
     assert axis["plot"][-1][0] == (20, 2.0) and axis["annotate"][0][0][0] == "best 2.0000 at 20"
 
 
@@ -329,3 +329,24 @@ def test_runs_with_other_seeds_are_drawn_as_mean_and_band(call, work, monkeypatc
     assert len(bands) == 4 and list(bands[3][1]) == [9] * 3
     assert labels[:2] == ["pretrain a: train, 2 runs", "pretrain a: validation, 2 runs"]
     assert labels[2] == "pretrain other: train, 1 runs"
+
+
+def test_many_runs_are_named_beside_the_picture(call, work, monkeypatch):
+    """In the picture names of so many would hide the curves."""
+    for i in range(8):
+        records = [{"type": "header", "stage": "pretrain", "train_config": {"learning_rate": i}}]
+        records += [{"type": "train", "step": step, "loss": i + 1.0} for step in range(1, 20)]
+        records += [{"type": "val", "step": 19, "val_loss": i + 1.0, "is_bound": True}]
+        (work / f"run{i}.log").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    named = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.legend", lambda figure, handles, labels, **style: named.extend(labels)
+    )
+    monkeypatch.setattr("matplotlib.axes.Axes.annotate", lambda *_, **__: pytest.fail("marks hide one another"))
+    assert call("plot_loss.py", *(f"run{i}.log" for i in range(8))).status == 0
+    assert named == [f"pretrain run{i}" for i in range(8)]
+    assert (
+        call("plot_loss.py", "--band", "run0.log", "run1.log").out == "run0_band.png\n"
+    )  # not the first run's picture
+    result = call("plot_loss.py", "--explain", "run0.log")
+    assert "best bound on the validation loss 1.000" in result.out

@@ -411,7 +411,8 @@ def explain(run: dict[str, list[dict[str, Any]]]) -> list[str]:
     line = f"steps {first:,} to {last:,}, training loss {log.losses[:3].mean():.3f} to {log.last_loss:.3f}"
     steps, losses = series(log.val, "val_loss")
     if len(losses):
-        line += f", best validation loss {losses.min():.3f} at step {steps[losses.argmin()]:,}"
+        what = "bound on the validation loss" if log.val[-1].get("is_bound") else "validation loss"
+        line += f", best {what} {losses.min():.3f} at step {steps[losses.argmin()]:,}"
     found = findings(log)
     if last < log.number("max_steps") and not ended(log):
         line += f"; {log.number('max_steps') - last:,.0f} steps to go to max_steps"
