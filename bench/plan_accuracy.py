@@ -28,8 +28,10 @@ from planning.recipe import Shape
 from planning.text import open_text
 
 NUMBERS = re.compile(
-    r"predicted ([\d.]+) \(([\d.]+) to ([\d.]+), ([\d.]+)M tokens\); reached ([\d.]+)[^(]*\(([\d.]+)M tokens"
+    r"predicted ([\d.]+) \(([\d.]+) to ([\d.]+), ([\d.]+)([KMB]) tokens\); "
+    r"reached ([\d.]+)[^(]*\(([\d.]+)([KMB]) tokens"
 )
+UNITS = {"K": 1e3, "M": 1e6, "B": 1e9}
 PROBE = re.compile(r"a short run, \d+ x (\d+), (\d+), reached ([\d.]+) after ([\d,]+) tokens")
 
 
@@ -48,19 +50,23 @@ def one_plan(minutes: float) -> dict[str, float | str]:
     planned = time.perf_counter()
     out = run("train.py", "-t", "plan")
     ended = time.perf_counter()
-    predicted, low, high, planned_tokens, reached, tokens = map(float, NUMBERS.search(out).groups())
+    if not (found := NUMBERS.search(out)):
+        raise UserError(f"train.py -t plan has printed no prediction beside a loss reached: {out[-500:]}")
+    predicted, low, high, planned_tokens, planned_unit, reached, tokens, unit = found.groups()
+    planned_tokens, tokens = float(planned_tokens) * UNITS[planned_unit], float(tokens) * UNITS[unit]
+    predicted, low, high, reached = map(float, (predicted, low, high, reached))
     config, text = json.loads(Path("config/plan.json").read_text()), open_text(Path("dataset/pretrain_train.bin"))
     probe = PROBE.search(plan)
     at_planned = reached
     if abs(tokens / planned_tokens - 1) > 0.05:
         tokens_per_step = config["batch_size"] * config["gradient_accumulation_steps"] * config["block_size"]
-        steps = str(round(1e6 * planned_tokens / tokens_per_step))
+        steps = str(round(planned_tokens / tokens_per_step))
         run("train.py", "-t", "plan", "--decay_over", "steps", "--max_steps", steps, "--max_minutes", "null")
         at_planned = min(record["val_loss"] for record in newest_records() if record["type"] == "val")
     return {
         "n_embd": config["n_embd"],
         "window": config["block_size"],
-        "planned_tokens": 1e6 * planned_tokens,
+        "planned_tokens": planned_tokens,
         "probe": [float(value.replace(",", "")) for value in probe.groups()] if probe else None,
         **text.record,
         "predicted": predicted,

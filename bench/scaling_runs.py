@@ -25,7 +25,8 @@ from measuring import ROOT, text_files
 
 import plan
 from base.configuration import UserError, run_main
-from planning.law import PRIOR, RUNS, Prior, read_runs
+from base.files import atomic_write
+from planning.law import PRIOR, RUNS, Prior, read_runs, records
 from planning.machine import Clock
 from planning.recipe import DEPTHS, WINDOWS, Shape, recipe
 from planning.text import open_text
@@ -84,21 +85,29 @@ def main() -> None:
     files = text_files(args.files)
     if args.jobs < 1 or len({file.stem for file in files}) < len(files):
         raise UserError("--jobs is at least 1, and every text needs a name of its own")
-    lines = RUNS.read_text(encoding="utf-8").splitlines() if RUNS.exists() else []
-    done = {(run["text"], run["n_embd"], run["window"], run["asked"]) for run in map(json.loads, lines)}
+    done = {(run["text"], run["n_embd"], run["window"], run["asked"]): run for run in records()}
     start = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as place, ProcessPoolExecutor(args.jobs, mp_context=start) as pool:
         folders = {file: Path(place, file.stem) for file in files}
         for folder in folders.values():
             folder.mkdir()
         list(pool.map(prepare, folders, map(str, folders.values())))
-        asked = [(file, *run) for run in args.runs or GRID for file in files if (file.stem, *run) not in done]
+        asked = [(file, *run) for run in args.runs or GRID for file in files]
+        known = [(file, *run) for file, *run in asked if (file.stem, *run) in done]
+        for file, *run in known:
+            unique = open_text(folders[file] / "dataset/pretrain_train.bin").unique
+            if unique != done[file.stem, *run]["unique"]:
+                raise UserError(
+                    f"{file}: {RUNS.name} has a text of this name that is another: give it a name of its own"
+                )
+        print(f"{len(known)} of {len(asked)} runs are in {RUNS.name} already", file=sys.stderr)
+        asked = [run for run in asked if run not in known]
         runs = {pool.submit(one_run, file.stem, str(folders[file]), *run): (file.stem, *run) for file, *run in asked}
         failed = 0
         try:
             for run in as_completed(runs):
                 if error := run.exception():  # of this run alone: the others go on
-                    print(f"{runs[run]}: {error or type(error).__name__}", file=sys.stderr)
+                    print(f"{runs[run]}: {str(error) or type(error).__name__}", file=sys.stderr)
                     failed += 1
                     continue
                 record = json.dumps(run.result())
@@ -110,7 +119,8 @@ def main() -> None:
             raise
     prior = Prior.of_texts(read_runs())
     values = {"mean": prior.mean.round(6).tolist(), "covariance": prior.covariance.round(8).tolist()}
-    PRIOR.write_text(json.dumps(values) + "\n", encoding="utf-8")
+    with atomic_write(PRIOR) as output:
+        output.write((json.dumps(values) + "\n").encode())
     if failed:
         raise UserError(f"{failed} of {len(runs)} runs failed; what they said is above")
 
