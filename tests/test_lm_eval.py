@@ -43,7 +43,7 @@ def test_lm_evaluation_harness_measures_what_evaluate_measures(work, call):
 
     prompts = []
     for question in questions:
-        pairs, _ = fit(generator, question, [], False, False)
+        pairs, *_ = fit(generator, question, [], False, False)
         (context, *_), replies = zip(*[map(generator.tokenizer.decode, pair) for pair in pairs], strict=True)
         prompts.append({"context": context, "replies": replies, "answer": question.answer})
     write_jsonl(work / "prompts.jsonl", prompts)
