@@ -13,7 +13,6 @@ reading a short text more often would only teach it by heart. plan.png shows it.
 
 import argparse
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -36,6 +35,7 @@ from planning.machine import Clock, Machine, fit_memory, make_run, measure_machi
 from planning.picture import draw
 from planning.recipe import DEPTHS, WINDOWS, Shape, recipe, tokens_per_step
 from planning.text import Text, open_text
+from text.token_files import files_in
 from text.tokenizer import SMALLEST_BPE
 from training.run_log import amount, print_table
 
@@ -405,9 +405,7 @@ def main() -> None:
         print(f"stopped: what was measured is lost, {kept}; the text stays prepared: {repeated(args, text.train)}")
         raise
     chosen = candidates(law, machine, text, minutes)[0]
-    if of := list(
-        itertools.takewhile(lambda argument: not argument.startswith("--"), text.header.get("arguments") or [])
-    ):
+    if of := files_in(text.header.get("arguments") or []):
         print(f"{text.train}, of {' '.join(of)}:")
     print_plans(text, law, machine, fields, chosen, minutes)
     if trial is None:

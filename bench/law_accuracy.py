@@ -70,7 +70,7 @@ def plans() -> list[tuple[str, ...]]:
             n_embd, window, loss, tokens = plan["probe"]
             weights = Shape(int(n_embd), int(window)).n_weights
             law = Law.fit(np.array([Run(weights, tokens, window, plan["unique"], loss / plan["unigram"])]), belief)
-        loss, low, high = plan["unigram"] * law.predict(run)[0]
+        loss, low, high = plan["unigram"] * np.minimum(1, law.predict(run)[0])  # as plan.py says it
         reached = plan["at_planned"]
         rows.append(
             (

@@ -153,9 +153,8 @@ def test_the_command_to_go_on_has_every_flag_once(monkeypatch):
     run = SimpleNamespace(config=config, state=State(step=10), engine=engine, last_path=Path("checkpoint/a_last.pt"))
     command = going_on(run, ["-t", "a", "--max_steps", "10", "--from_checkpoint=old.pt"])
     assert command == "python train.py -t a --max_steps 20 --from_checkpoint checkpoint/a_last.pt"
-    run.config = TrainConfig(
-        max_steps=10, prediction="predicted 1.234 (1.1 to 1.3, 2.5M tokens)"
-    )  # a plan that ends early
+    # a plan that ends before its time
+    run.config = TrainConfig(max_steps=10, prediction="predicted 1.234 (1.1 to 1.3, 2.5M tokens)")
     doubtful = going_on(run, ["-t", "a"])
     assert doubtful.startswith(f"{command}  # ") and shlex.split(doubtful, comments=True) == shlex.split(command)
 

@@ -264,16 +264,21 @@ def test_unknown_characters_are_named(call, chat):
     assert "not in the vocabulary" in notes[1] and notes[1].endswith(": 1")
 
 
-def test_ctrl_c_says_what_was_right_so_far(call, chat, monkeypatch):
-    rows = [pair("aa", answer(chat, "aa")), pair("bb", "x"), pair("cc", "x"), pair("dd", "x")]
+def interrupt_at(question, monkeypatch):
+    """Ctrl-C where this is asked."""
     answers = TextGenerator.answer
 
     def interrupted(self, prompt, *args, **options):
-        if prompt == "dd":
+        if prompt == question:
             raise KeyboardInterrupt
         return answers(self, prompt, *args, **options)
 
     monkeypatch.setattr(TextGenerator, "answer", interrupted)
+
+
+def test_ctrl_c_says_what_was_right_so_far(call, chat, monkeypatch):
+    rows = [pair("aa", answer(chat, "aa")), pair("bb", "x"), pair("cc", "x"), pair("dd", "x")]
+    interrupt_at("dd", monkeypatch)
     result = ask(call, rows)
     assert result.status == 130
     assert result.out.splitlines()[-1] == "stopped after 3 of 4 questions: 33.3% right (1/3)"
@@ -282,14 +287,7 @@ def test_ctrl_c_says_what_was_right_so_far(call, chat, monkeypatch):
 def test_an_earlier_answers_file_is_kept_beside_one_that_is_cut_off(call, chat, monkeypatch):
     rows = [pair("aa", "x"), pair("bb", "x"), pair("cc", "x")]
     assert ask(call, rows, "--out", "said.jsonl").status == 0
-    answers = TextGenerator.answer
-
-    def interrupted(self, prompt, *args, **options):
-        if prompt == "bb":
-            raise KeyboardInterrupt
-        return answers(self, prompt, *args, **options)
-
-    monkeypatch.setattr(TextGenerator, "answer", interrupted)
+    interrupt_at("bb", monkeypatch)
     result = ask(call, rows, "--out", "said.jsonl")
     assert result.status == 130 and "kept as said.jsonl.bak" in result.err
     assert len(Path("said.jsonl").read_text().splitlines()) == 1

@@ -299,7 +299,8 @@ def test_a_recipe_reads_the_tokens_that_were_planned(tokens):
 # ------------------------------------------------------------------------------------------------------ as a user does
 
 
-def test_a_plan_is_a_config_that_trains_and_compares_itself_with_what_it_reached(prepared, call):
+def test_a_plan_is_a_config_that_trains_and_compares_itself_with_what_it_reached(prepared, call, monkeypatch):
+    monkeypatch.setattr(time, "process_time", lambda: 3.0)  # of imports; in this process it is that of all tests before
     text = prepared / "dataset" / "pretrain.txt"
     text.write_text(markov_text(400_000), encoding="utf-8")
     assert call("data.py", text, "--tokenizer", "char").status == 0
@@ -312,7 +313,7 @@ def test_a_plan_is_a_config_that_trains_and_compares_itself_with_what_it_reached
     assert (prepared / "plan.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((prepared / "config" / "plan.json").read_text())
     assert config["decay_over"] == ("steps" if "used <-" in result.out else "time")  # slow machines take all the time
-    assert 0.1 < config["max_minutes"] <= 0.5
+    assert 0.25 < config["max_minutes"] <= 0.5
     assert not list((prepared / "checkpoint").glob("*"))  # probes leave nothing behind
 
     (prepared / "config" / "plan.json").write_text(json.dumps(config | {"max_minutes": 0.02}))

@@ -339,14 +339,11 @@ def test_many_runs_are_named_beside_the_picture(call, work, monkeypatch):
         records += [{"type": "val", "step": 19, "val_loss": i + 1.0, "is_bound": True}]
         (work / f"run{i}.log").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     named = []
-    monkeypatch.setattr(
-        "matplotlib.figure.Figure.legend", lambda figure, handles, labels, **style: named.extend(labels)
-    )
+    monkeypatch.setattr("matplotlib.figure.Figure.legend", lambda figure, handles, names, **_: named.extend(names))
     monkeypatch.setattr("matplotlib.axes.Axes.annotate", lambda *_, **__: pytest.fail("marks hide one another"))
     assert call("plot_loss.py", *(f"run{i}.log" for i in range(8))).status == 0
     assert named == [f"pretrain run{i}" for i in range(8)]
-    assert (
-        call("plot_loss.py", "--band", "run0.log", "run1.log").out == "run0_band.png\n"
-    )  # not the first run's picture
+    result = call("plot_loss.py", "--band", "run0.log", "run1.log")
+    assert result.out == "run0_band.png\n"  # not the first run's picture
     result = call("plot_loss.py", "--explain", "run0.log")
     assert "best bound on the validation loss 1.000" in result.out

@@ -186,10 +186,15 @@ def arguments_for_all(folder: Path) -> list[str]:
     files, options = {}, {}
     for path in sorted(folder.glob("*_train.bin")):
         arguments = read_header(path).get("arguments") or ["FILES"]
-        n = next((i for i, text in enumerate(arguments) if text.startswith("--")), len(arguments))
-        files |= dict.fromkeys(arguments[:n])
-        options |= dict.fromkeys(option_groups(arguments[n:]))
+        texts = files_in(arguments)
+        files |= dict.fromkeys(texts)
+        options |= dict.fromkeys(option_groups(arguments[len(texts) :]))
     return [*files, *itertools.chain(*options)]
+
+
+def files_in(arguments: list[str]) -> list[str]:
+    """The files of a command line of data.py, which stand before its options."""
+    return list(itertools.takewhile(lambda text: not text.startswith("--"), arguments))
 
 
 def option_groups(arguments: list[str]) -> list[tuple[str, ...]]:
