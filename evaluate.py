@@ -38,7 +38,7 @@ from evaluation.picture import draw
 from evaluation.questions import Answer, Turn, ask, check_sight, turns_of
 from evaluation.runs import tables
 from evaluation.statistics import compare, verdict
-from evaluation.text import BOUND, Units, check_attention, judge_pieces, judge_windows, read_ids
+from evaluation.text import BLOCK, BOUND, Units, check_attention, judge_pieces, judge_windows, read_ids
 from layers.rope import ROPE_SCALING
 from model import GPT
 from serving.text_generator import TextGenerator, load_full_checkpoint, load_text_generator, unknown_note
@@ -92,13 +92,15 @@ class Contestant(NamedTuple):
     label: str
     model: GPT
     tokenizer: Tokenizer
+    block: int  # tokens that masked diffusion fills in together
 
 
 def load_contestants(args: Namespace) -> list[Contestant]:
     """The models of a command line on their device: several, or one with each kind of RoPE scaling, its own first."""
     found = []
     for path in args.model:
-        checkpoint = load_full_checkpoint(path)
+        checkpoint, adapter = load_full_checkpoint(path), load_checkpoint(args.lora) if args.lora else None
+        block = (adapter or checkpoint)["train_config"].get("answer_block", BLOCK)
         own, tokenizer = checkpoint["model_config"], load_checkpoint_tokenizer(checkpoint, path)
         if args.factor > 1 and not own.get("use_rope", True):
             raise UserError(f"{path}: learned positions end at {own['block_size']}: --factor needs RoPE")
@@ -109,13 +111,13 @@ def load_contestants(args: Namespace) -> list[Contestant]:
             window = math.floor(own["block_size"] * args.factor)
             changes = {"block_size": window, "rope_factor": total, "rope_scaling": scaling}
             model = load_model(checkpoint, path, **changes).to(find_device(args.device))
-            if args.lora:
-                lora.load_adapter(load_checkpoint(args.lora), model, args.lora)
+            if adapter:
+                lora.load_adapter(adapter, model, args.lora)
                 lora.merge(model)
             check_attention(model.config, path, bool(args.stride or args.scaling or args.factor > 1))
             model, _ = with_weights(model, args.weights)
             label = f", {path}" if len(args.model) > 1 else "" if scaling == "none" else f", {scaling}"
-            found.append(Contestant(label, model.eval(), tokenizer))
+            found.append(Contestant(label, model.eval(), tokenizer, block))
     return found
 
 
@@ -123,7 +125,7 @@ def read_text(args: Namespace, contestants: list[Contestant]) -> tuple[list[np.n
     """The text as ids (T,) of each contestant's tokenizer, and its characters; raises UserError for a short one."""
     sources = find_files(args)
     file, read = sources[0].given, {}
-    for label, model, tokenizer in contestants:
+    for label, model, tokenizer, _ in contestants:
         key, window = tokenizer.fingerprint(), model.config.block_size
         if key not in read:
             ids, characters = read[key] = read_ids(sources, tokenizer)
@@ -135,22 +137,22 @@ def read_text(args: Namespace, contestants: list[Contestant]) -> tuple[list[np.n
             raise UserError(f"{file}: {n} tokens do not fill a window of {window}")
         if n <= window:
             tell(f"{file}{label}: {n} tokens, of a window of {window}: only the first {n - 1} positions are judged")
-    return [read[tokenizer.fingerprint()][0] for _, _, tokenizer in contestants], next(iter(read.values()))[1]
+    return [read[tokenizer.fingerprint()][0] for _, _, tokenizer, _ in contestants], next(iter(read.values()))[1]
 
 
 def evaluate_text(args: Namespace) -> None:
     contestants = load_contestants(args)
     ids, characters = read_text(args, contestants)
-    sizes = [model.config.block_size for _, model, _ in contestants]
-    is_one_tokenizer = len({tokenizer.fingerprint() for _, _, tokenizer in contestants}) == 1
+    sizes = [model.config.block_size for _, model, *_ in contestants]
+    is_one_tokenizer = len({tokenizer.fingerprint() for _, _, tokenizer, _ in contestants}) == 1
     n_windows, trained = args.windows or 64, math.floor(sizes[0] / args.factor)
-    has_positions = not any(model.config.mask_token for _, model, _ in contestants)  # its windows have no beginning
+    has_positions = not any(model.config.mask_token for _, model, *_ in contestants)  # its windows have no beginning
     if args.output and not has_positions:
         raise UserError("command line: -o: a model of masked diffusion has no loss by position")
     if args.stride is None and is_one_tokenizer and len(set(sizes)) == 1:
         losses, units = {}, []
-        for (label, model, tokenizer), tokens in zip(contestants, ids, strict=True):
-            of_positions, of_windows = judge_windows(model, tokenizer, tokens, n_windows)
+        for (label, model, tokenizer, block), tokens in zip(contestants, ids, strict=True):
+            of_positions, of_windows = judge_windows(model, tokenizer, tokens, n_windows, block=block)
             losses[label] = of_positions.mean(0)  # (block_size,)
             units.append(of_windows)
         if has_positions:
@@ -164,17 +166,17 @@ def evaluate_text(args: Namespace) -> None:
     else:
         if args.output or args.windows:
             raise UserError("command line: models of different windows or tokenizers: no --windows, no -o")
-        for label, model, _ in contestants:
+        for label, model, *_ in contestants:
             check_attention(model.config, label.removeprefix(", ") or args.model[0], has_strides=True)
         strides = [min(args.stride or max(1, size // 2), size) for size in sizes]
         if args.stride is None:
             why = "windows" if is_one_tokenizer else "tokenizers"
             tell(f"the models have different {why}: every token is judged, in strides of half a window")
-        judged = [(model, tokenizer, tokens) for (_, model, tokenizer), tokens in zip(contestants, ids, strict=True)]
+        judged = [(model, tokenizer, tokens) for (_, model, tokenizer, _), tokens in zip(contestants, ids, strict=True)]
         units, what, n_unread = judge_pieces(judged, characters, strides), "piece", 0
     n, size = len(units[0].nats), units[0].characters.mean()
     read = f"{n} {what}{'s' * (n > 1)} of about {size:.0f} characters"
-    for (label, model, _), unit in zip(contestants, units, strict=True):
+    for (label, model, *_), unit in zip(contestants, units, strict=True):
         print(f"overall{label}: {unit.describe(BOUND if model.config.mask_token else 'loss')} ({read})")
     if len(args.model) > 1:
         compare_on_text(args.model, units, is_one_tokenizer, n_unread)
@@ -490,9 +492,8 @@ EVALUATE = {"text": evaluate_text, "questions": evaluate_questions, "choices": e
 
 def main() -> None:
     args, _ = make_parser().parse()
-    mode = check_arguments(args)
     warnings.showwarning = lambda message, *_: tell(f"warning: {message}")
-    EVALUATE[mode](args)
+    EVALUATE[check_arguments(args)](args)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask
 
 from base.configuration import Config, UserError, option
-from layers.attention import Attention, FullAttention, RopeAngles
+from layers.attention import Attention, FullAttention, RopeAngles, check_kinds
 from layers.cache import KVCache
 from layers.experts import MixtureOfExperts, Routing, check_experts
 from layers.generation import generate
 from layers.head import Head
 from layers.latent_attention import LatentAttention
 from layers.linear_attention import LinearAttention
-from layers.masks import attention_mask, block_masks, positions_inside
+from layers.masks import attention_mask, block_masks, copies_mask, positions_inside
 from layers.mlp import MLP, MLP_HIDDEN
 from layers.multi_token import FutureModule, future_config, future_loss
 from layers.norm import NORMS, make_norm
@@ -146,26 +146,13 @@ class ModelConfig(Config):
             self.head_dim = self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})")
-        if self.mask_token and self.is_causal:
-            raise UserError("mask_token: a masked token is told by those on both sides: is_causal must be false")
-        if not self.attention:
-            raise UserError(f"attention must name a kind or more ({', '.join(ATTENTION)}), got an empty list")
-        for kind, attention in ATTENTION.items():
-            if attention in self.attention_classes:
-                attention.check(self)
-            elif kind not in self.attention and (
-                given := [f for f in attention.FIELDS if getattr(self, f) is not None]
-            ):
-                raise UserError(f"{given[0]} is for attention {kind}: leave it out (null), or name {kind} in attention")
-        kinds = over_layers(self.attention, self.n_layer)
-        for i, (kind, window) in enumerate(zip(kinds, self.windows, strict=True)):
-            if window and not ATTENTION[kind].HAS_WINDOW:
-                where = f"attention_window {window} of layer {i + 1}"
-                raise UserError(f"{where}: attention {kind} has no window; give 0 there")
+        check_kinds(self, ATTENTION)
         check_rope(self)
         check_experts(self)
         if self.n_future > 1 and not self.is_causal:
             raise UserError(f"n_future {self.n_future} needs is_causal: full attention has seen them all")
+        if self.mask_token and (self.n_future > 1 or self.image_size):
+            raise UserError("a model of masked diffusion has no n_future and no image_size: leave them out")
         check_vision(self)
 
     @property
@@ -292,15 +279,16 @@ class GPT(nn.Module):
         documents: torch.Tensor | None = None,
         routing: Routing | None = None,
         images: torch.Tensor | None = None,
+        blocks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Final hidden states (B, T, n_embd) of token ids (B, T); with a cache, each row follows the tokens in its own.
 
         documents (B, T): a number for every token's document; attention stays inside. With restart_positions each of
         them begins at position 0. routing: for a mixture of experts, which tokens are padding; collects losses.
-        images (N, 3, image_size, image_size): see embed().
+        images (N, 3, image_size, image_size): see embed(). blocks (B, T), for idx (B, 2 T): see copies_mask().
         """
-        T, routing = idx.size(1), routing or Routing()
-        positions = cache.begin(T) if cache is not None else self.positions(T, documents)
+        T, routing = idx.size(1) if blocks is None else blocks.size(1), routing or Routing()
+        positions = cache.begin(T) if cache is not None else self.positions(T, documents, blocks)
         end = T + (cache.longest if cache is not None else 0)
         if end > self.config.block_size:
             raise UserError(f"{end} tokens do not fit the context window of {self.config.block_size} (block_size)")
@@ -308,7 +296,7 @@ class GPT(nn.Module):
         if not self.config.use_rope:  # once, on the input; RoPE: inside of attention, on queries and keys
             x = x + self.position_embedding.weight[positions]
         x = self.embedding_dropout(x)
-        ropes, masks = self.rope(positions), self.masks(T, cache, documents, idx.device)
+        ropes, masks = self.rope(positions), self.masks(T, cache, documents, idx.device, blocks)
         with self.attention_kernel():
             for block, rope, window in zip(self.blocks, ropes, self.windows, strict=True):
                 x = block(x, rope, masks[window], cache, routing)
@@ -316,9 +304,13 @@ class GPT(nn.Module):
             cache.advance()
         return self.norm(x)
 
-    def positions(self, T: int, documents: torch.Tensor | None) -> torch.Tensor | slice:
+    def positions(
+        self, T: int, documents: torch.Tensor | None, blocks: torch.Tensor | None = None
+    ) -> torch.Tensor | slice:
         """Positions of T tokens without a cache: (B, T) where each document (B, T) begins at 0; else the same slice."""
-        return slice(T) if documents is None or not self.restart_positions else positions_inside(documents)
+        if documents is None or not self.restart_positions:
+            return slice(T) if blocks is None else torch.arange(T, device=blocks.device).repeat(2)
+        return positions_inside(documents).repeat(1, 1 if blocks is None else 2)
 
     def attention_kernel(self) -> contextlib.AbstractContextManager:
         """Where attention is computed: allows the kernel of sdp_kernel alone."""
@@ -353,13 +345,20 @@ class GPT(nn.Module):
         return [tables[width] for width in self.rope_widths]
 
     def masks(
-        self, T: int, cache: KVCache | None, documents: torch.Tensor | None, device: torch.device
+        self,
+        T: int,
+        cache: KVCache | None,
+        documents: torch.Tensor | None,
+        device: torch.device,
+        blocks: torch.Tensor | None = None,
     ) -> dict[int | None, torch.Tensor | BlockMask | None]:
         """By sliding window: which keys T tokens see, after those of the cache. None: SDPA's own causal mask does.
 
         Of layers that have no window, under None: positions in the documents (B, T), if there are any.
         """
         windows, is_causal = set(self.windows) - {None}, self.config.is_causal
+        if blocks is not None:
+            return {window: copies_mask(blocks, window, documents) for window in windows}
         starts = {None: None if documents is None else positions_inside(documents)}
         drops = self.training and self.config.dropout > 0  # attention weights, which flex attention does not offer
         if self.use_flex and torch.compiler.is_compiling() and cache is None and not drops:
@@ -377,6 +376,7 @@ class GPT(nn.Module):
         documents: torch.Tensor | None = None,
         with_logits: bool = True,
         images: torch.Tensor | None = None,
+        blocks: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Logits (B, T, vocab_size) and, given targets (B, T), the cross-entropy loss in nats.
 
@@ -385,13 +385,14 @@ class GPT(nn.Module):
         In training, "mean" and "sum" include the modules' loss (n_future), and the experts' load-balancing loss, times
         the sum of loss_mask in a sum.
         with_logits: false where only the loss is wanted: None instead, and much less memory. images: as in embed().
+        blocks: as in hidden(), with targets and loss_mask (B, 2 T).
         """
         routing = Routing()
         if self.config.mask_token:  # any token may be masked, or not: what belongs to no document is padding
-            routing.is_token = None if documents is None else documents > 0
+            routing.is_token = None if documents is None else documents.repeat(1, idx.size(1) // documents.size(1)) > 0
         elif self.config.n_expert and loss_mask is not None:  # what follows a row's last target is padding
             routing.is_token = loss_mask.flip(1).cummax(1).values.flip(1) > 0
-        hidden = self.hidden(idx, None, documents, routing, images)
+        hidden = self.hidden(idx, None, documents, routing, images, blocks)
         if targets is None:
             return self.lm_head(hidden), None
         router_loss = extra = 0.0
@@ -436,7 +437,7 @@ class GPT(nn.Module):
             total += attention.flops_per_token(config, keys)
         if self.vision is not None:
             total += self.vision.flops_per_image() / T
-        return int(total)
+        return int(total) * (1 + (config.mask_token and config.is_causal))  # then of a text and its copy
 
     generate = generate  # token by token: layers/generation.py
 

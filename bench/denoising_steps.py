@@ -1,7 +1,7 @@
 """Masked diffusion by number of steps: how many passes of the model for a block, against speed and right answers.
 
     python bench/denoising_steps.py held_out.jsonl -m checkpoint/diffusion_sft.pt
-    python bench/denoising_steps.py held_out.jsonl -m checkpoint/diffusion_sft.pt checkpoint/sft.pt --steps 32 8
+    python bench/denoising_steps.py held_out.jsonl -m checkpoint/block_diffusion_sft.pt checkpoint/sft.pt --steps 16 8
 
 Greedy answers to the same questions; numbers of steps take turns, question by question, so that other programs disturb
 all alike. A causal checkpoint beside it, with its cache, has one row: a pass for every token.
@@ -22,7 +22,7 @@ from text.corpus import read_conversations
 def count_passes(generator: TextGenerator) -> list[int]:
     """A list that grows by one with every pass of the model."""
     passes, hidden = [], generator.model.hidden
-    generator.model.hidden = lambda *arguments: (passes.append(1), hidden(*arguments))[1]
+    generator.model.hidden = lambda *tensors, **named: (passes.append(1), hidden(*tensors, **named))[1]
     return passes
 
 

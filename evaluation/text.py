@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from base.configuration import UserError
 from evaluation.statistics import ratio
+from layers.denoising import BLOCK
 from layers.head import Head
 from model import GPT, ModelConfig
 from text.corpus import BadLines, documents
@@ -83,10 +84,12 @@ def read_ids(sources: list[Source], tokenizer: Tokenizer) -> tuple[np.ndarray, s
 
 
 @torch.inference_mode()
-def losses_of(model: GPT, ids: np.ndarray, starts: np.ndarray, length: int, batch_size: int) -> Iterator[np.ndarray]:
+def losses_of(
+    model: GPT, ids: np.ndarray, starts: np.ndarray, length: int, batch_size: int, block: int = BLOCK
+) -> Iterator[np.ndarray]:
     """Cross-entropies in nats (length,), window by window: of the tokens that follow ids[start : start + length].
 
-    Of masked diffusion, parts of a bound on what they add up to.
+    Of masked diffusion, parts of a bound on what they add up to; block: tokens that it fills in together.
     """
     device = next(model.parameters()).device
     batches = range(0, len(starts), batch_size)
@@ -95,7 +98,7 @@ def losses_of(model: GPT, ids: np.ndarray, starts: np.ndarray, length: int, batc
         windows = torch.from_numpy(rows.astype(np.int64)).to(device)  # (B, length + 1)
         idx, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
         if model.config.mask_token:
-            yield from bound_of_windows(model, targets, first).cpu().double().numpy()
+            yield from bound_of_windows(model, idx, targets, first, block).cpu().double().numpy()
             continue
         is_rounded = not isinstance(model.lm_head, Head)  # to integers: it computes logits alone
         _, losses = model(idx, targets, reduction="none", with_logits=is_rounded)  # (B, length)
@@ -103,17 +106,17 @@ def losses_of(model: GPT, ids: np.ndarray, starts: np.ndarray, length: int, batc
 
 
 def judge_windows(
-    model: GPT, tokenizer: Tokenizer, ids: np.ndarray, n_windows: int, batch_size: int = 8
+    model: GPT, tokenizer: Tokenizer, ids: np.ndarray, n_windows: int, batch_size: int = 8, block: int = BLOCK
 ) -> tuple[np.ndarray, Units]:
     """Losses (N, block_size) of at most n_windows windows spread over a text (T,) that do not overlap; the windows.
 
     The first token of a window is predicted from one token, the last from block_size: the mean over the windows shows
-    position by position what context is worth. A text that is shorter is one window.
+    position by position what context is worth. A text that is shorter is one window. block: see losses_of().
     """
     length = min(model.config.block_size, len(ids) - 1)
     n = min(n_windows, len(ids) // (length + 1))
     starts = np.linspace(0, len(ids) - length - 1, n).astype(int)
-    losses = np.stack(list(losses_of(model, ids, starts, length, batch_size)))
+    losses = np.stack(list(losses_of(model, ids, starts, length, batch_size, block)))
     sizes = np.array([text_lengths(tokenizer, ids[start + 1 : start + length + 1]).sum(0) for start in starts])
     return losses, Units(losses.sum(1), np.full(n, length), sizes[:, 0], sizes[:, 1])
 

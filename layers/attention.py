@@ -213,3 +213,23 @@ def attend(
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=scale, enable_gqa=is_grouped)
         y = y.reshape(B, n_head, T, -1)
     return y.transpose(1, 2).flatten(2)  # (B, n_head, T, width) -> heads side by side again
+
+
+def check_kinds(config: Any, kinds: dict[str, type[Attention]]) -> None:
+    """Fill in what a ModelConfig leaves to its kinds of attention, and raise UserError for what they cannot compute."""
+    if not config.attention:
+        raise UserError(f"attention must name a kind or more ({', '.join(kinds)}), got an empty list")
+    for kind, attention in kinds.items():
+        if attention in config.attention_classes:
+            attention.check(config)
+        elif kind not in config.attention and (
+            given := [f for f in attention.FIELDS if getattr(config, f) is not None]
+        ):
+            raise UserError(f"{given[0]} is for attention {kind}: leave it out (null), or name {kind} in attention")
+    in_blocks = config.mask_token and config.is_causal
+    for i, (attention, window) in enumerate(zip(config.attention_classes, config.windows, strict=True)):
+        kind = next(name for name, other in kinds.items() if other is attention)
+        if window and not attention.HAS_WINDOW:
+            raise UserError(f"attention_window {window} of layer {i + 1}: attention {kind} has no window; give 0 there")
+        if in_blocks and not attention.HAS_WINDOW:  # its mask is not ours to give
+            raise UserError(f"masked diffusion in blocks takes attention full and latent, layer {i + 1} has {kind}")

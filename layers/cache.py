@@ -37,6 +37,8 @@ class KVCache:
     Rows are freed by lengths[row] = 0; cache[i:j] is a cache of these rows that shares their memory.
     """
 
+    block = 1  # of the new tokens, so many at the end see one another (layers/denoising.py); of 1: all are causal
+
     def __init__(self, config, n_rows: int, device: torch.device, dtype: torch.dtype, spare: int = 0) -> None:
         """config: a ModelConfig (block_size, windows, attention_classes).
 
@@ -94,7 +96,7 @@ class KVCache:
         T, n_places = self.T, self.n_places(window)
         n_seen = min(window or self.block_size, self.block_size)  # by a token, itself included
         sees_all = T == 1 and min(self.longest + 1, n_places) <= n_seen
-        if self.is_even and (sees_all or (self.longest == 0 and n_seen >= T)):
+        if self.is_even and (sees_all or (self.longest == 0 and n_seen >= T and self.block == 1)):
             return None
         place = torch.arange(min(self.longest + T, n_places), device=self.positions.device)
         if self.are_joined(T, n_places):  # what lay in the ring before, then the new tokens
@@ -104,8 +106,12 @@ class KVCache:
         else:
             newest = self.positions[:, -1:]
             keys = newest - (newest - place) % n_places  # the position at each place; negative: nothing yet
-        keys = keys[:, None, None, :]
-        return (keys >= 0) & is_visible(self.positions[:, None, :, None], keys, window, is_causal=True)
+        keys, queries = keys[:, None, None, :], self.positions[:, None, :, None]
+        mask = is_visible(queries, keys, window, is_causal=True)
+        if self.block > 1:
+            in_block = torch.minimum(queries, keys) >= queries[:, :, -self.block :][:, :, :1]
+            mask = mask | (in_block & is_visible(queries, keys, window, is_causal=False))
+        return (keys >= 0) & mask
 
     def extend(self, layer: int, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Add to the rings of a layer, as keys and values, those of the new tokens (B, heads, T, width).

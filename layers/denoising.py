@@ -15,8 +15,9 @@ depend on what was drawn but on what was seen. (LLaDA compares the probabilities
 favours likely ones; at temperature 0 that is the same.) Several tokens a pass are faster, but drawn independently of
 each other, although one may decide what the other has to be: "Mira" and "Tolo" can give "Mora".
 
-There is no cache: with full attention every new token changes the keys and values of all the others. A pass costs a
-whole text, T tokens; generation of n tokens costs up to n T, where a causal model with a cache reads n.
+With full attention there is no cache: every new token changes the keys and values of all the others. A pass costs a
+whole text, T tokens; generation of n tokens costs up to n T, where a causal model with a cache reads n. A causal model
+that learnt to fill in blocks (training/diffusion.py) has one, of the text before the block: a pass costs the block.
 """
 
 import math
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from base.configuration import UserError
+from layers.cache import KVCache
 
 BLOCK = 32  # tokens
 # logits (k, vocab_size), the tokens known so far (k, T), places in the answer (k,) -> tokens (k,)
@@ -41,42 +43,74 @@ def denoise(
     steps: int | None = None,
     block: int = BLOCK,
     fills_window: bool = True,
+    use_cache: bool = True,
 ) -> Iterator[torch.Tensor]:
     """Continue token ids (1, T): yields, after each pass of the model, the answer so far (n,), up to its end.
 
     Where nothing is drawn yet the answer has the mask token, vocab_size. steps: passes for a block of tokens; None: one
-    for every token. fills_window: behind the block, masks up to the end of the window, as a model that was trained on
-    running text knows it; else the text ends with the block, as answers do in fine-tuning.
+    for every token. fills_window: of a model with full attention, masks up to the end of the window behind the block,
+    as it knows running text; else the text ends with the block, as answers do in fine-tuning. use_cache: of a causal
+    one; without, all of the text is read in every pass.
     """
-    block_size, mask_token = model.config.block_size, model.config.vocab_size
+    config, mask_token = model.config, model.config.vocab_size
     stop = torch.tensor(stop_tokens, device=idx.device, dtype=torch.long)
     text, answer = idx[0], idx[0, :0]
+    cache = None
+    if config.is_causal:  # what a block has in it is taken back until it is full
+        cache = KVCache(config, 1, idx.device, model.token_embedding.weight.dtype, spare=block)
     while len(answer) < max_new_tokens:
-        if len(text) >= block_size:  # the window is full: go on with its newest three quarters
-            text = text[-(block_size - block_size // 4) :] if block_size > 1 else text[:0]
-        start, n = len(text), min(block, block_size - len(text))
-        n_masks = block_size - start if fills_window else n
-        text = torch.cat((text, text.new_full((n_masks,), mask_token)))
-        part = text[start : start + n]  # a view: what is written here stands in the text
+        if (
+            len(text) >= config.block_size + config.is_causal
+        ):  # the window is full: go on with its newest three quarters
+            kept = min(config.block_size - config.block_size // 4, config.block_size - (not config.is_causal))
+            text = text[len(text) - kept :]
+            if cache is not None:
+                cache.lengths[:] = 0
+        n = min(block, config.block_size + config.is_causal - len(text))
+        part = text.new_full((n,), mask_token)
+        n_behind = config.block_size - len(text) - n if fills_window and not config.is_causal else 0
         n_steps = min(steps or n, n)
         for step in range(n_steps):
             masked = (part == mask_token).nonzero()[:, 0]  # (m,) places in the block
             if not len(masked):
                 break
-            logits = model.lm_head(model.hidden(text[None])[0, start + masked])  # (m, vocab_size)
+            if cache is None:
+                whole = torch.cat((text, part, text.new_full((n_behind,), mask_token)))
+                hidden = model.hidden(whole[None])[0, len(text) :]
+            else:
+                hidden = block_states(model, text, part, cache, use_cache)
+            logits = model.lm_head(hidden[masked])  # (m, vocab_size)
             sureness, likeliest = logits.float().softmax(-1).max(-1)
             # the end last, and its leftmost place first: all places on its right are then known, too
             order = torch.where(torch.isin(likeliest, stop), -1.0 - masked, sureness)
+            if cache is not None:  # after them what no other token of the block has seen
+                order[masked == n - 1] = -1.0 - n
             surest = order.topk(math.ceil(len(masked) / (n_steps - step))).indices
-            places, known = masked[surest], text[text != mask_token]
+            places, known = masked[surest], torch.cat((text, part[part != mask_token]))
             part[places] = draw(logits[surest], known.expand(len(places), -1), len(answer) + places)
             ends = torch.isin(part, stop).nonzero()[:, 0]
             if len(ends):
                 part[ends[0] :] = part[ends[0]].clone()
             yield torch.cat((answer, part[: ends[0] + 1] if len(ends) else part))
-        answer, text = torch.cat((answer, part)), text[: start + n]
+        answer, text = torch.cat((answer, part)), torch.cat((text, part))
         if len(ends):
             return
+
+
+def block_states(
+    model: torch.nn.Module, text: torch.Tensor, part: torch.Tensor, cache: KVCache, use_cache: bool
+) -> torch.Tensor:
+    """Hidden states (n, n_embd) of a causal model that tell the tokens of a block (n,), behind a text (T >= 1,).
+
+    Each tells the token after its own, so the block begins with the text's last token, and its own last is not read.
+    The cache keeps the text before it: a pass reads what it does not keep, causal as ever, and the block.
+    """
+    if not use_cache:
+        cache.lengths[:] = 0
+    cache.block = n = len(part)
+    hidden = model.hidden(torch.cat((text[cache.lengths[0] :], part[:-1]))[None], cache)[0, -n:]
+    cache.lengths -= n
+    return hidden
 
 
 def from_the_left(states: Iterator[torch.Tensor], mask_token: int, max_new_tokens: int) -> Iterator[torch.Tensor]:

@@ -39,8 +39,8 @@ def generate(
     position 0, and generation goes on; of a longer prompt the newest block_size tokens are read, with a warning.
     step: computes logits (1, vocab_size) from one token (1, 1) and the cache in another way, such as a CompiledStep.
     drafter: guesses tokens, for one sequence: the same tokens from fewer passes (layers/speculative.py).
-    A model of masked diffusion continues one sequence without a cache; denoising_steps, block, fills_window: as of
-    denoise() in layers/denoising.py.
+    A model of masked diffusion continues one sequence; denoising_steps, block, fills_window: as of denoise() in
+    layers/denoising.py.
     images (N, 3, image_size, image_size): those in the prompt, see GPT.embed(); generation then ends with the window,
     as images that have half slid out of it cannot be read again.
     """
@@ -79,7 +79,7 @@ def generate(
             raise UserError("a model of masked diffusion has no next token to guess or to compile: leave that out")
         states = denoise(
             *(model, idx[:, -model.config.block_size :], max_new_tokens, draw, stop_tokens),
-            *(denoising_steps, block, fills_window),
+            *(denoising_steps, block, fills_window, use_cache),
         )
         return from_the_left(states, model.config.vocab_size, max_new_tokens)
     if drafter is not None:

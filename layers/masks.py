@@ -40,6 +40,29 @@ def is_visible(query: torch.Tensor, key: torch.Tensor, window: int, is_causal: b
     return mask & (distance.abs() < window) if window else mask  # a window counts the token itself
 
 
+def copies_mask(blocks: torch.Tensor, window: int, documents: torch.Tensor | None) -> torch.Tensor:
+    """True where a query attends to a key (B, 1, 2 T, 2 T), in rows that hold a text and then a copy of it.
+
+    blocks (B, T): the block of every position, ascending. The text is causal. A position of the copy sees what of the
+    text lies before its block, and all of its block in the copy.
+
+        blocks 0 0 1 1                text 0 1 2 3    copy 0 1 2 3
+        query 3 of the text sees           x x x x         . . . .
+        query 3 of the copy sees           x x . .         . . x x
+    """
+    position = torch.arange(blocks.size(1), device=blocks.device)
+    query, key = blocks[:, :, None], blocks[:, None, :]
+    causal = is_visible(position[:, None], position, window, is_causal=True).expand_as(query == key)
+    near = is_visible(position[:, None], position, window, is_causal=False)
+    of_text = torch.cat((causal, torch.zeros_like(causal)), dim=2)  # (B, T, 2 T)
+    of_copy = torch.cat(((key < query) & near, (key == query) & near), dim=2)
+    mask = torch.cat((of_text, of_copy), dim=1)[:, None]
+    if documents is None:
+        return mask
+    documents = documents.repeat(1, 2)
+    return mask & (documents[:, None, :, None] == documents[:, None, None, :])
+
+
 def block_masks(
     T: int, windows: set[int], is_causal: bool, documents: torch.Tensor | None, device: torch.device
 ) -> dict[int, BlockMask | None]:

@@ -90,6 +90,8 @@ class DraftModel(Drafter):
             raise UserError(f"the draft's vocabulary has {sizes}: they must be the same")
         if not draft.config.is_causal:
             raise UserError("a draft needs causal attention (is_causal: true)")
+        if draft.config.mask_token:
+            raise UserError("a draft guesses the next token: a model of masked diffusion is none")
         if draft.config.block_size < model.config.block_size:
             sizes = f"{draft.config.block_size} tokens, the model's {model.config.block_size}"
             raise UserError(f"the draft's window has {sizes}: train it with --block_size {model.config.block_size}")

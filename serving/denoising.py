@@ -1,7 +1,8 @@
 """Answers of a model of masked diffusion, for the scheduler: in a turn each of them gets one pass of the model.
 
-They take no step together: their texts have different lengths, and there is no cache to keep them apart. What is drawn
-is streamed as soon as everything on its left is drawn, too.
+They take no step together: their texts have different lengths, and what a pass reads of a block is not kept. (A causal
+model keeps the text before the block in a cache, one for every answer.) What is drawn is streamed as soon as everything
+on its left is drawn, too.
 """
 
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from layers.cache import KVCache
 from layers.denoising import denoise
 from model import GPT
 from serving.scheduler import Batch, Generation, Piece, Refused, TokenInfo, not_finite, token_infos
@@ -19,10 +21,14 @@ class Places:
 
     def __init__(self, model: GPT, n_rows: int) -> None:
         self.n_rows, self.block_size = n_rows, model.config.block_size
-        self.device = model.token_embedding.weight.device
+        self.device, self.model = model.token_embedding.weight.device, model
 
     def memory(self) -> int:
-        return 0
+        """Bytes of the caches of all answers, at most; with full attention there are none."""
+        if not self.model.config.is_causal:
+            return 0
+        cache = KVCache(self.model.config, 1, torch.device("meta"), self.model.token_embedding.weight.dtype)
+        return self.n_rows * sum(tensor.numel() * tensor.element_size() for tensor in cache.tensors())
 
     def keep(self, row: int, length: int) -> int:
         return 0

@@ -134,13 +134,11 @@ def test_a_masked_token_does_not_tell_itself_and_padding_tells_nothing():
     assert not torch.equal(hidden([0, V, 2, 0])[0], hidden([0, V, 3, 0])[0])  # from the right, too
 
 
-def test_the_mask_token_has_no_logit_and_needs_full_attention():
+def test_the_mask_token_has_no_logit():
     model = tiny_model()
     assert model(torch.tensor([[V, 0, V, 1]]))[0].shape == (1, L, V)
     with pytest.raises(UserError, match=r"0\.\.4"):
         model(torch.tensor([[V + 1]]))
-    with pytest.raises(UserError, match="is_causal must be false"):
-        tiny_model(is_causal=True)
     with pytest.raises(UserError, match=r"0\.\.3"):
         tiny_model(mask_token=False)(torch.tensor([[V]]))
 
@@ -155,7 +153,7 @@ def files(prepared):
 
 def batches_of(file: TokenFile, maker=NoisyTrainBatches, **changes):
     settings = {"block_size": 16, "vocab_size": 64, "batch_size": 8, "seed": 1, "answer_block": 4, "ends": (EOS,)}
-    settings["mask_span"] = 1
+    settings |= {"mask_span": 1, "in_blocks": False}
     if maker is NoisyTrainBatches:
         settings["accumulation_steps"] = 1
     return maker([file], **{**settings, **changes})
@@ -260,10 +258,10 @@ def test_a_turn_is_drawn_and_a_long_answer_may_end_after_any_block(files):
     for position in range(200):
         sample = batches.add_noise((tokens, mask), position, 0, trains=True)
         masked = np.flatnonzero(sample.noise < 1)
-        seen.add((int(masked[0]), len(sample.tokens), int(sample.counted.sum())))
-        assert masked.tolist() == list(range(masked[0], len(sample.tokens)))
+        seen.add((int(masked[0]), len(sample.idx), int(sample.counted.sum())))
+        assert masked.tolist() == list(range(masked[0], len(sample.idx)))
     assert seen == {(2, 6, 4), (8, 12, 4), (8, 16, 8), (8, 20, 10)}
-    whole = {len(batches.add_noise((tokens, mask), position, 0, trains=False).tokens) for position in range(50)}
+    whole = {len(batches.add_noise((tokens, mask), position, 0, trains=False).idx) for position in range(50)}
     assert whole == {6, 20}
 
 
@@ -273,7 +271,7 @@ def test_an_answer_that_begins_where_the_window_ends_is_left_out(files):
     samples = [batches.add_noise(two, position, 0, trains=True) for position in range(20)]
     assert {int(sample.counted.argmax()) for sample in samples} == {2}
     none = batches.add_noise((np.array([9] * 8 + [EOS]), np.array([0] * 8 + [1])), 0, 0, trains=True)
-    assert len(none.tokens) == 8 and not none.counted.any() and (none.noise == NEVER).all()
+    assert len(none.idx) == 8 and not none.counted.any() and (none.noise == NEVER).all()
 
 
 def test_packed_answers_have_rates_and_documents_of_their_own(files):

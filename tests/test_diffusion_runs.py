@@ -20,7 +20,9 @@ from training.diffusion import DiffusionLoss, NoisyTrainBatches
 from training.setup import read_configs
 from weights.checkpointing import load_checkpoint, load_model
 
-DIFFUSION = ["--loss", "diffusion", "--is_causal", "false", "--optimizer", "adamw", "--answer_block", "4"]
+LOSS = ["--loss", "diffusion", "--optimizer", "adamw", "--answer_block", "4"]
+DIFFUSION = [*LOSS, "--is_causal", "false"]
+IN_BLOCKS = [*LOSS, "--is_causal", "true"]
 SFT = '[["dataset/sft_train.bin", "dataset/sft_val.bin"]]'
 
 
@@ -29,13 +31,14 @@ def same_weights(a: str, b: str) -> bool:
     return all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.parametrize("diffusion", [DIFFUSION, IN_BLOCKS], ids=["full", "blocks"])
 @pytest.mark.parametrize(
     ("stage", "options"), [("pretrain", []), ("sft", []), ("sft", ["--pack_samples", "true"])], ids=str
 )
-def test_a_resumed_run_and_other_micro_batches_are_the_same_run(call, prepared, stage, options):
+def test_a_resumed_run_and_other_micro_batches_are_the_same_run(call, prepared, stage, options, diffusion):
     data = ["--dataset_path", f'[["dataset/{stage}_train.bin", "dataset/{stage}_val.bin"]]', "--from_checkpoint", ""]
     options = options or ["--dropout", "0.1"]
-    run = ["-t", stage, *TINY, *FAST, *data, *DIFFUSION, *options, "--eval_interval", "4", "--lr_decay_iters", "8"]
+    run = ["-t", stage, *TINY, *FAST, *data, *diffusion, *options, "--eval_interval", "4", "--lr_decay_iters", "8"]
     call("train.py", *run, "--max_steps", "8", "--save_checkpoint_to", "whole")
     whole = curves(newest_log(prepared))
     newest_log(prepared).rename("whole.txt")
@@ -55,23 +58,26 @@ def test_a_resumed_run_and_other_micro_batches_are_the_same_run(call, prepared, 
         assert cut["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-5)
 
 
-def test_two_processes_are_the_same_run(call, prepared):
-    arguments = ["-t", "sft", *TINY, *FAST, "--dataset_path", SFT, "--from_checkpoint", "", *DIFFUSION]
+@pytest.mark.parametrize("diffusion", [DIFFUSION, IN_BLOCKS], ids=["full", "blocks"])
+def test_two_processes_are_the_same_run(call, prepared, diffusion):
+    arguments = ["-t", "sft", *TINY, *FAST, "--dataset_path", SFT, "--from_checkpoint", "", *diffusion]
     arguments += ["--max_steps", "3", "--eval_interval", "3", "--n_expert", "2", "--n_expert_per_token", "1"]
     assert call("train.py", *arguments).status == 0
     alone = curves(newest_log(prepared))
     assert_close(train_on(2, prepared, *arguments), alone)
 
 
-def test_a_compiled_model_is_one_graph(prepared):
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_a_compiled_model_is_one_graph(prepared, in_blocks):
     file = TokenFile("dataset/sft_train.bin")
     vocab_size = file.header["vocab_size"]
     batches = NoisyTrainBatches(
         [file],
         **{"batch_size": 6, "accumulation_steps": 1, "seed": 1, "pad_to": 32, "is_compiled": True, "block_size": 32},
         **{"vocab_size": vocab_size, "answer_block": 8, "mask_span": 1, "ends": (3,), "pack_samples": True},
+        in_blocks=in_blocks,
     )
-    model = GPT(ModelConfig(**SHAPE, vocab_size=vocab_size, is_causal=False, mask_token=True))
+    model = GPT(ModelConfig(**SHAPE, vocab_size=vocab_size, is_causal=in_blocks, mask_token=True))
     torch._dynamo.reset()
     counters.clear()
     model.compile(backend="aot_eager")
@@ -86,11 +92,13 @@ def test_a_compiled_model_is_one_graph(prepared):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--loss", "diffusion"], "needs full attention: add --is_causal false"),
+        (["--mask_token", "true"], "loss next_token cannot train: --loss diffusion does"),
         (["--is_causal", "false"], "--loss diffusion trains with full attention"),
         (["--is_causal", "false", "--mask_token", "true"], "loss next_token cannot train: --loss diffusion does"),
         ([*DIFFUSION, "--answer_block", "0"], "answer_block must be at least 1"),
         ([*DIFFUSION, "--attention", "linear"], "is_causal must be true"),
+        ([*IN_BLOCKS, "--attention", "full,linear"], "takes attention full and latent, layer 2 has linear"),
+        ([*IN_BLOCKS, "--n_future", "2"], "a model of masked diffusion has no n_future"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(call, prepared, options, message):
@@ -127,7 +135,7 @@ def test_a_causal_model_becomes_one_of_diffusion(call, prepared):
     ("trained", "options", "message"),
     [
         ([], ["--max_steps", "2"], "takes another --stage name"),  # the same stage
-        ([], ["--stage", "other", "--use_lora", "true"], "which an adapter keeps"),
+        ([], ["--stage", "other", "--use_lora", "true"], "has no mask token, and an adapter adds none"),
         (["--n_future", "2"], ["--stage", "other"], "add --n_future 1"),
         ([], ["--stage", "other", "--n_future", "2"], "add --n_future 1"),
         (
@@ -145,9 +153,10 @@ def test_a_causal_model_that_cannot_become_one_is_refused(call, prepared, traine
     assert result.status == 1 and message in result.err and result.err.count("\n") == 1
     if trained == ["--n_future", "2"]:  # the advice
         assert call("train.py", *run, *start, *options, "--is_causal", "false", "--n_future", "1").status == 0
-    elif "--n_future" not in options:
+    elif "--n_future" not in options:  # in blocks, likewise
         result = call("train.py", *run, *start, *options)
-        assert result.status == 1 and "add --is_causal false" in result.err
+        message = message.replace("diffusion: attention linear", "diffusion: masked diffusion in blocks")
+        assert result.status == 1 and message in result.err
 
 
 def test_the_preset_has_the_shape_of_the_causal_model():
@@ -173,9 +182,9 @@ def test_a_damaged_causal_model_is_no_start(call, prepared):
 ANSWERS = {"a": "yes", "b": "no, never", "c": "may be"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model that was taught what to say to a, to b, to c; and to repeat what was said before."""
+@pytest.fixture(scope="module", params=["false", "true"], ids=["full", "blocks"])
+def folder(tmp_path_factory, request):
+    """A model, causal or not, that was taught what to say to a, to b, to c; and to repeat what was said before."""
     folder = tmp_path_factory.mktemp("answers")
     (folder / "dataset").mkdir()
     (folder / "dataset" / "pretrain.txt").write_text(make_text(2000) + "yes no, never may be abcde", encoding="utf-8")
@@ -187,7 +196,19 @@ def folder(tmp_path_factory):
     prepared = run_script("data.py", "--block_size", "48", cwd=folder)
     assert prepared.status == 0, prepared.err
     shape = ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "48", "--answer_block", "8"]
-    args = ["-t", "sft", *shape, *FAST, "--dataset_path", SFT, "--from_checkpoint", "", *DIFFUSION[:-2]]
+    args = [
+        "-t",
+        "sft",
+        *shape,
+        *FAST,
+        "--dataset_path",
+        SFT,
+        "--from_checkpoint",
+        "",
+        *LOSS[:-2],
+        "--is_causal",
+        request.param,
+    ]
     args += ["--gradient_accumulation_steps", "1", "--batch_size", "16", "--learning_rate", "0.003", "--min_lr", "0"]
     args += [
         "--rope_theta",
@@ -239,6 +260,9 @@ def test_a_trained_model_answers_everywhere(trained, call):
     result = call("evaluate.py", "--questions", "held_out.jsonl", *model)
     assert "exact match: 100.0% (3/3)" in result.out
 
+    result = run_script("bench/denoising_steps.py", "held_out.jsonl", *model, "--steps", "8", "1", cwd=trained)
+    assert result.status == 0 and "checkpoint/sft.pt, 8" in result.out and "100.0%" in result.out, result.err
+
     text = ["evaluate.py", "dataset/pretrain.txt", *model]
     assert call(*text).status == 0 and not Path("perplexity.png").exists()
 
@@ -249,9 +273,9 @@ def test_a_trained_model_answers_everywhere(trained, call):
         (["inference.py", "-i", *model, "-p", "a", "--weights", "auto"], "--weights auto is for models"),
         (["inference.py", "-i", *model, "-p", "a", "--steps", "0"], "steps must be at least 1"),
         (["evaluate.py", "dataset/pretrain.txt", *model, "--stride", "4"], "masked diffusion has a bound"),
-        (["convert.py", "checkpoint/sft.pt", "folder"], "is_causal false"),
-        (["convert.py", "checkpoint/sft.pt", "model.gguf"], "is_causal false"),
-        (["convert.py", "checkpoint/sft.pt", "page.html"], "is_causal false"),
+        (["convert.py", "checkpoint/sft.pt", "folder"], "Hugging Face: no model there"),
+        (["convert.py", "checkpoint/sft.pt", "model.gguf"], "no model there computes"),
+        (["convert.py", "checkpoint/sft.pt", "page.html"], "masked diffusion"),
     ]
     for command, message in refusals:
         result = call(*command)
@@ -285,13 +309,14 @@ def test_the_server_answers_with_it(trained):
         assert server.number("nano_running") == 0 and server.number("nano_generated_tokens_total") > 50
 
 
-def test_a_text_is_continued_and_its_bound_measured(call, prepared):
+@pytest.mark.parametrize("diffusion", [DIFFUSION, IN_BLOCKS], ids=["full", "blocks"])
+def test_a_text_is_continued_and_its_bound_measured(call, prepared, diffusion):
     shape = ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "16"]
     run = ["-t", "pretrain", *shape, *FAST, *DATA, "--max_steps", "100", "--learning_rate", "0.01", "--eval_iters", "0"]
     run += ["--eval_interval", "100", "--sample_tokens", "8"]
     assert call("train.py", *run, "--stage", "c").status == 0
     newest_log(prepared).unlink()
-    assert call("train.py", *run, *DIFFUSION, "--stage", "d").status == 0
+    assert call("train.py", *run, *diffusion, "--stage", "d").status == 0
     model = ["-m", "checkpoint/d.pt"]
     results = [call("inference.py", *model, "-p", "the cat", "--seed", "1", "-l", "40") for _ in range(2)]
     assert results[0] == results[1] and len(results[0].out) == 34

@@ -58,6 +58,7 @@ OPTIONS = {
     "dropout": ["--dropout", "0.1"],
     "experts": ["--n_expert", "4", "--n_hidden", "96", "--n_shared_expert", "1"],
     "diffusion": ["--loss", "diffusion", "--is_causal", "false"],
+    "diffusion in blocks": ["--loss", "diffusion"],
     "bfloat16": ["--dtype", "bfloat16"],
     **{kind: ["--attention", kind] for kind in ATTENTION if kind != "full"},
     "linear, full": ["--attention", "linear,full", "--n_embd", "128"],

@@ -38,6 +38,7 @@ class Batch(NamedTuple):
         None  # (B, T) in [0, 1): a token is masked where it is below the rate; NEVER: not at all
     )
     rate: torch.Tensor | None = None  # (B, T) masking rates in (0, 1]
+    blocks: torch.Tensor | None = None  # (B, T) ascending: targets that are filled in together, after those before
     images: torch.Tensor | None = None  # (N, 3, S, S) uint8, for the places in idx with the id vocab_size, in order
 
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":

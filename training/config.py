@@ -142,7 +142,7 @@ class TrainConfig(Config):
 
     answer_block: int = option(
         32,
-        "answers are learnt, and later generated, in blocks of so many tokens",
+        "answers (if is_causal: all texts) are learnt, and later generated, in blocks of so many tokens",
         minimum=1,
         maximum=1 << 20,
         section="Masked diffusion (loss diffusion)",

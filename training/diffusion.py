@@ -15,6 +15,18 @@ and any ones of them. That is as if the text were generated in an order drawn at
 came before: the loss is the mean over all orders of -log p(text in this order). By Jensen's inequality it is at least
 -log of the mean of p, the likelihood of a model that draws the order (Uria et al. 2014, arXiv:1310.1757; Ou et al.
 2024, arXiv:2406.03736).
+
+That is with full attention. A causal model learns to fill in one block of a text after the other (block diffusion:
+Arriola et al. 2025, arXiv:2503.09573): each at a rate of its own, told by the text before it and by the block itself,
+from both sides. All blocks of a text are learnt in one pass, from a row that holds the text and then its masked copy
+(copies_mask() in layers/masks.py):
+
+    the text       T h e   s u n   r o s e       position i tells token i + 1, as it did before: so a trained causal
+    its copy       T _ e _|s _ n _|r o _ _       model is a start that has nothing to unlearn (Gong et al. 2024,
+                                                 arXiv:2410.17891; set block decoding: Gat et al. 2025, 2509.04185)
+
+The first position of a block has the last token before it, which is known. The token that a block's last position tells
+is read by no other one there, and so drawn last.
 """
 
 import functools
@@ -23,6 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from base.configuration import UserError
 from layers.head import Head
@@ -35,12 +48,14 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class NoisySample(NamedTuple):
-    """A text or an answer to its question, n tokens, with what decides which of them are masked."""
+    """A text or an answer to its question, with what decides which of n targets are masked."""
 
-    tokens: np.ndarray  # (n,)
-    counted: np.ndarray  # (n,) 1 for the tokens that the loss is divided by
-    noise: np.ndarray  # (n,)
-    rate: float
+    idx: np.ndarray  # (n,) the tokens that the model reads
+    targets: np.ndarray  # (n,) the same, where a masked token is told at its own place; in blocks, the next ones
+    counted: np.ndarray  # (n,) 1 for the targets that the loss is divided by
+    noise: np.ndarray  # (n,) of the targets
+    rate: np.ndarray  # (n,) one for all, or for each block
+    block: np.ndarray  # (n,) which block a target is of, from 0
 
 
 @functools.cache
@@ -55,14 +70,23 @@ class NoisyBatches(Batches):
     """
 
     def __init__(
-        self, *arguments: Any, answer_block: int, ends: tuple[int, ...], mask_span: int, **shared: Any
+        self,
+        *arguments: Any,
+        answer_block: int,
+        ends: tuple[int, ...],
+        mask_span: int,
+        in_blocks: bool,
+        **shared: Any,
     ) -> None:
-        """answer_block: answers are filled to multiples of it; ends: the tokens that end them."""
+        """answer_block: answers are filled to multiples of it; ends: the tokens that end them.
+
+        in_blocks: for a causal model, which learns to fill in one block of a text after the other.
+        """
         super().__init__(*arguments, **shared)
-        self.answer_block, self.ends, self.mask_span = answer_block, ends, mask_span
+        self.answer_block, self.ends, self.mask_span, self.in_blocks = answer_block, ends, mask_span, in_blocks
 
     def add_noise(self, sample: Sample, position: int, seed: int, trains: bool) -> NoisySample:
-        """Noise and rate of a sample; trains: a longer answer may end after one of its blocks, spans share their noise.
+        """Noise and rates of a sample; trains: a long answer may end after one of its blocks, spans share their noise.
 
         Rates are those of a Weyl sequence, multiples of the golden ratio modulo 1: those of any batch are spread evenly
         over (0, 1], however large it is, which takes out the better part of the loss's variance.
@@ -72,14 +96,22 @@ class NoisyBatches(Batches):
         if not isinstance(tokens, np.ndarray):
             raise UserError("loss diffusion cannot train on preference pairs")
         if loss_mask is None:  # running text: the same targets as of a causal model
-            tokens = tokens[1:]
-            start, counted = 0, np.ones(len(tokens))
+            start, counted = 1, np.ones(len(tokens))
         else:
             tokens, counted, start = self.choose_answer(tokens, loss_mask, rng, trains)
-        span = rng.integers(min(self.mask_span, len(tokens))) + 1 if trains and self.mask_span > 1 else 1
-        noise = np.repeat(rng.random(len(tokens) // span + 2), span)[rng.integers(span) :][: len(tokens)]
-        noise = np.where(np.arange(len(tokens)) < start, NEVER, noise)
-        return NoisySample(tokens, counted, noise, 1 - (first_rate(seed) + position * GOLDEN) % 1)
+        first = 1 if loss_mask is None or self.in_blocks else 0  # of the tokens that are targets
+        targets, counted, start = tokens[first:], counted[first:], max(0, start - first)
+        n = len(targets)
+        span = rng.integers(min(self.mask_span, n)) + 1 if trains and self.mask_span > 1 else 1
+        noise = np.repeat(rng.random(n // span + 2), span)[rng.integers(span) :][:n]
+        place = np.arange(n)
+        noise = np.where(place < start, NEVER, noise)
+        block = np.zeros(n, dtype=np.int64)
+        if self.in_blocks:  # an answer begins one; running text may begin within one
+            skipped = rng.integers(self.answer_block) if trains and loss_mask is None else 0
+            block = np.where(place < start, 0, 1 + (place - start + skipped) // self.answer_block)
+        rate = 1 - (first_rate(seed) + position * GOLDEN + block * math.sqrt(2)) % 1
+        return NoisySample(tokens[:-1] if self.in_blocks else targets, targets, counted, noise, rate, block)
 
     def choose_answer(
         self, tokens: np.ndarray, loss_mask: np.ndarray, rng: np.random.Generator, cuts: bool
@@ -88,39 +120,46 @@ class NoisyBatches(Batches):
 
         Generation appends a block of masks, fills it in, and appends another unless the answer ended. So here, too, the
         answer has whole blocks: what follows its end is filled with the token that ends it, which is learnt but not
-        counted, and with `cuts` it is shown up to one of its blocks, whichever, as if it had come so far.
+        counted, and with `cuts` it is shown up to one of its blocks, whichever, as if it had come so far. (A model that
+        fills in blocks sees no later ones, so it learns them all.)
         """
+        limit = self.block_size + self.in_blocks  # the last target is told from the token before it, or in no window
         edges = np.flatnonzero(np.diff(loss_mask.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
-        edges = edges[edges[:, 0] < self.block_size]  # one that begins with the last target is in no window
+        edges = edges[edges[:, 0] < limit]
         if not len(edges):
-            return tokens[: self.block_size], np.zeros(min(len(tokens), self.block_size)), len(tokens)
+            return tokens[:limit], np.zeros(min(len(tokens), limit)), len(tokens)
         start, end = edges[rng.integers(len(edges))]
         n_blocks = math.ceil((end - start) / self.answer_block)
-        stop = start + self.answer_block * (rng.integers(n_blocks) + 1 if cuts else n_blocks)
+        stop = start + self.answer_block * (rng.integers(n_blocks) + 1 if cuts and not self.in_blocks else n_blocks)
         n_filled = max(0, stop - end) if tokens[end - 1] in self.ends else 0  # one that was cut has no end
-        tokens = np.append(tokens[:end], np.full(n_filled, tokens[end - 1]))[: min(stop, self.block_size)]
+        tokens = np.append(tokens[:end], np.full(n_filled, tokens[end - 1]))[: min(stop, limit)]
         place = np.arange(len(tokens))
         return tokens, (start <= place) & (place < end), start
 
     def collate(self, samples: list[NoisySample]) -> Batch:
-        """Samples as a batch of clean tokens, idx and targets alike, with their noise; packed ones in a row."""
+        """Samples as a batch of clean tokens with their noise; packed ones in a row."""
         rows = pack(samples, self.block_size, n_unread=0) if self.pack_samples else [[sample] for sample in samples]
-        longest = max(sum(len(sample.tokens) for sample in row) for row in rows)
+        longest = max(sum(len(sample.idx) for sample in row) for row in rows)
         shape = len(rows), min(self.block_size, math.ceil(longest / self.pad_to) * self.pad_to)
-        tokens, documents = np.full(shape, PADDING, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        idx, targets, documents, blocks = (np.full(shape, n, dtype=np.int64) for n in (PADDING, PADDING, 0, 0))
         counted, noise, rate = (np.full(shape, value, dtype=np.float32) for value in (0, NEVER, 1))
         for i, row in enumerate(rows):
-            start = 0
+            start = n_blocks = 0
             for sample in row:
-                place = i, slice(start, start := start + len(sample.tokens))
-                tokens[place], counted[place], noise[place], rate[place] = sample
-                ids = document_ids(sample.tokens, *self.datasets[0].file.delimiters) if self.mask_documents else 1
+                place = i, slice(start, start := start + len(sample.idx))
+                idx[place], targets[place], counted[place], noise[place], rate[place], block = sample
+                ids = document_ids(sample.idx, *self.datasets[0].file.delimiters) if self.mask_documents else 1
                 documents[place] = documents[i].max() + ids
+                blocks[place] = n_blocks + block
+                n_blocks = blocks[i].max() + 1
+            blocks[i, start:] = n_blocks
         # with full attention padding has to be masked, too; what is one text throughout needs no mask
         keep = documents.min() == 0 or documents.max() > 1 or (self.is_compiled and samples[0].noise[0] == NEVER)
-        idx, documents, counted, noise, rate = map(torch.from_numpy, (tokens, documents, counted, noise, rate))
-        count, documents = int(counted.sum()), documents if keep else None
-        return Batch(idx, idx, counted, count, documents, noise=noise, rate=rate)
+        arrays = idx, targets, counted, noise, rate, blocks if self.in_blocks else None, documents if keep else None
+        idx, targets, counted, noise, rate, blocks, documents = (
+            None if array is None else torch.from_numpy(array) for array in arrays
+        )
+        return Batch(idx, targets, counted, int(counted.sum()), documents, noise=noise, rate=rate, blocks=blocks)
 
 
 class NoisyTrainBatches(NoisyBatches, TrainBatches):
@@ -136,10 +175,29 @@ class NoisyValidationBatches(NoisyBatches, ValidationBatches):
 def masked_losses(
     model: torch.nn.Module, batch: Batch, rate: torch.Tensor, mask_token: int, reduction: str, with_logits: bool = False
 ) -> torch.Tensor:
-    """Cross-entropies of the tokens masked at a rate (B, T), times 1 / rate: their sum, or (B, T), 0 elsewhere."""
+    """Cross-entropies of the targets masked at a rate (B, T), times 1 / rate: their sum, or (B, T), 0 elsewhere.
+
+    In blocks the next tokens are learnt from the text, too, and are in the sum: it goes on being what a causal model
+    reads, which they teach more than the blocks do.
+    """
     is_masked = batch.noise < rate
-    idx, weight = batch.targets.masked_fill(is_masked, mask_token), is_masked / rate
-    return model(idx, batch.targets, weight, reduction, batch.documents, with_logits=with_logits)[1]
+    weight = is_masked / rate
+    if batch.blocks is None:
+        idx = batch.targets.masked_fill(is_masked, mask_token)
+        return model(idx, batch.targets, weight, reduction, batch.documents, with_logits=with_logits)[1]
+    is_inside = batch.blocks[:, 1:] == batch.blocks[:, :-1]  # the token read is the target before it, of this block
+    copy = batch.idx.masked_fill(F.pad(is_masked[:, :-1] & is_inside, (1, 0)), mask_token)
+    next_token = batch.loss_mask * (reduction == "sum")
+    losses = model(
+        torch.cat((batch.idx, copy), dim=1),
+        batch.targets.repeat(1, 2),
+        torch.cat((next_token, weight), dim=1),
+        reduction,
+        batch.documents,
+        with_logits=with_logits,
+        blocks=batch.blocks,
+    )[1]
+    return losses if reduction == "sum" else losses[:, batch.idx.size(1) :]
 
 
 def bound(
@@ -154,13 +212,21 @@ def bound(
     return sum(masked_losses(model, batch, rate, mask_token, "none", with_logits) for rate in rates) / n_rates
 
 
-def bound_of_windows(model: torch.nn.Module, idx: torch.Tensor, first: int) -> torch.Tensor:
-    """The same of windows of a text, token ids (B, T), counted from the number `first`: parts (B, T)."""
-    generators = [np.random.default_rng([0, first + i, 2]) for i in range(len(idx))]
-    noise = np.stack([rng.random(idx.size(1), dtype=np.float32) for rng in generators])
-    rates = 1 - (first + np.arange(len(idx))) * GOLDEN % 1
-    rate = torch.from_numpy(rates.astype(np.float32))[:, None].expand(idx.shape)
-    batch = Batch(idx, idx, None, idx.numel(), noise=torch.from_numpy(noise), rate=rate).to(idx.device)
+def bound_of_windows(
+    model: torch.nn.Module, idx: torch.Tensor, targets: torch.Tensor, first: int, block: int
+) -> torch.Tensor:
+    """The same of windows of a text, token ids (B, T) and the next ones, counted from the number `first`: parts (B, T).
+
+    block: tokens of a block, where the model is causal.
+    """
+    B, T = idx.shape
+    generators = [np.random.default_rng([0, first + i, 2]) for i in range(B)]
+    noise = torch.from_numpy(np.stack([rng.random(T, dtype=np.float32) for rng in generators]))
+    blocks = np.arange(T) // block if model.config.is_causal else np.zeros(T, dtype=np.int64)
+    rates = 1 - ((first + np.arange(B))[:, None] * GOLDEN + blocks * math.sqrt(2)) % 1
+    rate, loss_mask = torch.from_numpy(rates.astype(np.float32)), torch.ones(B, T)
+    blocks = torch.from_numpy(blocks).expand(B, T) if model.config.is_causal else None
+    batch = Batch(idx, targets, loss_mask, B * T, noise=noise, rate=rate, blocks=blocks).to(idx.device)
     is_rounded = not isinstance(model.lm_head, Head)  # to integers: it computes logits alone
     return bound(model, batch, model.config.vocab_size, with_logits=is_rounded)
 

@@ -44,6 +44,8 @@ def memory_estimate(run: Any, batch_size: int) -> float:
     has_buckets = isinstance(run.engine.network, DistributedDataParallel)  # whose gradients are never freed
     earlier = gradients if is_accumulated or has_buckets else 0  # those of the micro-batches, or the step, before
 
+    if fills_blocks(run):  # a text and its copy
+        length *= 2
     kept = activations(run, rows, length) + vision_activations(run, batch_size)
     loss, loss_backward = output_layer(run, rows * length)
     mlp_backward = rows * length * mlp_gradients(run.model.config, activation_bytes(run.engine))
@@ -90,6 +92,11 @@ def filling(run: Any) -> int:
     """Tokens at most by which loss diffusion fills up an answer (training/diffusion.py)."""
     is_filled = run.config.loss == "diffusion" and any(isinstance(dataset, Samples) for dataset in run.batches.datasets)
     return (run.config.answer_block - 1) * is_filled
+
+
+def fills_blocks(run: Any) -> bool:
+    """Whether a causal model learns to fill in blocks, by texts with a copy of them (training/diffusion.py)."""
+    return run.config.loss == "diffusion" and run.model.config.is_causal
 
 
 def activation_bytes(engine: Any) -> int:
@@ -201,7 +208,7 @@ def attention_weights(run: Any, rows: int, length: int) -> float:
         total += n_layer * rows * length * size * config.n_embd  # the values, copied for the product with them
     if run.model.use_flex:
         return total
-    if run.config.mask_documents or run.config.pack_samples or filling(run):
+    if run.config.mask_documents or run.config.pack_samples or filling(run) or fills_blocks(run):
         # a mask per row, which every layer turns into numbers
         total += rows * length**2 * (1 + (n_layer - n_sparse) * size)
         total += rows * length * 2 * sum(set(run.model.rope_widths)) * 4  # RoPE's angles of positions that restart

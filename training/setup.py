@@ -231,7 +231,7 @@ def make_model(config: TrainConfig, shape: dict[str, Any], tokenizer: Tokenizer)
         raise UserError(
             f"vocab_size is {shape['vocab_size']}, the tokenizer has {tokenizer.vocab_size} tokens; leave it out"
         )
-    if config.loss == "diffusion" and shape.get("is_causal") is False:
+    if config.loss == "diffusion":
         changes["mask_token"] = True
     model_config = ModelConfig(**{**shape, "vocab_size": tokenizer.vocab_size, **changes})
     preflight.check_size(model_config)
@@ -272,22 +272,23 @@ def modules_left_out(config: TrainConfig, explicit: dict[str, Any], checkpoint: 
     return {"n_future": asked} if is_less and is_new_run and not config.use_lora else {}
 
 
-def full_attention(config: TrainConfig, explicit: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, bool]:
-    """Full attention and a mask token for a causal model, if masked diffusion was asked for: its weights are the start.
+def as_diffusion(config: TrainConfig, explicit: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, bool]:
+    """A mask token for a causal model, if masked diffusion was asked for: its weights are the start.
 
-    What it knows of words and facts lies in weights that both need, although it told the next token by them, not the
-    token itself (Gong et al. 2024, arXiv:2410.17891, keep that shift). Raises UserError where it cannot be turned.
+    What it knows of words and facts lies in weights that both need. In blocks it tells the next token by them, as
+    before; with full attention (is_causal false) the token itself (Gong et al. 2024, arXiv:2410.17891, keep the shift).
+    Raises UserError where it cannot be turned.
     """
     trained, where = checkpoint["model_config"], config.from_checkpoint
-    if config.loss != "diffusion" or explicit.get("is_causal") is not False or not trained.get("is_causal", True):
+    if config.loss != "diffusion" or trained.get("mask_token") or not trained.get("is_causal", True):
         return {}
     if config.use_lora:
-        raise UserError(f"{where} has causal attention, which an adapter keeps: start diffusion without --use_lora")
+        raise UserError(f"{where} has no mask token, and an adapter adds none: start diffusion without --use_lora")
     if checkpoint["train_config"].get("stage") == config.stage:
-        raise UserError(f"{where} has causal attention: to start diffusion from its weights takes another --stage name")
+        raise UserError(f"{where} has no mask token: to start diffusion from its weights takes another --stage name")
     if (explicit.get("n_future") or trained.get("n_future", 1)) > 1:
         raise UserError(f"diffusion trains no modules of n_future (in {where}, or asked for): add --n_future 1")
-    turned = {"is_causal": False, "mask_token": True}
+    turned = {"mask_token": True} | ({"is_causal": False} if explicit.get("is_causal") is False else {})
     try:
         ModelConfig(**{**trained, "n_future": 1, **turned})
     except UserError as error:
@@ -319,7 +320,7 @@ def restore_model(
     if learns_to_see and config.resumes(checkpoint):
         raise UserError(f"{where} reads text alone: a run that teaches it to see gets another --stage name")
     explicit = {name: value for name, value in explicit.items() if not (learns_to_see and name in vision)}
-    changes |= full_attention(config, explicit, checkpoint)
+    changes |= as_diffusion(config, explicit, checkpoint)
     for name, value in explicit.items():
         trained = checkpoint["model_config"].get(name, fields_of(ModelConfig)[name].default)
         if value is not None and value != trained and name not in changes:
@@ -390,7 +391,7 @@ def build_run(asked: RunConfig, engine: Engine) -> Run:
         known = fields_of(ModelConfig)
         context = {
             name: before.get(name, known[name].default)
-            for name in (*CONTEXT_FIELDS, "dropout", "n_future", "is_causal")
+            for name in (*CONTEXT_FIELDS, "dropout", "n_future", "is_causal", "mask_token")
         }
         run.changes = changed_fields(now, context)
     config.prediction = preflight.prediction(run)

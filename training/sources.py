@@ -89,7 +89,7 @@ class TokenFiles:
         if config.loss == "diffusion":
             makers = NoisyTrainBatches, NoisyValidationBatches
             shared |= {"answer_block": config.answer_block, "mask_span": config.mask_span}
-            shared |= {"ends": self.tokenizer.stop_tokens}
+            shared |= {"ends": self.tokenizer.stop_tokens, "in_blocks": shape.is_causal}
         batches = makers[0](train_files, accumulation_steps=steps, pack_samples=pack_samples, **shared)
         validation = makers[1](val_files, n_samples=config.eval_samples, **shared)
 
@@ -123,9 +123,6 @@ class TokenFiles:
     def check_attention(self, shape: ModelConfig) -> None:
         """Raises UserError where the attention of a model is not what the loss needs."""
         is_diffusion, start = self.config.loss == "diffusion", self.config.from_checkpoint
-        if is_diffusion and shape.is_causal:
-            rule = "loss diffusion fills in tokens from both sides, so it needs full attention"
-            raise UserError(f"{rule}: add --is_causal false")
         if not is_diffusion and shape.mask_token:
             what = f"{start} is a model of masked diffusion" if start else "mask_token is for masked diffusion"
             raise UserError(f"{what}, which loss {self.config.loss} cannot train: --loss diffusion does")

@@ -22,7 +22,9 @@ def is_gpt2(config: ModelConfig) -> bool:
     is_dense = is_full and not config.n_expert and config.n_kv_head == config.n_head
     same_heads = config.head_dim * config.n_head == config.n_embd and not config.qk_norm
     same_layers = config.norm == "layernorm" and not config.use_rope and config.mlp in GELU.values()
-    return is_dense and same_heads and same_layers and config.is_causal and not config.qkv_bias
+    return (
+        is_dense and same_heads and same_layers and config.is_causal and not config.mask_token and not config.qkv_bias
+    )
 
 
 def correspondence(config: ModelConfig) -> Iterator[tuple[str, list[tuple[str, int]]]]:

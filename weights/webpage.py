@@ -82,6 +82,8 @@ def pack_weights(model: GPT, type_name: str) -> tuple[list[dict[str, Any]], byte
 
 def network_of(config: ModelConfig) -> dict[str, Any]:
     """What model.js needs to know of a config; raises UserError for what it does not compute."""
+    if config.mask_token:
+        raise UserError("a web page answers token by token, from left to right: masked diffusion has no place in it")
     if not config.is_causal:
         raise UserError("a web page answers token by token, from left to right: is_causal false has no place in it")
     if set(config.attention) != {"full"}:
