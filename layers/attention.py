@@ -232,4 +232,7 @@ def check_kinds(config: Any, kinds: dict[str, type[Attention]]) -> None:
         if window and not attention.HAS_WINDOW:
             raise UserError(f"attention_window {window} of layer {i + 1}: attention {kind} has no window; give 0 there")
         if in_blocks and not attention.HAS_WINDOW:  # its mask is not ours to give
-            raise UserError(f"masked diffusion in blocks takes attention full and latent, layer {i + 1} has {kind}")
+            also = " (is_causal false takes it)" if kind == "sparse" else ""
+            raise UserError(
+                f"masked diffusion in blocks takes attention full and latent, layer {i + 1} has {kind}{also}"
+            )

@@ -55,18 +55,17 @@ def denoise(
     config, mask_token = model.config, model.config.vocab_size
     stop = torch.tensor(stop_tokens, device=idx.device, dtype=torch.long)
     text, answer = idx[0], idx[0, :0]
+    limit = config.block_size + config.is_causal  # of a text and its block: a causal model does not read the last token
     cache = None
     if config.is_causal:  # what a block has in it is taken back until it is full
         cache = KVCache(config, 1, idx.device, model.token_embedding.weight.dtype, spare=block)
     while len(answer) < max_new_tokens:
-        if (
-            len(text) >= config.block_size + config.is_causal
-        ):  # the window is full: go on with its newest three quarters
-            kept = min(config.block_size - config.block_size // 4, config.block_size - (not config.is_causal))
+        if len(text) >= limit:  # the window is full: go on with its newest three quarters
+            kept = min(config.block_size - config.block_size // 4, limit - 1)
             text = text[len(text) - kept :]
             if cache is not None:
                 cache.lengths[:] = 0
-        n = min(block, config.block_size + config.is_causal - len(text))
+        n = min(block, limit - len(text))
         part = text.new_full((n,), mask_token)
         n_behind = config.block_size - len(text) - n if fills_window and not config.is_causal else 0
         n_steps = min(steps or n, n)

@@ -19,15 +19,17 @@ from serving.scheduler import Batch, Generation, Piece, Refused, TokenInfo, not_
 class Places:
     """Where serving/rows.py has rows of a cache: a number of answers at a time, and nothing that is kept of them."""
 
-    def __init__(self, model: GPT, n_rows: int) -> None:
-        self.n_rows, self.block_size = n_rows, model.config.block_size
+    def __init__(self, model: GPT, n_rows: int, block: int) -> None:
+        """block: tokens of one, which a cache keeps beside those in its window until they are taken back."""
+        self.n_rows, self.block_size, self.block = n_rows, model.config.block_size, block
         self.device, self.model = model.token_embedding.weight.device, model
 
     def memory(self) -> int:
         """Bytes of the caches of all answers, at most; with full attention there are none."""
         if not self.model.config.is_causal:
             return 0
-        cache = KVCache(self.model.config, 1, torch.device("meta"), self.model.token_embedding.weight.dtype)
+        dtype = self.model.token_embedding.weight.dtype
+        cache = KVCache(self.model.config, 1, torch.device("meta"), dtype, spare=self.block)
         return self.n_rows * sum(tensor.numel() * tensor.element_size() for tensor in cache.tensors())
 
     def keep(self, row: int, length: int) -> int:
@@ -37,12 +39,13 @@ class Places:
 class DenoisingBatch(Batch):
     """The answers that one model fills in side by side."""
 
-    make_rows = Places
-
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self.states: dict[int, Iterator[torch.Tensor]] = {}  # by row: an answer after each pass, from denoise()
         self.infos: dict[int, dict[int, TokenInfo]] = {}  # by row and place in the answer: what was drawn there
+
+    def make_rows(self, model: GPT, n_rows: int) -> Places:
+        return Places(model, n_rows, self.generator.answer_block)
 
     @torch.inference_mode()
     def turn(self) -> None:

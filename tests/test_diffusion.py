@@ -274,6 +274,13 @@ def test_an_answer_that_begins_where_the_window_ends_is_left_out(files):
     assert len(none.idx) == 8 and not none.counted.any() and (none.noise == NEVER).all()
 
 
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_an_answer_is_one_document_though_its_end_is_repeated(files, in_blocks):
+    settings = {"block_size": 32, "in_blocks": in_blocks}
+    plain, masked = (batches_of(files["sft"], **settings, mask_documents=mask).at(0)[0] for mask in (False, True))
+    assert torch.equal(plain.documents, masked.documents) and plain.documents.max() == 1
+
+
 def test_packed_answers_have_rates_and_documents_of_their_own(files):
     plain = batches_of(files["sft"], block_size=32).at(0)[0]
     packed = batches_of(files["sft"], block_size=32, pack_samples=True).at(0)[0]

@@ -131,6 +131,17 @@ def test_a_causal_model_becomes_one_of_diffusion(call, prepared):
     torch.testing.assert_close(masked[..., 1:], zero[..., 1:])  # (embeddings are tied: row 0 is a logit's, too)
 
 
+def test_masked_diffusion_is_for_texts_and_no_teacher(call, prepared):
+    result = call("train.py", "--problem", "sort", "--max_steps", "1", "--mask_token", "true")
+    assert result.status == 1 and "mask_token is for masked diffusion of texts" in result.err
+    result = call("train.py", "--problem", "recall", "--max_steps", "1", "--mask_token", "true")
+    assert result.status == 1 and "mask_token is for masked diffusion of texts" in result.err
+    run = ["-t", "pretrain", *TINY, *FAST, *DATA, "--max_steps", "1"]
+    assert call("train.py", *run, *DIFFUSION, "--stage", "full").status == 0
+    result = call("train.py", *run, "--loss", "distill", "--teacher", "checkpoint/full.pt", "--stage", "other")
+    assert result.status == 1 and "full attention: it sees the next token" in result.err
+
+
 @pytest.mark.parametrize(
     ("trained", "options", "message"),
     [
@@ -161,9 +172,23 @@ def test_a_causal_model_that_cannot_become_one_is_refused(call, prepared, traine
 
 def test_the_preset_has_the_shape_of_the_causal_model():
     """So a quickstart's model may be its start, and one of another shape, too: the shape is a default."""
-    asked, causal = (read_configs(name, None, {}) for name in ("diffusion", "pretrain"))
-    assert asked.model == {"is_causal": False}
-    assert asked.model_defaults == causal.model_defaults == json.loads((ROOT / "config" / "model.json").read_text())
+    blocks, full, causal = (read_configs(name, None, {}) for name in ("block_diffusion", "diffusion", "pretrain"))
+    assert full.model == {"is_causal": False} and blocks.model == {"is_causal": True}
+    shape = json.loads((ROOT / "config" / "model.json").read_text())
+    assert blocks.model_defaults == full.model_defaults == causal.model_defaults == shape
+
+
+def test_neither_form_becomes_the_other(call, prepared):
+    run = ["-t", "pretrain", *TINY, *FAST, *DATA, "--max_steps", "1"]
+    for diffusion, other, preset in ((DIFFUSION, IN_BLOCKS, "diffusion"), (IN_BLOCKS, DIFFUSION, "block_diffusion")):
+        result = call("train.py", *run, *diffusion, "--stage", preset, "--answer_block", "500")
+        form = "in blocks of " if preset == "block_diffusion" else "with full attention, "
+        assert result.status == 0 and f"masked diffusion {form}" in result.out + result.err
+        assert "answer_block 500 is more than the window" in result.out + result.err
+        start = ["--from_checkpoint", f"checkpoint/{preset}.pt", "--stage", "next"]
+        result = call("train.py", *run, *other, *start)
+        assert result.status == 1 and f"-t {preset} and -t {preset}_sft go on with it" in result.err
+        assert call("train.py", "-t", preset, *FAST, *DATA, "--max_steps", "1", *start).status == 0  # the advice
 
 
 def test_a_damaged_causal_model_is_no_start(call, prepared):

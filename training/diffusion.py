@@ -56,6 +56,7 @@ class NoisySample(NamedTuple):
     noise: np.ndarray  # (n,) of the targets
     rate: np.ndarray  # (n,) one for all, or for each block
     block: np.ndarray  # (n,) which block a target is of, from 0
+    is_text: bool  # running text, which may have several documents
 
 
 @functools.cache
@@ -95,11 +96,12 @@ class NoisyBatches(Batches):
         tokens, loss_mask = sample
         if not isinstance(tokens, np.ndarray):
             raise UserError("loss diffusion cannot train on preference pairs")
-        if loss_mask is None:  # running text: the same targets as of a causal model
+        is_text = loss_mask is None
+        if is_text:  # the same targets as of a causal model
             start, counted = 1, np.ones(len(tokens))
         else:
             tokens, counted, start = self.choose_answer(tokens, loss_mask, rng, trains)
-        first = 1 if loss_mask is None or self.in_blocks else 0  # of the tokens that are targets
+        first = 1 if is_text or self.in_blocks else 0  # of the tokens that are targets
         targets, counted, start = tokens[first:], counted[first:], max(0, start - first)
         n = len(targets)
         span = rng.integers(min(self.mask_span, n)) + 1 if trains and self.mask_span > 1 else 1
@@ -108,10 +110,11 @@ class NoisyBatches(Batches):
         noise = np.where(place < start, NEVER, noise)
         block = np.zeros(n, dtype=np.int64)
         if self.in_blocks:  # an answer begins one; running text may begin within one
-            skipped = rng.integers(self.answer_block) if trains and loss_mask is None else 0
+            skipped = rng.integers(self.answer_block) if trains and is_text else 0
             block = np.where(place < start, 0, 1 + (place - start + skipped) // self.answer_block)
         rate = 1 - (first_rate(seed) + position * GOLDEN + block * math.sqrt(2)) % 1
-        return NoisySample(tokens[:-1] if self.in_blocks else targets, targets, counted, noise, rate, block)
+        idx = tokens[:-1] if self.in_blocks else targets
+        return NoisySample(idx, targets, counted, noise, rate, block, is_text)
 
     def choose_answer(
         self, tokens: np.ndarray, loss_mask: np.ndarray, rng: np.random.Generator, cuts: bool
@@ -147,8 +150,9 @@ class NoisyBatches(Batches):
             start = n_blocks = 0
             for sample in row:
                 place = i, slice(start, start := start + len(sample.idx))
-                idx[place], targets[place], counted[place], noise[place], rate[place], block = sample
-                ids = document_ids(sample.idx, *self.datasets[0].file.delimiters) if self.mask_documents else 1
+                idx[place], targets[place], counted[place], noise[place], rate[place], block, is_text = sample
+                has_documents = self.mask_documents and is_text
+                ids = document_ids(sample.idx, *self.datasets[0].file.delimiters) if has_documents else 1
                 documents[place] = documents[i].max() + ids
                 blocks[place] = n_blocks + block
                 n_blocks = blocks[i].max() + 1

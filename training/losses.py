@@ -104,6 +104,8 @@ def check_teacher_images(teacher: GPT, path: str, data: list[Any]) -> None:
 
 def make_distillation(config: Any, engine: Engine, tokenizer: Tokenizer, data: list[Any]) -> DistillationLoss:
     teacher = load_frozen_model("teacher", config.teacher, tokenizer, engine.device, longest_sample(data))
+    if not teacher.config.is_causal:
+        raise UserError(f"teacher: {config.teacher} has full attention: it sees the next token that it is to teach")
     check_teacher_images(teacher, config.teacher, data)
     teacher.restart_positions = config.restart_positions
     engine.compile(teacher)

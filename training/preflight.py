@@ -85,7 +85,8 @@ def choose_attention(config: Any, model: GPT, engine: Engine) -> None:
         check_kernel(config.sdp_kernel, model.config, engine)
     if engine.device.type != "cuda" or not has_masks:
         return
-    if config.sdp_kernel == "auto" and engine.use_compile:
+    has_copies = config.loss == "diffusion" and model.config.is_causal  # whose mask no BlockMask describes
+    if config.sdp_kernel == "auto" and engine.use_compile and not has_copies:
         kinds = dict.fromkeys(kind for kind in model.config.attention_classes if kind.HAS_WINDOW)
         reason = next(filter(None, (flex_attention_problem(kind, model.config, engine) for kind in kinds)), "")
         model.use_flex = not reason
@@ -168,6 +169,7 @@ def report(run: Any) -> None:
     print(
         f"{config.stage}: {model.parameter_count() / 1e6:.2f}M parameters, "
         + (f"{trainable_count(model):,} trainable (LoRA), " if config.use_lora else "")
+        + (f"masked diffusion {form_of_diffusion(run)}, " if config.loss == "diffusion" else "")
         + f"{model.flops_per_token() / 1e6:.1f} MFLOPs per token, vocabulary {model.config.vocab_size:,}"
     )
     epoch = "samples are generated without end"
@@ -189,10 +191,11 @@ def report(run: Any) -> None:
     for line in baseline_lines(run):
         print(line)
     if run.is_resumed:
-        best = f"best validation loss {run.kept_best:.4f}"
+        what = "bound" if config.loss == "diffusion" else "loss"
+        best = f"best validation {what} {run.kept_best:.4f}"
         if run.evaluation_changes:
             reasons = ", ".join(run.evaluation_changes)
-            best = f"its best validation loss is not compared, as it was measured otherwise ({reasons})"
+            best = f"its best validation {what} is not compared, as it was measured otherwise ({reasons})"
         elif math.isinf(run.kept_best):
             best = "no validation loss yet"
         print(f"resumes {config.from_checkpoint} at step {run.state.step:,}, {best}")
@@ -240,6 +243,12 @@ def check_outputs(config: Any, engine: Engine) -> None:
             raise UserError(f"{what}: the folder {place.absolute()} cannot be written to")
 
 
+def form_of_diffusion(run: Any) -> str:
+    if run.model.config.is_causal:
+        return f"in blocks of {min(run.config.answer_block, run.model.config.block_size)} tokens"
+    return "with full attention"
+
+
 def fields_without_effect(run: Any) -> list[str]:
     """Fields that were set, but do nothing in this run: one line each."""
     config, datasets = run.config, getattr(run.batches, "datasets", ())
@@ -255,6 +264,8 @@ def fields_without_effect(run: Any) -> list[str]:
         found.append("mask_documents has no effect: it is for running text")
     elif config.mask_documents and not any(has_documents(dataset.file) for dataset in texts):
         found.append(f"mask_documents has no effect: no <|bos|> or <|eos|> delimits documents in {texts[0].file.path}")
+    if config.loss == "diffusion" and config.answer_block > (window := run.model.config.block_size):
+        found.append(f"answer_block {config.answer_block} is more than the window (block_size {window}) has")
     if config.on_spike == "rollback" and len(datasets) > 1:
         found.append("on_spike: where the curriculum goes on to its next file, the loss may jump as in a spike")
     if config.optimizer != "muon":

@@ -280,7 +280,13 @@ def as_diffusion(config: TrainConfig, explicit: dict[str, Any], checkpoint: dict
     Raises UserError where it cannot be turned.
     """
     trained, where = checkpoint["model_config"], config.from_checkpoint
-    if config.loss != "diffusion" or trained.get("mask_token") or not trained.get("is_causal", True):
+    is_causal = trained.get("is_causal", True)
+    if config.loss == "diffusion" and trained.get("mask_token") and explicit.get("is_causal", is_causal) != is_causal:
+        form, preset = ("in blocks", "block_diffusion") if is_causal else ("with full attention", "diffusion")
+        raise UserError(
+            f"{where} is of masked diffusion {form} and stays so: -t {preset} and -t {preset}_sft go on with it"
+        )
+    if config.loss != "diffusion" or trained.get("mask_token") or not is_causal:
         return {}
     if config.use_lora:
         raise UserError(f"{where} has no mask token, and an adapter adds none: start diffusion without --use_lora")

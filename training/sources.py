@@ -265,6 +265,8 @@ class ToyProblem:
                 f"n_future {model.config.n_future} is for texts: the targets of a toy problem are not the tokens that "
                 "follow; give --n_future 1"
             )
+        if model.config.mask_token:
+            raise UserError("mask_token is for masked diffusion of texts (--loss diffusion): leave it out")
         check_window(self.sampler, model.config, config.from_checkpoint)
         shared = {
             "batch_size": config.batch_size,
