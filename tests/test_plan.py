@@ -322,7 +322,7 @@ def test_a_plan_is_a_config_that_trains_and_compares_itself_with_what_it_reached
     assert "warning" not in trained.err
     numbers = re.search(r"predicted ([\d.]+) \(([\d.]+) to ([\d.]+), .* tokens\); reached ([\d.]+)", trained.out)
     predicted, low, high, reached = map(float, numbers.groups())
-    assert low < predicted < high
+    assert low <= predicted <= high > low  # as printed, to three digits: on this odd text it may be close to one end
     (log,) = prepared.glob("train_*.log")
     assert reached == pytest.approx(min(r["val_loss"] for r in read_log(log, "val")), abs=6e-4)
 
