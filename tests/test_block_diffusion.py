@@ -237,6 +237,8 @@ def test_the_cache_changes_no_token_even_past_the_window(kind, steps):
     assert found == states(False) and len(found[-1]) >= 25 and V not in found[-1]
     for before, after in itertools.pairwise(found):  # what was drawn stays
         assert all(a in (b, V) for a, b in zip(before, after, strict=False))
+    for state in found:  # a block's last token comes last: no other has seen it
+        assert all(part[-1] == V or V not in part for part in (state[:4], state[4:8]) if part)
 
 
 def test_a_block_of_one_is_the_next_token():
