@@ -17,6 +17,7 @@ from model import GPT, ModelConfig
 from text.batches import Batch, prefetch_steps
 from train_ddp import DDPEngine, FSDPEngine
 from training.config import TrainConfig
+from training.diffusion import masked_losses
 from training.engine import Engine
 from training.losses import next_token
 from training.setup import build_run
@@ -275,6 +276,27 @@ def test_greedy_answers_are_those_of_the_cpu():
     expected = torch.stack(list(model.generate(idx, 60, temperature=0.0)))
     on_card = torch.stack(list(model.to(DEVICE).generate(idx.to(DEVICE), 60, temperature=0.0)))
     assert (on_card.cpu() == expected).float().mean() > 0.95  # a tie may fall the other way
+
+
+def test_blocks_are_learnt_and_filled_in_as_on_the_cpu():
+    model, batch = make(mask_token=True, n_kv_head=2, attention_window=[16, 0]), random_batch(documents=True)
+    rng = torch.Generator().manual_seed(1)
+    rate = torch.rand(8, 4, generator=rng).clamp(min=0.1).repeat_interleave(16, dim=1)
+    noise, blocks = torch.rand(8, 64, generator=rng), (torch.arange(64) // 16).expand(8, 64)
+    batch = batch._replace(loss_mask=torch.ones(8, 64), noise=noise, rate=rate, blocks=blocks)
+    on_card = copy.deepcopy(model).to(DEVICE)
+    losses, gradients = [], []
+    for copied, part in ((model, batch), (on_card, batch.to(torch.device(DEVICE)))):
+        loss = masked_losses(copied, part, part.rate, 61, "sum")
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten().cpu().double() for p in copied.parameters()]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert (gradients[1] - gradients[0]).norm() < 1e-3 * gradients[0].norm()
+    idx, settings = batch.idx[:1, :20], {"temperature": 0.0, "block": 16}
+    expected = torch.cat(list(model.eval().generate(idx, 60, **settings)))
+    found = torch.cat(list(on_card.eval().generate(idx.to(DEVICE), 60, **settings)))
+    assert (found.cpu() == expected).float().mean() > 0.9  # a tie may fall the other way
 
 
 @pytest.mark.parametrize("n_rows", [1, 3])
