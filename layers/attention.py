@@ -228,7 +228,7 @@ def check_kinds(config: Any, kinds: dict[str, type[Attention]]) -> None:
             raise UserError(f"{given[0]} is for attention {kind}: leave it out (null), or name {kind} in attention")
     in_blocks = config.mask_token and config.is_causal
     for i, (attention, window) in enumerate(zip(config.attention_classes, config.windows, strict=True)):
-        kind = next(name for name, other in kinds.items() if other is attention)
+        kind = config.attention[i % len(config.attention)]
         if window and not attention.HAS_WINDOW:
             raise UserError(f"attention_window {window} of layer {i + 1}: attention {kind} has no window; give 0 there")
         if in_blocks and not attention.HAS_WINDOW:  # its mask is not ours to give

@@ -74,6 +74,10 @@ class KVCache:
         """Those of all layers."""
         return [tensor for layer in self.layers for tensor in layer]
 
+    def memory(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
     def begin(self, T: int) -> torch.Tensor | slice:
         """Positions of T new tokens of every row: (B, T); a slice if they are the same in all rows."""
         self.T, self.longest = T, int(self.lengths.max())

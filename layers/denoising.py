@@ -79,14 +79,14 @@ def denoise(
             else:
                 hidden = block_states(model, text, part, cache, use_cache)
             logits = model.lm_head(hidden[masked])  # (m, vocab_size)
-            sureness, likeliest = logits.float().softmax(-1).max(-1)
+            confidence, likeliest = logits.float().softmax(-1).max(-1)
             # the end last, and its leftmost place first: all places on its right are then known, too
-            order = torch.where(torch.isin(likeliest, stop), -1.0 - masked, sureness)
+            order = torch.where(torch.isin(likeliest, stop), -1.0 - masked, confidence)
             if cache is not None:  # after them what no other token of the block has seen
                 order[masked == n - 1] = -1.0 - n
-            surest = order.topk(math.ceil(len(masked) / (n_steps - step))).indices
-            places, known = masked[surest], torch.cat((text, part[part != mask_token]))
-            part[places] = draw(logits[surest], known.expand(len(places), -1), len(answer) + places)
+            most_confident = order.topk(math.ceil(len(masked) / (n_steps - step))).indices
+            places, known = masked[most_confident], torch.cat((text, part[part != mask_token]))
+            part[places] = draw(logits[most_confident], known.expand(len(places), -1), len(answer) + places)
             ends = torch.isin(part, stop).nonzero()[:, 0]
             if len(ends):
                 part[ends[0] :] = part[ends[0]].clone()
@@ -99,9 +99,9 @@ def denoise(
 def block_states(
     model: torch.nn.Module, text: torch.Tensor, part: torch.Tensor, cache: KVCache, use_cache: bool
 ) -> torch.Tensor:
-    """Hidden states (n, n_embd) of a causal model that tell the tokens of a block (n,), behind a text (T >= 1,).
+    """Hidden states (n, n_embd) of a causal model that predict a block (n,) of masked tokens behind a text (T >= 1,).
 
-    Each tells the token after its own, so the block begins with the text's last token, and its own last is not read.
+    Each predicts the token after its own, so the input begins with the text's last token and lacks the block's last.
     The cache keeps the text before it: a pass reads what it does not keep, causal as ever, and the block.
     """
     if not use_cache:

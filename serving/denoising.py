@@ -29,8 +29,8 @@ class Places:
         if not self.model.config.is_causal:
             return 0
         dtype = self.model.token_embedding.weight.dtype
-        cache = KVCache(self.model.config, 1, torch.device("meta"), dtype, spare=self.block)
-        return self.n_rows * sum(tensor.numel() * tensor.element_size() for tensor in cache.tensors())
+        cache = KVCache(self.model.config, self.n_rows, torch.device("meta"), dtype, spare=self.block)
+        return cache.memory()
 
     def keep(self, row: int, length: int) -> int:
         return 0

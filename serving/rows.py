@@ -100,7 +100,7 @@ class Rows:
 
     def memory(self) -> int:
         """Bytes of the cache."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.cache.tensors())
+        return self.cache.memory()
 
     def length(self, row: int) -> int:
         return int(self.cache.lengths[row])

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from base.configuration import UserError
 from layers.cache import KVCache
 from layers.denoising import block_states, denoise
 from model import GPT, ModelConfig
+from serving.denoising import Places
 from text.batches import Batch, TrainBatches
 from text.token_files import TokenFile
 from text.tokenizer import EOS
+from training import preflight
+from training.config import TrainConfig
 from training.diffusion import NEVER, DiffusionLoss, NoisyTrainBatches, NoisyValidationBatches, masked_losses
 
 V, L, BLOCK = 4, 4, 2  # L targets behind a token that is given, in blocks of two
@@ -286,6 +290,30 @@ def test_a_model_that_is_trained_draws_the_texts_of_its_data():
     assert statistic < limit
     at_once, _ = chi_square(drawn(1), given)
     assert at_once > 2 * limit
+
+
+def test_the_server_counts_the_caches_that_answers_make(monkeypatch):
+    model, made = tiny_model(block_size=16, attention_window=[3, 0]), []
+
+    class Counted(KVCache):
+        def __init__(self, *arguments, **settings) -> None:
+            super().__init__(*arguments, **settings)
+            made.append(sum(tensor.nbytes for layer in self.layers for tensor in layer))
+
+    monkeypatch.setattr("layers.denoising.KVCache", Counted)
+    next(denoise(model, torch.tensor([[1, 3, 0]]), 8, lambda logits, *_: logits.argmax(-1), (), block=4))
+    assert Places(model, 3, block=4).memory() == 3 * made[0]
+    assert Places(tiny_model(is_causal=False), 3, block=4).memory() == 0
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_no_flex_attention_for_a_text_and_its_copy(monkeypatch, is_causal):
+    monkeypatch.setattr(preflight, "flex_attention_problem", lambda *_: "")
+    config = TrainConfig(loss="diffusion", sdp_kernel="auto")
+    engine = SimpleNamespace(device=torch.device("cuda"), use_compile=True, is_main=True)
+    model = tiny_model(is_causal=is_causal)
+    preflight.choose_attention(config, model, engine)
+    assert model.use_flex == (not is_causal)  # copies_mask() is a tensor, and its memory is counted
 
 
 def test_other_kinds_of_attention_and_modules_are_refused():

@@ -17,16 +17,16 @@ came before: the loss is the mean over all orders of -log p(text in this order).
 2024, arXiv:2406.03736).
 
 That is with full attention. A causal model learns to fill in one block of a text after the other (block diffusion:
-Arriola et al. 2025, arXiv:2503.09573): each at a rate of its own, told by the text before it and by the block itself,
-from both sides. All blocks of a text are learnt in one pass, from a row that holds the text and then its masked copy
-(copies_mask() in layers/masks.py):
+Arriola et al. 2025, arXiv:2503.09573): each at a rate of its own, predicted from the text before it and, on both
+sides, from the block itself. All blocks of a text are learnt in one pass, from a row that holds the text and then its
+masked copy (copies_mask() in layers/masks.py):
 
-    the text       T h e   s u n   r o s e       position i tells token i + 1, as it did before: so a trained causal
+    the text       T h e   s u n   r o s e       position i predicts token i + 1, as before: so a trained causal
     its copy       T _ e _|s _ n _|r o _ _       model is a start that has nothing to unlearn (Gong et al. 2024,
                                                  arXiv:2410.17891; set block decoding: Gat et al. 2025, 2509.04185)
 
-The first position of a block has the last token before it, which is known. The token that a block's last position tells
-is read by no other one there, and so drawn last.
+The first position of a block has the last token before it, which is known. The token that a block's last position
+predicts is an input of no other one there, and so drawn last.
 """
 
 import functools
@@ -51,7 +51,7 @@ class NoisySample(NamedTuple):
     """A text or an answer to its question, with what decides which of n targets are masked."""
 
     idx: np.ndarray  # (n,) the tokens that the model reads
-    targets: np.ndarray  # (n,) the same, where a masked token is told at its own place; in blocks, the next ones
+    targets: np.ndarray  # (n,) the same, where a masked token is predicted at its own place; in blocks, the next ones
     counted: np.ndarray  # (n,) 1 for the targets that the loss is divided by
     noise: np.ndarray  # (n,) of the targets
     rate: np.ndarray  # (n,) one for all, or for each block
@@ -126,7 +126,7 @@ class NoisyBatches(Batches):
         counted, and with `cuts` it is shown up to one of its blocks, whichever, as if it had come so far. (A model that
         fills in blocks sees no later ones, so it learns them all.)
         """
-        limit = self.block_size + self.in_blocks  # the last target is told from the token before it, or in no window
+        limit = self.block_size + self.in_blocks  # in blocks the last target needs no place of its own
         edges = np.flatnonzero(np.diff(loss_mask.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
         edges = edges[edges[:, 0] < limit]
         if not len(edges):
@@ -181,8 +181,8 @@ def masked_losses(
 ) -> torch.Tensor:
     """Cross-entropies of the targets masked at a rate (B, T), times 1 / rate: their sum, or (B, T), 0 elsewhere.
 
-    In blocks the next tokens are learnt from the text, too, and are in the sum: it goes on being what a causal model
-    reads, which they teach more than the blocks do.
+    In blocks the next-token loss of the text is in the sum, too: what is before a block goes on being read as a causal
+    model reads it. It teaches more than the blocks do.
     """
     is_masked = batch.noise < rate
     weight = is_masked / rate

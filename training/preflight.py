@@ -166,10 +166,11 @@ def report(run: Any) -> None:
     available = memory_available(engine.device)
     low, high = (needed * factor / 1e9 for factor in CPU_RANGE)
     spread = f" ({low:.2f} to {high:.2f})" if engine.device.type == "cpu" else ""
+    form = f"in blocks of {config.answer_block} tokens" if model.config.is_causal else "with full attention"
     print(
         f"{config.stage}: {model.parameter_count() / 1e6:.2f}M parameters, "
         + (f"{trainable_count(model):,} trainable (LoRA), " if config.use_lora else "")
-        + (f"masked diffusion {form_of_diffusion(run)}, " if config.loss == "diffusion" else "")
+        + (f"masked diffusion {form}, " if config.loss == "diffusion" else "")
         + f"{model.flops_per_token() / 1e6:.1f} MFLOPs per token, vocabulary {model.config.vocab_size:,}"
     )
     epoch = "samples are generated without end"
@@ -241,12 +242,6 @@ def check_outputs(config: Any, engine: Engine) -> None:
             raise UserError(f"{what}: {place} is a file, not a folder")
         if not os.access(place, os.W_OK):
             raise UserError(f"{what}: the folder {place.absolute()} cannot be written to")
-
-
-def form_of_diffusion(run: Any) -> str:
-    if run.model.config.is_causal:
-        return f"in blocks of {min(run.config.answer_block, run.model.config.block_size)} tokens"
-    return "with full attention"
 
 
 def fields_without_effect(run: Any) -> list[str]:

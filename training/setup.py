@@ -275,8 +275,8 @@ def modules_left_out(config: TrainConfig, explicit: dict[str, Any], checkpoint: 
 def as_diffusion(config: TrainConfig, explicit: dict[str, Any], checkpoint: dict[str, Any]) -> dict[str, bool]:
     """A mask token for a causal model, if masked diffusion was asked for: its weights are the start.
 
-    What it knows of words and facts lies in weights that both need. In blocks it tells the next token by them, as
-    before; with full attention (is_causal false) the token itself (Gong et al. 2024, arXiv:2410.17891, keep the shift).
+    What it knows of words and facts lies in weights that both need. In blocks they go on predicting the next token;
+    with full attention (is_causal false) the token itself (Gong et al. 2024, arXiv:2410.17891, keep the shift).
     Raises UserError where it cannot be turned.
     """
     trained, where = checkpoint["model_config"], config.from_checkpoint

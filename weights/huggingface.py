@@ -148,7 +148,7 @@ def model_type(config: ModelConfig) -> str:
         f"norm {config.norm}: theirs is rmsnorm": config.norm != "rmsnorm",
         "learned positions: theirs are RoPE": not config.use_rope,
         "is_causal false: theirs are causal": not config.is_causal,
-        "masked diffusion: theirs tell the next token alone": config.mask_token,
+        "masked diffusion: theirs predict the next token alone": config.mask_token,
         "n_shared_expert: theirs has none": config.n_shared_expert > 0,
         "expert_balance bias: theirs have no biases on the choice of experts": config.expert_balance == "bias"
         and config.n_expert > 0,

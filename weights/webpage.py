@@ -82,10 +82,9 @@ def pack_weights(model: GPT, type_name: str) -> tuple[list[dict[str, Any]], byte
 
 def network_of(config: ModelConfig) -> dict[str, Any]:
     """What model.js needs to know of a config; raises UserError for what it does not compute."""
-    if config.mask_token:
-        raise UserError("a web page answers token by token, from left to right: masked diffusion has no place in it")
-    if not config.is_causal:
-        raise UserError("a web page answers token by token, from left to right: is_causal false has no place in it")
+    if config.mask_token or not config.is_causal:
+        what = "masked diffusion" if config.mask_token else "is_causal false"
+        raise UserError(f"a web page answers token by token, from left to right: {what} has no place in it")
     if set(config.attention) != {"full"}:
         raise UserError(f"a web page: attention {','.join(config.attention)}: it computes full attention alone")
     if config.shortcut_experts:
